@@ -1,0 +1,32 @@
+"""Errors a user can act on: each names the field, the value and the fix."""
+
+from __future__ import annotations
+
+
+class SpinError(ValueError):
+    """Base of every error that spin_lightning raises on purpose.
+
+    The command line prints its message without a traceback. The message always ends with the fix.
+    """
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        super().__init__(f"{problem.rstrip('.')}. Fix: {fix.rstrip('.')}.")
+        self.problem = problem
+        self.fix = fix
+
+
+class SettingError(SpinError):
+    """A setting has a value that cannot work."""
+
+    def __init__(self, field: str, value: object, problem: str, *, fix: str) -> None:
+        super().__init__(f"{field}={value!r}: {problem}", fix=fix)
+        self.field = field
+        self.value = value
+
+
+class DataError(SpinError):
+    """The data set cannot be used: the file, a column or a row is not what was promised."""
+
+
+class RunFolderError(SpinError):
+    """A run folder is missing something, was edited, or belongs to another configuration."""
