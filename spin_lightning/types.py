@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 
@@ -55,3 +55,140 @@ class Example:
     prompt_ids: tuple[int, ...]
     real_ids: tuple[int, ...]
     real_finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One synthetic row, as it lies in parquet.
+
+    Attributes:
+        example_id: The example it was made from.
+        sample: Which of the example's samples it is, from 0.
+        prompt_ids: Ids of the prompt.
+        real_ids: Ids of the real response.
+        generated_ids: Ids of the generated response; empty where a method uses none.
+        opponent: Iterate i with y' ~ p_i; None where there is no generated response.
+        finished: Whether `generated_ids` ends with a stop id.
+        real_finished: Whether `real_ids` does.
+        members: Iterates whose log-probs follow, ascending.
+        member_real_logps: log p_i(y|x) of each member, nats, by teacher forcing at temperature 1.
+        member_generated_logps: log p_i(y'|x), likewise.
+        token_alpha: Base weight of a token-level mixture; None without one.
+        token_members: Members of the token-level mixture.
+        token_real_logps: log g_i(y|x) of each of them.
+        token_generated_logps: log g_i(y'|x), likewise.
+        seed: The row's 64-bit key.
+    """
+
+    example_id: int
+    sample: int
+    prompt_ids: tuple[int, ...]
+    real_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...]
+    opponent: int | None
+    finished: bool
+    real_finished: bool
+    members: tuple[int, ...]
+    member_real_logps: tuple[float, ...]
+    member_generated_logps: tuple[float, ...]
+    token_alpha: float | None
+    token_members: tuple[int, ...]
+    token_real_logps: tuple[float, ...]
+    token_generated_logps: tuple[float, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Left-padded sequences [prompt, response]: every response ends in the last column.
+
+    Attributes:
+        input_ids: int64, shape [n, length].
+        attention_mask: 1 where a column holds a token, int64, shape [n, length].
+        response_lengths: Number of response tokens of each sequence, int64, shape [n].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_lengths: Tensor
+
+    def to(self, device: torch.device | str) -> SequenceBatch:
+        """Return a copy on `device`."""
+        return SequenceBatch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            response_lengths=self.response_lengths.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What one training or validation step needs.
+
+    Attributes:
+        real: The real responses after their prompts, n sequences.
+        generated: The generated ones, in the same order; None where a method uses none.
+        reference_real: log R(y|x), nats, float64, shape [n].
+        reference_generated: log R(y'|x), likewise; None with `generated`.
+    """
+
+    real: SequenceBatch
+    generated: SequenceBatch | None
+    reference_real: Tensor
+    reference_generated: Tensor | None
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """Return a copy on `device`."""
+        generated, reference = self.generated, self.reference_generated
+        return PairBatch(
+            real=self.real.to(device),
+            generated=None if generated is None else generated.to(device),
+            reference_real=self.reference_real.to(device),
+            reference_generated=None if reference is None else reference.to(device),
+        )
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.reference_real)
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Summed response log-probs of a batch of pairs, nats, each of shape [n].
+
+    Attributes:
+        policy_real: log p_theta(y|x), with gradient.
+        policy_generated: log p_theta(y'|x), with gradient.
+        reference_real: log R(y|x).
+        reference_generated: log R(y'|x).
+        real_lengths: Number of response tokens of y.
+        generated_lengths: Number of response tokens of y'.
+    """
+
+    policy_real: Tensor
+    policy_generated: Tensor | None
+    reference_real: Tensor
+    reference_generated: Tensor | None
+    real_lengths: Tensor
+    generated_lengths: Tensor | None
+
+    @property
+    def real_log_ratio(self) -> Tensor:
+        """log p_theta(y|x) - R(y|x), shape [n]."""
+        return self.policy_real - self.reference_real
+
+    @property
+    def generated_log_ratio(self) -> Tensor:
+        """log p_theta(y'|x) - R(y'|x), shape [n].
+
+        Raises:
+            TypeError: The rows hold no generated responses.
+        """
+        if self.policy_generated is None or self.reference_generated is None:
+            raise TypeError("these rows hold no generated responses")
+        return self.policy_generated - self.reference_generated
+
+    @property
+    def margin(self) -> Tensor:
+        """real_log_ratio - generated_log_ratio, before beta, shape [n]."""
+        return self.real_log_ratio - self.generated_log_ratio

@@ -1,0 +1,75 @@
+# Everything a fresh clone needs: Python 3.11 or newer and make. `make` lists the targets.
+
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/python -m pytest
+
+# What is done is remembered by a stamp, so that a second call goes straight to the work.
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow check lint types fmt notebooks bench
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(CREATED):
+	@set -e; \
+	for python in $(PYTHON) python3.11 python3; do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "Creating $(VENV) with $$($$python --version)"; \
+			"$$python" -m venv $(VENV); \
+			touch $@; \
+			exit 0; \
+		fi; \
+	done; \
+	echo "No Python 3.11 or newer found as python3.11 or python3." >&2; \
+	echo "Install one, or name it: make PYTHON=/path/to/python3.11 quickstart" >&2; \
+	exit 1
+
+$(INSTALLED): pyproject.toml constraints.txt | $(CREATED)
+	@echo "Installing spin-lightning into $(VENV) (some minutes the first time)"
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml constraints.txt | $(CREATED)
+	@echo "Installing spin-lightning and its test tools into $(VENV) (some minutes the first time)"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(INSTALLED) $@
+
+quickstart: $(INSTALLED) ## Play SPIN, and a supervised control, on the embedded data; draw both.
+	$(BIN)/spin-lightning fit --config configs/quickstart.yaml
+	$(BIN)/spin-lightning fit --config configs/quickstart_sft.yaml
+	$(BIN)/spin-lightning report runs/quickstart runs/quickstart_sft
+
+test: $(INSTALLED_DEV) ## Run the tests, but for the slow ones and those that need a GPU.
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+
+test-slow: $(INSTALLED_DEV) ## Run the slow tests.
+	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
+
+check: lint types test ## All that a change must pass: lint, types and test.
+
+lint: $(INSTALLED_DEV) ## Check style, format and who may import whom.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+
+types: $(INSTALLED_DEV) ## Check the types.
+	$(BIN)/mypy
+
+fmt: $(INSTALLED_DEV) ## Format the code and apply the safe fixes.
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+notebooks: $(INSTALLED_DEV) ## Execute the notebooks.
+	@test -d tests/notebooks || { echo "There are no notebooks yet." >&2; exit 1; }
+	$(PYTEST) -m "not gpu" tests/notebooks
+
+bench: $(if $(wildcard benchmarks),$(INSTALLED_DEV)) ## Run the benchmarks.
+	@test -d benchmarks || { echo "There are no benchmarks yet." >&2; exit 1; }
+	$(BIN)/python -m benchmarks

@@ -1,0 +1,1 @@
+"""Callbacks: the self-play loop and what is shown of it."""

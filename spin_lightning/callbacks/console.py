@@ -1,0 +1,130 @@
+"""What the user sees in the terminal: progress, the table of iterates, sample pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+console = Console(soft_wrap=True, highlight=False)
+
+# Name, width, and how a record shows it. "exact/kl" is there only where it is known.
+_COLUMNS: tuple[tuple[str, int, str], ...] = (
+    ("iterate", 7, "d"),
+    ("opponent", 10, "s"),
+    ("rows", 7, "d"),
+    ("gen/real len", 13, "s"),
+    ("loss", 7, ".4f"),
+    ("margin", 7, ".3f"),
+    ("acc", 5, ".2f"),
+    ("val NLL", 8, ".4f"),
+    ("exact KL", 8, ".4f"),
+    ("gen s", 6, ".1f"),
+    ("score s", 7, ".1f"),
+    ("train s", 7, ".1f"),
+)
+
+
+def table_header() -> str:
+    """The head of the table of iterates."""
+    return "  ".join(f"{name:>{width}}" for name, width, _ in _COLUMNS)
+
+
+def table_line(record: Mapping[str, Any]) -> str:
+    """One iterate's line of the table, from what its folder knows of it."""
+    training, metrics = record.get("training") or {}, record.get("metrics") or {}
+    seconds = training.get("seconds", {})
+    lengths = None
+    if "val/generated_tokens" in metrics:
+        generated, real = metrics["val/generated_tokens"], metrics["val/real_tokens"]
+        lengths = f"{generated:.1f}/{real:.1f}"
+    values = (
+        record["index"],
+        training.get("opponent"),
+        training.get("rows"),
+        lengths,
+        training.get("loss"),
+        training.get("margin"),
+        training.get("accuracy"),
+        metrics.get("val/real_nll_per_token"),
+        metrics.get("exact/kl"),
+        seconds.get("generating"),
+        seconds.get("scoring"),
+        seconds.get("training"),
+    )
+    cells = (
+        f"{'-' if value is None else format(value, form):>{width}}"
+        for value, (_, width, form) in zip(values, _COLUMNS, strict=True)
+    )
+    return "  ".join(cells)
+
+
+def show_table(rows: Sequence[Sequence[str]]) -> None:
+    """Show rows of text as a table; the first row is its head."""
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_samples(pairs: Sequence[tuple[str, str, str]]) -> None:
+    """Show (prompt, real, generated) texts."""
+    for prompt, real, generated in pairs:
+        for label, text in (("prompt", prompt), ("real", real), ("generated", generated)):
+            console.print(Text(f"  {label:>9}  {_shorten(text)}", style="dim"))
+        console.print()
+
+
+class RowProgress:
+    """Two bars, generation and scoring, with rate and time left. A `synthesis.Reporter`."""
+
+    def __init__(self, title: str, rows: int, *, visible: bool = True) -> None:
+        """Prepare bars for `rows` rows."""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} rows"),
+            _Rate(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not visible,
+        )
+        self._tasks = {
+            stage: self._progress.add_task(f"{title}: {stage}", total=rows)
+            for stage in ("generating", "scoring")
+        }
+
+    def advance(self, stage: str, rows: int, seconds: float) -> None:
+        """`rows` more rows went through `stage`."""
+        self._progress.advance(self._tasks[stage], rows)
+
+    def __enter__(self) -> Self:
+        """Show the bars."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the bars as they are."""
+        self._progress.stop()
+
+
+class _Rate(ProgressColumn):
+    """Rows per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or task.finished_speed or 0:.1f} rows/s")
+
+
+def _shorten(text: str, width: int = 160) -> str:
+    line = " ⏎ ".join(text.strip().splitlines())
+    return line if len(line) <= width else f"{line[: width - 1]}…"

@@ -1,0 +1,103 @@
+"""What self-play needs of the Trainer and of the run folder, checked before anything expensive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.fingerprint import differences
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.run_folder import RunFolder
+
+# What Lightning fills in when nobody says how long to train.
+_LIGHTNINGS_DEFAULT_EPOCHS = 1000
+
+
+def check_trainer(trainer: L.Trainer, module: SelfPlayModule) -> None:
+    """Refuse trainer settings under which iterates cannot be played.
+
+    Raises:
+        SettingError: No number of epochs, one that is no whole number of iterates, or a setting
+            that cuts epochs short or repeats batches.
+    """
+    epochs, per_iterate = trainer.max_epochs, module.epochs_per_iterate
+    if epochs in (None, -1, _LIGHTNINGS_DEFAULT_EPOCHS):
+        raise SettingError(
+            "trainer.max_epochs",
+            epochs,
+            "self-play has to know how many iterates to play (1000 is what Lightning fills in "
+            "when nothing is said)",
+            fix="set max_epochs to iterates x epochs_per_iterate, such as 4",
+        )
+    if epochs % per_iterate:
+        raise SettingError(
+            "trainer.max_epochs",
+            epochs,
+            f"it is no multiple of epochs_per_iterate ({per_iterate})",
+            fix=f"set it to {epochs - epochs % per_iterate + per_iterate}",
+        )
+    settings: Any = trainer
+    unwanted = {
+        "max_steps": (trainer.max_steps, -1, "an iterate could end unfinished"),
+        "overfit_batches": (settings.overfit_batches, 0.0, "every epoch would see the same rows"),
+        "fast_dev_run": (settings.fast_dev_run, False, "iterates would end after one batch"),
+    }
+    for name, (value, wanted, problem) in unwanted.items():
+        if value != wanted:
+            raise SettingError(
+                f"trainer.{name}",
+                value,
+                problem,
+                fix=f"leave it out, and use data.max_examples or dry_run for a quick look "
+                f"(needed: {wanted})",
+            )
+
+
+def check_lineage(
+    run: RunFolder, checkpoint: object, fields_at: Callable[[int], dict[str, Any]]
+) -> None:
+    """Refuse to go on in a run folder that another configuration made, or to start over in it.
+
+    Args:
+        run: The run folder.
+        checkpoint: The checkpoint that training resumes from, None when it starts from scratch.
+        fields_at: What must be the same, for iterates up to t.
+
+    Raises:
+        RunFolderError: The folder's iterates do not belong to this configuration, or it has trained
+            iterates that a start from scratch would overwrite.
+    """
+    known = run.known_iterates()
+    if not known:
+        return
+    newest = run.read_iterate(known[-1])["fingerprint_fields"]
+    changed = differences(newest, fields_at(known[-1]))
+    if changed:
+        raise RunFolderError(
+            f"{run.root} belongs to another configuration:\n  " + "\n  ".join(changed),
+            fix="set these back, or name a new folder with --trainer.default_root_dir",
+        )
+    if checkpoint is None and known[-1] > 0:
+        raise RunFolderError(
+            f"{run.root} already holds iterates 0 to {known[-1]}, and this start is from scratch",
+            fix="resume (the command line's resume: auto, or Trainer.fit(ckpt_path="
+            f"{str(run.last_checkpoint)!r})), or name a new folder",
+        )
+
+
+def run_root(trainer: L.Trainer, module: SelfPlayModule) -> Path:
+    """Where the run lies: the trainer's root folder, or a new `runs/<Variant>-<n>` without one."""
+    root = Path(trainer.default_root_dir)
+    return new_run(type(module).__name__) if root.resolve() == Path.cwd() else root
+
+
+def new_run(variant: str) -> Path:
+    """The first `runs/<variant>-<n>` that does not exist."""
+    number = 0
+    while (folder := Path("runs") / f"{variant}-{number}").exists():
+        number += 1
+    return folder

@@ -1,0 +1,162 @@
+"""Making an iterate's rows inside a Trainer: what to make, shown as it comes, said what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from spin_lightning.callbacks.console import RowProgress, console
+from spin_lightning.data.datamodule import SelfPlayDataModule
+from spin_lightning.data.rows import read_manifest
+from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.mixtures import Mixture, latest
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.policies import pretrained
+from spin_lightning.run_folder import RunFolder
+from spin_lightning.synthesis import RowPlan, Synthesis, Timing, finish
+from spin_lightning.types import Example
+
+
+class DryRunFinished(Exception):
+    """The costs were shown; nothing was trained."""
+
+
+@dataclass
+class RowMaker:
+    """Makes the rows of the module's iterate into the run folder.
+
+    Attributes:
+        trainer: Whose ranks share the work.
+        module: Whose policy plays.
+        data: Whose examples are answered.
+        run: Where rows go.
+        fields: What the manifest says besides the rows' own numbers.
+        iterates: Number of iterates of the run.
+        dry_run: Stop after the first work unit of training rows.
+        timing: What was made here and how long it took.
+    """
+
+    trainer: L.Trainer
+    module: SelfPlayModule
+    data: SelfPlayDataModule
+    run: RunFolder
+    fields: dict[str, Any]
+    iterates: int
+    dry_run: bool = False
+    timing: Timing = field(default_factory=Timing)
+
+    def make_val(self) -> None:
+        """Answer the held-out examples with the newest iterate, and score for every comparison."""
+        t = self.module.iterate
+        members = {t, max(t - 1, 0), 0, *self.module.reference(t).members}
+        plan = self._plan(latest(t), members, samples=1)
+        self._make(plan, self.data.val, self.run.val_rows(t), "held-out rows", False)
+
+    def make_train(self) -> None:
+        """Make the rows that train the next iterate.
+
+        Raises:
+            DryRunFinished: After the first work unit, when that is all that was asked for.
+        """
+        t = self.module.iterate
+        opponent = self.module.opponent(t)
+        members = set() if opponent is None else set(self.module.reference(t).members)
+        plan = self._plan(opponent, members, samples=self.data.samples_per_prompt)
+        self._make(plan, self.data.iterate_examples(t), self.run.rows(t), "rows", True)
+
+    def cost(self) -> str:
+        """Rows and tokens of an iterate, before anything is made."""
+        examples = self.data.iterate_examples(self.module.iterate)
+        samples, cap = self.data.samples_per_prompt, self.data.max_response_tokens
+        prompt = sum(len(example.prompt_ids) for example in examples) * samples
+        real = sum(len(example.real_ids) for example in examples) * samples
+        rows = len(examples) * samples
+        return (
+            f"Each of {self.iterates} iterates: {rows:,} rows, {prompt:,} prompt tokens, "
+            f"{real:,} real tokens, at most {rows * cap:,} generated tokens; "
+            f"{len(self.data.val):,} held-out rows."
+        )
+
+    def _plan(self, opponent: Mixture | None, members: set[int], samples: int) -> RowPlan:
+        return RowPlan(
+            iterate=self.module.iterate,
+            opponent=opponent,
+            members=tuple(sorted(members)),
+            seed=self.data.seed,
+            samples=samples,
+            unit_size=self.module.generation.unit_size,
+            cap=self.data.max_response_tokens,
+            context=self.module.context_length,
+        )
+
+    def _make(
+        self, plan: RowPlan, examples: list[Example], folder: Path, what: str, estimate: bool
+    ) -> None:
+        if read_manifest(folder) is not None:
+            return
+        trainer, rows = self.trainer, len(examples) * plan.samples
+        estimated = not estimate
+        title = f"iterate {plan.iterate} {what}"
+        with RowProgress(title, rows, visible=trainer.is_global_zero) as progress:
+            parts = self._synthesis().make(
+                plan,
+                examples,
+                folder,
+                _Both(progress, self.timing),
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+            for _ in parts:
+                if not estimated and self.timing.rows:
+                    estimated = True
+                    self._announce(plan, rows)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            finish(plan, examples, folder, self.fields)
+        trainer.strategy.barrier()
+
+    def _synthesis(self) -> Synthesis:
+        module, text_format = self.module, self.data.format
+        assert text_format is not None
+        config = pretrained.load_config(module.base)
+        generator = LocalGenerator(
+            config, text_format.stop_ids, text_format.pad_id, module.generation
+        )
+        vocabulary = config.get_text_config().vocab_size
+        return Synthesis(module.policy, generator, text_format.pad_id, vocabulary)
+
+    def _announce(self, plan: RowPlan, rows: int) -> None:
+        """Say how long the run will take, from its first work unit; a dry run ends here."""
+        share = rows / self.timing.rows / self.trainer.world_size
+        making = share * (self.timing.generating + self.timing.scoring)
+        # A step is a forward and a backward pass over what one member's scoring runs forward.
+        passes = 3 * self.module.epochs_per_iterate / max(1, len(plan.members))
+        training = share * self.timing.scoring * passes
+        left = self.iterates - plan.iterate
+        if self.trainer.is_global_zero:
+            console.print(
+                f"Estimated per iterate: {_minutes(making)} to generate and score, about "
+                f"{_minutes(training)} to train; {_minutes(left * (making + training))} for the "
+                f"{left} iterates that are left."
+            )
+        if self.dry_run:
+            raise DryRunFinished
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Passes progress on to the bars and to the clock."""
+
+    progress: RowProgress
+    timing: Timing
+
+    def advance(self, stage: str, rows: int, seconds: float) -> None:
+        self.progress.advance(stage, rows, seconds)
+        self.timing.advance(stage, rows, seconds)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

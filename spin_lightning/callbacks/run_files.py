@@ -1,0 +1,81 @@
+"""Files of a run that Lightning's own writers would delete or refuse on a resume."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class _AppendingWriter(ExperimentWriter):
+    """Writes below what an earlier start of the run has logged."""
+
+    def _check_log_dir_exists(self) -> None:
+        """Take the columns of an existing file over, where Lightning would delete it."""
+        if os.path.isfile(self.metrics_file_path):
+            with open(self.metrics_file_path, newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+
+class RunCSVLogger(CSVLogger):
+    """`metrics.csv` in the run folder: appended on a resume, never truncated.
+
+    Args:
+        root: The run folder.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """Log into `root` itself, every line at once."""
+        super().__init__(root, name="", version="", flush_logs_every_n_steps=1)
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return self.save_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer, made when first asked for."""
+        if not isinstance(self._experiment, _AppendingWriter):
+            self._experiment = _AppendingWriter(self.log_dir)
+        return self._experiment
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: `config.yaml` holds the settings."""
+
+
+class ConfigFile(Callback):
+    """Writes the resolved configuration into the run folder, once.
+
+    A later start with another configuration leaves `config.resumed-<n>.yaml` beside it.
+
+    Args:
+        root: The run folder.
+        text: The configuration as YAML.
+    """
+
+    def __init__(self, root: Path, text: str) -> None:
+        """Keep what to write; it is written when training starts."""
+        self._root = root
+        self._text = text
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file, now that every check has passed."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        names = ["config.yaml", *(f"config.resumed-{n}.yaml" for n in range(1, 10_000))]
+        for path in (self._root / name for name in names):
+            if not path.exists():
+                path.write_text(self._text)
+                return
+            if path.read_text() == self._text:
+                return

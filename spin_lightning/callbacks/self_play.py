@@ -1,0 +1,288 @@
+"""The self-play loop: snapshot, draw, generate, score, hand the rows over, iterate by iterate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from spin_lightning import keyed
+from spin_lightning.callbacks.console import console, show_samples, table_header, table_line
+from spin_lightning.callbacks.evaluate import IterateEvaluator
+from spin_lightning.callbacks.measure import measure_iterate
+from spin_lightning.callbacks.requirements import check_lineage, check_trainer, run_root
+from spin_lightning.callbacks.row_making import RowMaker
+from spin_lightning.callbacks.samples import sample_pairs
+from spin_lightning.data.datamodule import SelfPlayDataModule
+from spin_lightning.data.rows import read_rows
+from spin_lightning.errors import SettingError
+from spin_lightning.evaluation.report import draw_iterates
+from spin_lightning.fingerprint import fingerprint
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json
+from spin_lightning.synthesis import Timing
+
+
+class SelfPlay(Callback):
+    """Plays self-play: makes each iterate's rows before it is trained, and keeps each iterate.
+
+    An iterate t is played like this. Before its first epoch, examples are answered by the opponent
+    and scored under the members of the reference, in work units that survive a crash. The loaders
+    serve these rows for `epochs_per_iterate` epochs. At the end of the last one the policy is kept
+    as iterate t + 1, optimiser and schedule start afresh, `checkpoints/last.ckpt` is written, and
+    the next rows are made.
+
+    Needs a `SelfPlayModule` and a `SelfPlayDataModule`. The number of iterates is
+    `Trainer(max_epochs) / epochs_per_iterate`.
+
+    Args:
+        dry_run: Stop after the first work unit, when the time that the run will take is known.
+        pairs_shown: Sample pairs printed with each iterate.
+    """
+
+    def __init__(self, dry_run: bool = False, pairs_shown: int = 3) -> None:
+        """Keep the settings."""
+        self.dry_run = dry_run
+        self.pairs_shown = pairs_shown
+        self.run: RunFolder | None = None
+        self._iterates = 0
+        self._iterate_step = 0
+        self._training_since = 0.0
+        self._maker: RowMaker | None = None
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Name the run folder, and check all that can be checked before weights are read."""
+        module, data = _parts(trainer, pl_module)
+        if self.run is None:
+            self.run = RunFolder(trainer.strategy.broadcast(run_root(trainer, module)))
+        data.run_folder = self.run
+        if stage != "fit":
+            return
+        check_trainer(trainer, module)
+        assert trainer.max_epochs is not None
+        trainer.reload_dataloaders_every_n_epochs = 1
+        self._iterates = trainer.max_epochs // module.epochs_per_iterate
+        module.check_iterates(self._iterates)
+        check_lineage(self.run, trainer.ckpt_path, lambda t: _fields(trainer, module, data, t))
+        if not module.generation.is_exact:
+            rank_zero_info(
+                f"NOTE: {module.generation} does not sample from the iterates themselves, whose "
+                "log-probs at temperature 1 the loss uses. What is played is not the self-play of "
+                "the papers."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep iterate 0, and make whatever rows the iterate at hand lacks."""
+        module, data = _parts(trainer, pl_module)
+        run = self._run
+        if trainer.is_global_zero:
+            console.print(f"Run folder: {run.root}")
+            if 0 not in run.known_iterates():
+                module.tokenizer.save_pretrained(run.tokenizer)
+                self._keep(trainer, module, data, 0, training=None)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            if module.iterate < self._iterates:
+                console.print(self._row_maker(trainer, module, data).cost())
+            console.print(table_header(), style="bold")
+            for t in range(module.iterate):
+                console.print(table_line(run.read_iterate(t)))
+        self._prepare(trainer, module, data)
+        if module.iterate >= self._iterates:
+            trainer.limit_train_batches = 0  # the run is finished, and has no rows to train on
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate iterate 0; after a resume, go on from where the checkpoint was taken."""
+        module, data = _parts(trainer, pl_module)
+        if trainer.current_epoch // module.epochs_per_iterate > module.iterate:
+            # Saved after the last batch of an iterate: Lightning counts its epoch as finished and
+            # calls neither its end nor the next one's start.
+            self._finish_iterate(trainer, module, data)
+        elif trainer.global_step == self._iterate_step > 0:
+            # The checkpoint of an untouched optimiser holds the settings of the run it ended.
+            trainer.strategy.setup_optimizers(trainer)
+        if trainer.global_step == 0 and data.val:
+            _validate_now(trainer)
+        self._training_since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """At the last epoch of an iterate, keep it and make the next one's rows."""
+        module, data = _parts(trainer, pl_module)
+        if (trainer.current_epoch + 1) % module.epochs_per_iterate == 0:
+            self._finish_iterate(trainer, module, data)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the curves over the iterates."""
+        if trainer.is_global_zero:
+            picture = draw_iterates([self._run], self._run.report / "iterates.png")
+            console.print(f"Picture: {picture}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs besides the module's own state."""
+        return {"iterate_step": self._iterate_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of the run that is resumed."""
+        self._iterate_step = state_dict["iterate_step"]
+
+    # ------------------------------------------------------------------ the loop
+
+    def _finish_iterate(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> None:
+        """Keep the policy as the next iterate and go on to it. Doing it twice is harmless."""
+        training = self._training_record(trainer, module, data)
+        self._iterate_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._keep(trainer, module, data, module.iterate + 1, training)
+        trainer.strategy.barrier()
+        module.iterate += 1
+        trainer.strategy.setup_optimizers(trainer)
+        trainer.save_checkpoint(self._run.last_checkpoint)
+        self._prepare(trainer, module, data)
+
+    def _keep(
+        self,
+        trainer: L.Trainer,
+        module: SelfPlayModule,
+        data: SelfPlayDataModule,
+        t: int,
+        training: dict[str, Any] | None,
+    ) -> None:
+        """Write the policy's adapter as iterate t; the bare base has none."""
+        run = self._run
+        staged = run.staged_iterate(t)
+        bare = t == 0 and module.initial_adapter is None
+        files = {} if bare else module.policy.snapshot(staged)
+        if t in run.known_iterates() and run.read_iterate(t)["files"] != files:
+            run.discard_after(t)
+        fields = _fields(trainer, module, data, t)
+        record = {
+            "index": t,
+            "parent": t - 1 if t else None,
+            "files": files,
+            "base": asdict(module.base),
+            "fingerprint": fingerprint(fields),
+            "fingerprint_fields": fields,
+            "step": self._iterate_step,
+            "training": training,
+        }
+        write_json(staged / ITERATE_FILE, record)
+        replace_synced(staged, run.iterate(t))
+
+    def _prepare(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> None:
+        """Make the rows that the iterate at hand lacks, and measure it if that was not done."""
+        t = module.iterate
+        module.policy.use_bank(self._run.bank())
+        self._maker = maker = self._row_maker(trainer, module, data)
+        if data.val and not self.dry_run:
+            maker.make_val()
+            self._measure(trainer, module, data)
+        if t < self._iterates:
+            maker.timing = Timing()
+            maker.make_train()
+        module.policy.evict()
+        self._training_since = time.perf_counter()
+
+    def _measure(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> None:
+        """Measure the iterate at hand once: log it, keep it with the iterate, show it."""
+        if not trainer.is_global_zero:
+            return
+        t, run = module.iterate, self._run
+        table, record = read_rows(run.val_rows(t)), run.read_iterate(t)
+        if "metrics" not in record:
+            metrics = measure_iterate(table, t)
+            for callback in trainer.callbacks:
+                if isinstance(callback, IterateEvaluator):
+                    metrics |= callback.evaluate_iterate(module, t)
+            record["metrics"] = metrics
+            run.write_iterate(t, record)
+            for logger in trainer.loggers:
+                logger.log_metrics({**metrics, "iterate": t}, step=record["step"])
+        console.print(table_line(record))
+        show_samples(sample_pairs(table, module.tokenizer, self.pairs_shown))
+
+    def _training_record(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> dict[str, Any]:
+        """How the iterate that just ended was trained; None where Lightning has no figure."""
+        opponent = module.opponent(module.iterate)
+        timing = Timing() if self._maker is None else self._maker.timing
+
+        def metric(name: str) -> float | None:
+            value = trainer.callback_metrics.get(name)
+            return None if value is None else float(value)
+
+        return {
+            "opponent": None if opponent is None else str(opponent),
+            "reference": str(module.reference(module.iterate)),
+            "rows": data.rows_per_iterate,
+            "loss": metric("train/loss_epoch"),
+            "margin": metric("val/rewards/margins"),
+            "accuracy": metric("val/rewards/accuracies"),
+            "seconds": {
+                "generating": timing.generating,
+                "scoring": timing.scoring,
+                "training": time.perf_counter() - self._training_since,
+            },
+        }
+
+    def _row_maker(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> RowMaker:
+        fields = _fields(trainer, module, data, module.iterate)
+        manifest = {"fingerprint": fingerprint(fields), "fingerprint_fields": fields}
+        return RowMaker(trainer, module, data, self._run, manifest, self._iterates, self.dry_run)
+
+    @property
+    def _run(self) -> RunFolder:
+        assert self.run is not None, "setup() names the run folder"
+        return self.run
+
+
+def _parts(
+    trainer: L.Trainer, module: L.LightningModule
+) -> tuple[SelfPlayModule, SelfPlayDataModule]:
+    """The module and the data module, of the classes that self-play needs."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(module, SelfPlayModule) or not isinstance(data, SelfPlayDataModule):
+        raise SettingError(
+            "callbacks",
+            "SelfPlay",
+            f"it got a {type(module).__name__} and a {type(data).__name__}",
+            fix="train a SelfPlayModule with a SelfPlayDataModule: Trainer.fit(module, datamodule)",
+        )
+    return module, data
+
+
+def _fields(
+    trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule, t: int
+) -> dict[str, Any]:
+    """All that must stay the same for iterates up to t to be those of the same run."""
+    batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    return {
+        **module.fingerprint_fields(t),
+        **data.fingerprint_fields(),
+        "seed": keyed.global_seed(),
+        "batch_size": batch,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "limit_train_batches": trainer.limit_train_batches,
+    }
+
+
+def _validate_now(trainer: L.Trainer) -> None:
+    """Run the validation loop once, as Lightning does it in the middle of training."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    loop.run()
+    trainer.training = True

@@ -1,0 +1,230 @@
+"""The command line: Lightning's `fit` and `validate`, and commands of our own beside them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from spin_lightning.callbacks.console import console, show_table
+from spin_lightning.callbacks.requirements import new_run
+from spin_lightning.callbacks.row_making import DryRunFinished
+from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
+from spin_lightning.callbacks.self_play import SelfPlay
+from spin_lightning.data.datamodule import SelfPlayDataModule
+from spin_lightning.errors import RunFolderError, SpinError
+from spin_lightning.evaluation.report import comparison_table, draw_iterates
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.policies.saved import export_iterate
+from spin_lightning.run_folder import RunFolder
+from spin_lightning.testbed import ensure, train_base
+
+# `--model.model testbed --data.data testbed` stand for the embedded language and its base model.
+_EMBEDDED = "testbed"
+
+
+class SpinCLI(LightningCLI):
+    """LightningCLI for self-play: a run folder, the loggers in it, and `resume: auto`."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        """Parse `args` and run the subcommand they name."""
+        super().__init__(
+            SelfPlayModule,
+            SelfPlayDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # Lightning's own refuses an existing config.yaml, which a resume always meets.
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # The row loaders split their batches over the ranks themselves.
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={"prog": "spin-lightning", "epilog": _other_commands()},
+            args=list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`, less what the command line fills in itself."""
+        filled = {"model", "datamodule", "weights_only"}
+        return {
+            "fit": filled | {"train_dataloaders", "val_dataloaders"},
+            "validate": filled | {"dataloaders"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings that belong to a run as a whole."""
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", "never"],
+            default="auto",
+            help="auto: go on with the run that is in the run folder; never: refuse to.",
+        )
+        parser.add_argument(
+            "--dry_run",
+            type=bool,
+            default=False,
+            help="Make one work unit, print rows, tokens and estimated time, and stop.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """The config given always counts; Lightning would put the checkpoint's values back."""
+
+    def before_instantiate_classes(self) -> None:
+        """Resolve the embedded testbed, the run folder, and the checkpoint to resume from."""
+        config = self.config[self.config.subcommand]
+        _resolve_testbed(config)
+        if config.trainer.default_root_dir is None:
+            variant = config.model.class_path.rsplit(".", 1)[-1]
+            config.trainer.default_root_dir = str(new_run(variant))
+        parser = self._parser(self.config.subcommand)
+        self._config_text = parser.dump(config, skip_none=False)
+        run = RunFolder(Path(config.trainer.default_root_dir))
+        config.ckpt_path = _checkpoint(run, config.ckpt_path, config.resume)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer with the run folder's loggers and checkpoint and the self-play loop."""
+        settings = self._get(self.config_init, "trainer")
+        root = Path(settings.default_root_dir)
+        callbacks = list(settings.callbacks or [])
+        callbacks.append(ConfigFile(root, self._config_text))
+        if not any(isinstance(callback, SelfPlay) for callback in callbacks):
+            callbacks.append(SelfPlay())
+        for callback in callbacks:
+            if isinstance(callback, SelfPlay):
+                callback.dry_run = self._get(self.config_init, "dry_run")
+        if settings.enable_checkpointing is not False:
+            callbacks.append(_last_checkpoint(root))
+        logger = settings.logger
+        if logger is None or logger is True:
+            logger = [RunCSVLogger(root), TensorBoardLogger(root, name="", version="tensorboard")]
+        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one message and exit code 2."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    # So that --model my_variants.MySPIN finds my_variants.py, as `python -m` would.
+    sys.path.insert(0, "")
+    try:
+        if arguments and arguments[0] in _COMMANDS:
+            _COMMANDS[arguments[0]](arguments[1:])
+        else:
+            SpinCLI(arguments)
+    except DryRunFinished:
+        console.print("Dry run: nothing was trained. What was made is kept and used by `fit`.")
+    except SpinError as error:
+        console.print(f"Error: {error}", style="red", markup=False)
+        sys.exit(2)
+
+
+def _export(args: list[str]) -> None:
+    """Write an iterate as a PEFT folder, or merged into a full model."""
+    parser = _parser("export", _export)
+    parser.add_argument("run", help="the run folder")
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument(
+        "--iterate", type=int, help="which iterate; the last one if nothing is said"
+    )
+    parser.add_argument(
+        "--merge", type=bool, default=False, help="write a full model, the adapter merged into it"
+    )
+    given = parser.parse_args(args)
+    known = RunFolder(Path(given.run)).known_iterates()
+    t = given.iterate if given.iterate is not None else max(known, default=0)
+    console.print(f"Iterate {t}: {export_iterate(given.run, t, given.out, given.merge)}")
+
+
+def _report(args: list[str]) -> None:
+    """Compare runs: a table of every metric over the iterates, and a picture."""
+    parser = _parser("report", _report)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--out", help="folder of the picture; the first run's report if not said")
+    given = parser.parse_args(args)
+    runs = [RunFolder(Path(folder)) for folder in given.runs]
+    show_table(comparison_table(runs))
+    folder = Path(given.out) if given.out else runs[0].report
+    name = "iterates.png" if len(runs) == 1 else "comparison.png"
+    console.print(f"Picture: {draw_iterates(runs, folder / name)}")
+
+
+def _testbed(args: list[str]) -> None:
+    """Make the embedded testbed, or a small model of your own data, and print where they lie."""
+    parser = _parser("testbed", _testbed)
+    parser.add_argument("--seed", type=int, default=0, help="which testbed language")
+    parser.add_argument("--data", help="train a tokenizer and a small Llama on this data instead")
+    parser.add_argument("--out", help="with --data: the model folder to write")
+    parser.add_argument("--minutes", type=float, default=3.0, help="with --data: how long to train")
+    given = parser.parse_args(args)
+    if given.data is None:
+        paths = ensure(given.seed)
+        console.print(f"model: {paths.model}\ndata:  {paths.data}")
+        return
+    if given.out is None:
+        parser.error("--data needs --out, the model folder to write")
+    console.print(f"model: {train_base(given.data, Path(given.out), minutes=given.minutes)}")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "export": _export,
+    "report": _report,
+    "testbed": _testbed,
+}
+
+
+def _parser(name: str, command: Callable[..., None]) -> ArgumentParser:
+    return ArgumentParser(prog=f"spin-lightning {name}", description=command.__doc__)
+
+
+def _other_commands() -> str:
+    lines = (f"{name}: {command.__doc__}" for name, command in _COMMANDS.items())
+    return "Other commands, each with its own --help. " + " ".join(lines)
+
+
+def _resolve_testbed(config: Namespace) -> None:
+    """Put the folders of the embedded testbed in place of its name."""
+    places = [(config.model.init_args, "model"), (config.data.init_args, "data")]
+    named = [(namespace, key) for namespace, key in places if namespace[key] == _EMBEDDED]
+    if named:
+        paths = ensure()
+        for namespace, key in named:
+            namespace[key] = str(getattr(paths, key))
+
+
+def _checkpoint(run: RunFolder, given: str | None, resume: str) -> str | None:
+    """The checkpoint to start from.
+
+    Raises:
+        RunFolderError: One was asked for that is not there, or a run is there that may not be
+            resumed.
+    """
+    last = run.last_checkpoint
+    if resume == "never" and run.known_iterates():
+        raise RunFolderError(
+            f"{run.root} already holds a run, and resume is never",
+            fix="set resume: auto, or name a new folder with --trainer.default_root_dir",
+        )
+    if given not in (None, "last"):
+        return given
+    if last.exists():
+        return str(last)
+    if given == "last":
+        raise RunFolderError(
+            f"ckpt_path is last, and there is no {last}",
+            fix="leave ckpt_path out to start from scratch, or name the checkpoint's file",
+        )
+    return None
+
+
+def _last_checkpoint(root: Path) -> ModelCheckpoint:
+    """Keeps `checkpoints/last.ckpt` fresh, the same file that `SelfPlay` writes."""
+    return ModelCheckpoint(
+        dirpath=root / "checkpoints", save_last=True, save_top_k=0, enable_version_counter=False
+    )

@@ -1,0 +1,1 @@
+"""Data: files in any accepted format in, batches of token ids out."""

@@ -1,0 +1,131 @@
+"""The rows of an iterate as a data set, in an order that depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from spin_lightning import keyed
+from spin_lightning.data.rows import RowTable
+from spin_lightning.mixtures import Mixture
+from spin_lightning.types import PairBatch
+
+
+class Pair(NamedTuple):
+    """One row as training sees it."""
+
+    prompt_ids: NDArray[np.int32]
+    real_ids: NDArray[np.int32]
+    generated_ids: NDArray[np.int32]
+    reference_real: float
+    reference_generated: float
+
+
+class PairDataset(Dataset[Pair]):
+    """Rows with the reference's log-probs, put together once from those of its members.
+
+    Args:
+        table: The rows.
+        reference: What log-ratios are taken against. Rows without generated responses need none:
+            theirs is nan.
+    """
+
+    def __init__(self, table: RowTable, reference: Mixture) -> None:
+        """Compute log R of every row."""
+        self._table = table
+        unknown = torch.full((len(table),), math.nan, dtype=torch.float64)
+        self._real: Tensor = reference.logps(table.real_logps) if table.members else unknown
+        self._generated: Tensor = (
+            reference.logps(table.generated_logps) if table.members else unknown
+        )
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Pair:
+        """Row `index`."""
+        return Pair(
+            self._table.prompt_ids[index],
+            self._table.real_ids[index],
+            self._table.generated_ids[index],
+            float(self._real[index]),
+            float(self._generated[index]),
+        )
+
+
+@dataclass
+class EpochBatches(Sampler[list[int]]):
+    """Batches of row indices of one epoch.
+
+    Global batches are cut first and then split over the ranks, so that two processes with batches
+    of b see what one process with batches of 2b sees.
+
+    Attributes:
+        rows: Number of rows.
+        batch_size: Rows of a batch on one rank.
+        seed: Seed of the run.
+        epoch: The epoch; each has its own order. None keeps the rows' order.
+        rank: Which rank this is.
+        world_size: Number of ranks.
+        start: Batches to leave out at the front, after a resume.
+    """
+
+    rows: int
+    batch_size: int
+    seed: int = 0
+    epoch: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
+
+    def __len__(self) -> int:
+        """Batches of the whole epoch, those left out included."""
+        return -(-self.rows // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this rank's share of each global batch."""
+        order = (
+            np.arange(self.rows)
+            if self.epoch is None
+            else keyed.epoch_order(self.seed, self.epoch, self.rows)
+        ).tolist()
+        size = self.batch_size * self.world_size
+        for first in range(self.start * size, self.rows, size):
+            batch = order[first : first + size]
+            # A rank that the last batch leaves empty-handed repeats a row: all ranks must step.
+            yield batch[self.rank :: self.world_size] or batch[-1:]
+
+
+class RowLoader(DataLoader[PairBatch]):
+    """A loader that knows its position, so that a checkpoint in mid-epoch resumes there."""
+
+    def __init__(self, dataset: PairDataset, batches: EpochBatches, **kwargs: Any) -> None:
+        """Load `dataset` in the order of `batches`."""
+        super().__init__(dataset, batch_sampler=batches, **kwargs)
+        self._batches = batches
+        self._position = 0
+
+    def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]  # a generator will do
+        """Yield batches from the position on."""
+        self._position = self._batches.start
+        for batch in super().__iter__():
+            self._position += 1
+            yield batch
+        self._batches.start = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The position; an epoch's end is the next one's start."""
+        return {"position": self._position % max(1, len(self._batches))}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next iteration at the saved position."""
+        self._batches.start = state["position"]

@@ -1,0 +1,179 @@
+"""The rows of an iterate on disk: parquet parts written as they come, the manifest last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spin_lightning.errors import RunFolderError
+from spin_lightning.run_folder import replace_synced, write_json
+from spin_lightning.types import Row
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_IDS = pa.list_(pa.int32())
+_LOGPS = pa.list_(pa.float64())
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.int64()),
+        ("sample", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("real_ids", _IDS),
+        ("generated_ids", _IDS),
+        ("opponent", pa.int32()),
+        ("finished", pa.bool_()),
+        ("real_finished", pa.bool_()),
+        ("members", _IDS),
+        ("member_real_logps", _LOGPS),
+        ("member_generated_logps", _LOGPS),
+        ("token_alpha", pa.float64()),
+        ("token_members", _IDS),
+        ("token_real_logps", _LOGPS),
+        ("token_generated_logps", _LOGPS),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A column of lists, held flat."""
+
+    values: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        """The list of row `index`."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Length of each row's list, shape [rows]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """The rows of one folder, by column, in the order they were made.
+
+    Attributes:
+        opponent: The iterate that wrote each response, -1 where none did.
+        members: Iterates whose log-probs are stored, the same for every row.
+        real_logps: log p_i(y|x) by member, float64, each of shape [rows].
+        generated_logps: log p_i(y'|x) by member, likewise.
+    """
+
+    example_id: NDArray[np.int64]
+    prompt_ids: Ragged
+    real_ids: Ragged
+    generated_ids: Ragged
+    opponent: NDArray[np.int32]
+    finished: NDArray[np.bool_]
+    real_finished: NDArray[np.bool_]
+    members: tuple[int, ...]
+    real_logps: Mapping[int, Tensor]
+    generated_logps: Mapping[int, Tensor]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.example_id)
+
+
+def part_path(folder: Path, unit: int) -> Path:
+    """Where the rows of a work unit lie."""
+    return folder / f"part-{unit:05d}.parquet"
+
+
+def write_part(folder: Path, unit: int, rows: Sequence[Row]) -> None:
+    """Write the rows of one work unit, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    path = part_path(folder, unit)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary)
+    replace_synced(temporary, path)
+
+
+def part_matches(folder: Path, unit: int, keys: Sequence[int]) -> bool:
+    """Whether a unit's part is there with just the rows of these keys."""
+    path = part_path(folder, unit)
+    if not path.exists():
+        return False
+    return pq.read_table(path, columns=["seed"])["seed"].to_pylist() == list(keys)
+
+
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Mark a folder of rows as finished."""
+    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **fields})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder of rows; None while the rows are not all there."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_rows(folder: Path) -> RowTable:
+    """Read all rows of a finished folder.
+
+    Raises:
+        RunFolderError: The folder has no manifest, so its rows are not all there.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RunFolderError(
+            f"the rows in {folder} are not finished: there is no {MANIFEST}",
+            fix="start the run again in the same folder; it makes the rows that are missing",
+        )
+    parts = [part_path(folder, unit) for unit in range(manifest["units"])]
+    table = pa.concat_tables([pq.read_table(p, schema=SCHEMA) for p in parts]).combine_chunks()
+    if len(table) != manifest["rows"]:
+        raise RunFolderError(
+            f"{folder} has {len(table)} rows, its manifest says {manifest['rows']}",
+            fix=f"delete {folder / MANIFEST} and start the run again",
+        )
+    members = tuple(manifest["members"])
+    return RowTable(
+        example_id=_flat(table, "example_id"),
+        prompt_ids=_ragged(table, "prompt_ids"),
+        real_ids=_ragged(table, "real_ids"),
+        generated_ids=_ragged(table, "generated_ids"),
+        opponent=table["opponent"].fill_null(-1).to_numpy(),
+        finished=_flat(table, "finished"),
+        real_finished=_flat(table, "real_finished"),
+        members=members,
+        real_logps=_by_member(table, "member_real_logps", members),
+        generated_logps=_by_member(table, "member_generated_logps", members),
+    )
+
+
+def _flat(table: pa.Table, name: str) -> NDArray[Any]:
+    values: NDArray[Any] = table[name].to_numpy()
+    return values
+
+
+def _ragged(table: pa.Table, name: str) -> Ragged:
+    column = table[name].combine_chunks()
+    return Ragged(column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64))
+
+
+def _by_member(table: pa.Table, name: str, members: tuple[int, ...]) -> dict[int, Tensor]:
+    values = _ragged(table, name).values.reshape(len(table), len(members))
+    return {
+        member: torch.from_numpy(np.ascontiguousarray(values[:, i]))
+        for i, member in enumerate(members)
+    }

@@ -1,0 +1,46 @@
+"""What makes two configurations the same run: canonical JSON and its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_READ_BYTES = 1 << 20
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no blanks) of plain values."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """One line `field: run has …, you gave …` for each field that differs, by field name."""
+    # A round trip through JSON makes tuples and lists, written and read back, compare equal.
+    run, given = json.loads(json.dumps(run)), json.loads(json.dumps(given))
+    return [
+        f"{name}: run has {run.get(name)!r}, you gave {given.get(name)!r}"
+        for name in sorted({*run, *given})
+        if run.get(name) != given.get(name)
+    ]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_hashes(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of each file of `folder` whose name ends with one of `suffixes`, by name."""
+    return {path.name: file_hash(path) for path in _files(folder, suffixes)}
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.name.endswith(suffixes))

@@ -1,0 +1,1 @@
+"""Generation: prompts and a policy in, sampled responses out."""

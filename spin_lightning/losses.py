@@ -1,0 +1,94 @@
+"""Losses of the margin, one pure function each.
+
+Every function takes the margin m of a batch of pairs, in nats and before beta,
+
+    m = [log p_theta(y|x) - R(y|x)] - [log p_theta(y'|x) - R(y'|x)],
+
+with y the real and y' the generated response and R the reference, and returns one loss per pair.
+Equations: SPIN (https://arxiv.org/abs/2401.01335, eq. 4.7), DPO (https://arxiv.org/abs/2305.18290),
+IPO (https://arxiv.org/abs/2310.12036, eq. 17).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LossName = Literal["logistic", "hinge", "exponential", "ipo"]
+MarginLoss = Callable[[Tensor, float], Tensor]
+
+
+def logistic(margin: Tensor, beta: float) -> Tensor:
+    """SPIN's and DPO's loss: -log sigmoid(beta * m).
+
+    Args:
+        margin: Log-ratio margin, nats, shape [batch].
+        beta: Temperature of the implicit reward, > 0.
+
+    Returns:
+        Loss per pair, shape [batch]; log 2 at m = 0.
+
+    Example:
+        >>> logistic(torch.zeros(1), beta=0.1)
+        tensor([0.6931])
+    """
+    return -functional.logsigmoid(beta * margin)
+
+
+def hinge(margin: Tensor, beta: float) -> Tensor:
+    """Hinge loss: max(0, 1 - beta * m), flat once a pair is won by 1 / beta nats.
+
+    Args:
+        margin: Log-ratio margin, nats, shape [batch].
+        beta: Temperature of the implicit reward, > 0.
+
+    Returns:
+        Loss per pair, shape [batch].
+    """
+    return functional.relu(1.0 - beta * margin)
+
+
+def exponential(margin: Tensor, beta: float) -> Tensor:
+    """Exponential loss: exp(-beta * m), the harshest on pairs that are lost.
+
+    Args:
+        margin: Log-ratio margin, nats, shape [batch].
+        beta: Temperature of the implicit reward, > 0.
+
+    Returns:
+        Loss per pair, shape [batch].
+    """
+    return torch.exp(-beta * margin)
+
+
+def ipo(margin: Tensor, beta: float) -> Tensor:
+    """IPO's squared loss: (m - 1 / (2 beta))^2, least at a margin of 1 / (2 beta).
+
+    Log-probs are sums over the response, as in the IPO paper; some libraries divide by the length.
+
+    Args:
+        margin: Log-ratio margin, nats, shape [batch].
+        beta: IPO's tau, > 0.
+
+    Returns:
+        Loss per pair, shape [batch].
+    """
+    return (margin - 1.0 / (2.0 * beta)) ** 2
+
+
+_LOSSES: dict[str, MarginLoss] = {
+    "logistic": logistic,
+    "hinge": hinge,
+    "exponential": exponential,
+    "ipo": ipo,
+}
+assert tuple(_LOSSES) == get_args(LossName)
+
+
+def by_name(name: LossName) -> MarginLoss:
+    """Return the loss function that a config calls `name`."""
+    return _LOSSES[name]

@@ -1,0 +1,128 @@
+"""What is logged about pairs: pure statistics of a batch, and their mean over many batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from spin_lightning.types import PairLogps
+
+
+class Weighted(NamedTuple):
+    """Values and the weight of each in the mean, both of shape [n]."""
+
+    values: Tensor
+    weights: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The weighted mean, shape []."""
+        return (self.values * self.weights).sum() / self.weights.sum()
+
+
+def pair_statistics(logps: PairLogps, beta: float) -> dict[str, Weighted]:
+    """Rewards, log-probs and the real response's negative log-likelihood of a batch of pairs.
+
+    The implicit reward is beta * (log p_theta - R). A pair counts as won when the real response's
+    reward is the larger; a tie counts half.
+
+    Args:
+        logps: Log-probs of n pairs.
+        beta: Temperature of the implicit reward.
+
+    Returns:
+        By metric name (without `train/` or `val/`), the values of the n pairs with their weights:
+        1 per pair, and the number of tokens for what is per token.
+    """
+    real_tokens = logps.real_lengths.double()
+    one = torch.ones_like(real_tokens)
+    real = logps.policy_real.detach()
+    statistics = {
+        "logps/real": Weighted(real, one),
+        "real_nll_per_token": Weighted(-real / real_tokens, real_tokens),
+    }
+    if logps.policy_generated is None:
+        return statistics
+    margin = logps.margin.detach()
+    return statistics | {
+        "logps/generated": Weighted(logps.policy_generated.detach(), one),
+        "rewards/real": Weighted(beta * logps.real_log_ratio.detach(), one),
+        "rewards/generated": Weighted(beta * logps.generated_log_ratio.detach(), one),
+        "rewards/margins": Weighted(beta * margin, one),
+        "rewards/accuracies": Weighted(margin.heaviside(margin.new_tensor(0.5)), one),
+    }
+
+
+class PairMetrics(Metric):
+    """Weighted means of `pair_statistics` and of the loss over a whole validation set."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        """Start empty; what is averaged is learned from the first update."""
+        super().__init__()
+        for name in _NAMES:
+            for part in ("sum", "weight"):
+                zero = torch.zeros((), dtype=torch.float64)
+                self.add_state(f"{name}:{part}", default=zero, dist_reduce_fx="sum")
+
+    def update(self, logps: PairLogps, beta: float, loss: Tensor) -> None:
+        """Add a batch of pairs and its mean loss."""
+        pairs = len(logps.policy_real)
+        whole = Weighted(loss.detach().double().expand(pairs), torch.ones_like(logps.policy_real))
+        for name, (values, weights) in {**pair_statistics(logps, beta), "loss": whole}.items():
+            total = getattr(self, f"{name}:sum") + (values * weights).sum()
+            setattr(self, f"{name}:sum", total)
+            setattr(self, f"{name}:weight", getattr(self, f"{name}:weight") + weights.sum())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Mean by metric name, of those that were ever updated."""
+        return {
+            name: getattr(self, f"{name}:sum") / getattr(self, f"{name}:weight")
+            for name in _NAMES
+            if getattr(self, f"{name}:weight") > 0
+        }
+
+
+_NAMES = (
+    "loss",
+    "logps/real",
+    "logps/generated",
+    "real_nll_per_token",
+    "rewards/real",
+    "rewards/generated",
+    "rewards/margins",
+    "rewards/accuracies",
+)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of independent values, shape [n], and its standard error (nan for n = 1)."""
+    error = values.double().std(correction=1) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(values.double().mean()), math.nan if error is None else float(error)
+
+
+def sampled_kl(
+    generated_logps: Mapping[int, Tensor], member: int, other: int, lengths: Tensor
+) -> dict[str, float]:
+    """Estimate KL(p_member || p_other) from responses that p_member wrote.
+
+    KL(p||q) = E_{y ~ p} [log p(y|x) - log q(y|x)], an average over the given responses.
+
+    Args:
+        generated_logps: log p_i(y'|x) by iterate, each of shape [n].
+        member: The iterate that wrote the responses.
+        other: The iterate to compare with.
+        lengths: Response lengths in tokens, shape [n].
+
+    Returns:
+        The estimate in nats per response, its standard error, and nats per token.
+    """
+    gap = generated_logps[member] - generated_logps[other]
+    mean, error = mean_and_error(gap)
+    return {"": mean, "_error": error, "_per_token": float(gap.sum() / lengths.sum())}

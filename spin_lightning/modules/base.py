@@ -1,0 +1,386 @@
+"""The self-play module: everything that the variants share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spin_lightning import losses
+from spin_lightning.errors import SettingError
+from spin_lightning.keyed import global_seed
+from spin_lightning.metrics import PairMetrics, pair_statistics
+from spin_lightning.mixtures import Mixture
+from spin_lightning.policies import pretrained
+from spin_lightning.policies.base import Policy
+from spin_lightning.policies.lora import LoraPolicy, LoraSettings, check_adapter
+from spin_lightning.policies.optimizers import (
+    OptimizerName,
+    ScheduleName,
+    make_optimizer,
+    make_schedule,
+)
+from spin_lightning.policies.pretrained import BaseModel, ComputeDtype, Quantization
+from spin_lightning.sampling import GenerationSettings
+from spin_lightning.types import PairBatch, PairLogps
+
+# Settings that change how fast a run is made, not what comes out of it.
+_COST_ONLY = frozenset({"generation", "activation_checkpointing"})
+_MARGIN_ALARM = 0.1
+
+
+class SelfPlayModule(L.LightningModule, ABC):
+    """Trains a policy to prefer the data set's responses over those of an opponent.
+
+    A variant answers three questions with data: who generates (`opponent`), against what log-ratios
+    are taken (`reference`), and which scalar is minimised (`objective`; by default the mean of
+    `loss` over the margins of the batch). The `SelfPlay` callback does the rest of the loop.
+
+    Args:
+        model: Hub id or folder of a causal language model; it stays frozen.
+        quantization: Hold the frozen weights in 4 bits (nf4), 8 bits (int8), or as they are.
+        compute_dtype: In what the frozen weights compute; auto: bfloat16 on a GPU, else float32.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Let code that comes with the model run.
+        lora_r: Rank of the adapter; 16 if nothing is said.
+        lora_alpha: LoRA's scaling numerator; 32 if nothing is said.
+        lora_dropout: Dropout before the adapter; 0 if nothing is said, which keeps the first
+            margin of an iterate at exactly 0.
+        lora_target_modules: Layers that get an adapter; all-linear if nothing is said.
+        initial_adapter: Folder of a LoRA adapter to start from, such as one that SFT left; it is
+            iterate 0, and its config replaces every lora_* setting.
+        beta: Temperature of the implicit reward (SPIN's lambda); one value or one per iterate.
+        loss: Loss of the margin.
+        learning_rate: Peak learning rate; one value or one per iterate.
+        optimizer: adamw, rmsprop (as SPIN used), adamw_8bit, or on a GPU paged_adamw_8bit.
+        weight_decay: Weight decay of the adapter.
+        schedule: Course of the learning rate after the warm-up.
+        warmup_ratio: Share of the schedule's steps that warm up.
+        epochs_per_iterate: Passes over an iterate's rows.
+        schedule_epochs: Epochs that the schedule is spread over; epochs_per_iterate if nothing is
+            said. SPIN's published "2 of 6 epochs" is 2 and 6.
+        activation_checkpointing: Recompute activations in the backward pass to save memory.
+        generation: How the opponents' responses are sampled.
+
+    Raises:
+        SettingError: A value is out of range, or lora_* is given together with initial_adapter.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        quantization: Quantization = "none",
+        compute_dtype: ComputeDtype = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        lora_r: int | None = None,
+        lora_alpha: int | None = None,
+        lora_dropout: float | None = None,
+        lora_target_modules: str | list[str] | None = None,
+        initial_adapter: str | None = None,
+        beta: float | list[float] | None = 0.1,
+        loss: losses.LossName | None = "logistic",
+        learning_rate: float | list[float] = 1e-5,
+        optimizer: OptimizerName = "adamw",
+        weight_decay: float = 0.0,
+        schedule: ScheduleName = "linear",
+        warmup_ratio: float = 0.1,
+        epochs_per_iterate: int = 1,
+        schedule_epochs: int | None = None,
+        activation_checkpointing: bool = False,
+        generation: GenerationSettings | dict[str, Any] | None = None,
+    ) -> None:
+        """Keep the settings; weights are loaded by `configure_model`."""
+        super().__init__()
+        if not isinstance(generation, GenerationSettings):
+            generation = GenerationSettings(**(generation or {}))
+        # Plain values only: anything else breaks a weights_only resume. What a variant fixes to
+        # None is no setting of it.
+        fixed = [n for n, v in {"beta": beta, "loss": loss}.items() if v is None]
+        self.save_hyperparameters(ignore=["generation", *fixed])
+        self.save_hyperparameters({"generation": asdict(generation)})
+        self.base = BaseModel(model, revision, quantization, compute_dtype, trust_remote_code)
+        self.lora = _lora_settings(
+            lora_r, lora_alpha, lora_dropout, lora_target_modules, initial_adapter
+        )
+        self.initial_adapter = initial_adapter
+        self.beta = beta
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.optimizer_name = optimizer
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup_ratio = warmup_ratio
+        self.epochs_per_iterate = epochs_per_iterate
+        self.schedule_epochs = schedule_epochs or epochs_per_iterate
+        self.activation_checkpointing = activation_checkpointing
+        self.generation = generation
+        self.iterate = 0
+        self.val_metrics = PairMetrics()
+        self.strict_loading = False  # a checkpoint holds the adapter alone, never base weights
+        self._check_ranges()
+
+    # ------------------------------------------------------------------ what a variant says
+
+    @abstractmethod
+    def opponent(self, t: int) -> Mixture | None:
+        """Who writes the generated responses while p_{t+1} is trained; None: nobody does."""
+
+    @abstractmethod
+    def reference(self, t: int) -> Mixture:
+        """What log-ratios are taken against while p_{t+1} is trained."""
+
+    def objective(self, logps: PairLogps) -> Tensor:
+        """The scalar that is minimised: the mean of `loss` over the margins of the batch."""
+        assert self.loss is not None
+        return losses.by_name(self.loss)(logps.margin, self.reward_scale).mean()
+
+    # ------------------------------------------------------------------ what the loop asks
+
+    @property
+    def reward_scale(self) -> float:
+        """beta of the iterate that is being trained; 1 for a variant without beta."""
+        return 1.0 if self.beta is None else _at(self.beta, self.iterate)
+
+    def check_iterates(self, iterates: int) -> None:
+        """Check that lists with one value per iterate have as many as there are iterates.
+
+        Raises:
+            SettingError: A list has another length.
+        """
+        for name in ("beta", "learning_rate"):
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != iterates:
+                raise SettingError(
+                    name,
+                    values,
+                    f"it has {len(values)} values for {iterates} iterates "
+                    f"(max_epochs / epochs_per_iterate)",
+                    fix=f"give one value, or a list of {iterates}",
+                )
+
+    def check_model(self) -> None:
+        """Check what can be checked about model and adapter before weights are read.
+
+        Raises:
+            SettingError: No such model, one that cannot be quantised, or an adapter that does not
+                fit.
+        """
+        pretrained.load_config(self.base)
+        pretrained.check_quantizable(self.base)
+        check_adapter(self.base, self.lora, self.initial_adapter)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return pretrained.load_tokenizer(self.base)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, in tokens, that the model was made for."""
+        return pretrained.context_length(self.base)
+
+    @property
+    def generation_stop_ids(self) -> int | list[int] | None:
+        """The stop ids that the model's own generation config names."""
+        return pretrained.generation_stop_ids(self.base)
+
+    def fingerprint_fields(self, t: int) -> dict[str, Any]:
+        """What must stay the same for iterates up to t to be those of the same run."""
+        settings = {
+            name: value
+            for name, value in self.hparams.items()
+            if not name.startswith("_") and name not in _COST_ONLY
+        }
+        sampling = {"temperature", "top_p", "top_k", "unit_size"}
+        return settings | {
+            "variant": f"{type(self).__module__}.{type(self).__qualname__}",
+            "compute_dtype": str(self.base.dtype).removeprefix("torch."),
+            "beta": None if self.beta is None else [_at(self.beta, i) for i in range(t)],
+            "learning_rate": [_at(self.learning_rate, i) for i in range(t)],
+            "base_files": pretrained.content_hashes(self.base),
+            **{n: v for n, v in asdict(self.generation).items() if n in sampling},
+        }
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring the self-play loop along, unless the trainer already has one."""
+        from spin_lightning.callbacks.self_play import SelfPlay
+
+        trainer: Any = self.trainer
+        present = any(isinstance(callback, SelfPlay) for callback in trainer.callbacks)
+        return [] if present else [SelfPlay()]
+
+    def configure_model(self) -> None:
+        """Load the policy; a second call does nothing."""
+        if "policy" not in self._modules:
+            self.policy = self.make_policy()
+
+    def make_policy(self) -> Policy:
+        """Build the policy on the device where training runs."""
+        return LoraPolicy(
+            self.base,
+            self.lora,
+            self.initial_adapter,
+            self.activation_checkpointing,
+            device=self._trainer.strategy.root_device if self._trainer else "cpu",
+            seed=global_seed(),
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """A fresh optimiser and schedule for the iterate at hand."""
+        optimizer = make_optimizer(
+            self.optimizer_name,
+            [parameter for _, parameter in self.policy.trainable()],
+            _at(self.learning_rate, self.iterate),
+            self.weight_decay,
+        )
+        steps = self._steps_per_epoch() * self.schedule_epochs
+        schedule = make_schedule(self.schedule, optimizer, steps, self.warmup_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def pair_logps(self, batch: PairBatch) -> PairLogps:
+        """Score a batch with the policy; the reference's scores came with the rows."""
+        generated = batch.generated
+        return PairLogps(
+            policy_real=self.policy.logps(batch.real),
+            policy_generated=None if generated is None else self.policy.logps(generated),
+            reference_real=batch.reference_real,
+            reference_generated=batch.reference_generated,
+            real_lengths=batch.real.response_lengths,
+            generated_lengths=None if generated is None else generated.response_lengths,
+        )
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """One step on a batch of pairs."""
+        logps = self.pair_logps(batch)
+        loss = self.objective(logps)
+        statistics = {n: s.mean for n, s in pair_statistics(logps, self.reward_scale).items()}
+        statistics["loss"] = loss.detach()
+        self.log_dict({f"train/{name}": v for name, v in statistics.items()}, batch_size=len(batch))
+        self.log("train/learning_rate", self._learning_rate_now())
+        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=len(batch))
+        if batch_idx == 0 and self.current_epoch % self.epochs_per_iterate == 0:
+            self._log_first_margin(logps)
+        return loss
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Add a batch of held-out pairs to the validation metrics."""
+        logps = self.pair_logps(batch)
+        self.val_metrics.update(logps, self.reward_scale, self.objective(logps))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole validation set."""
+        self.log_dict({f"val/{name}": v for name, v in self.val_metrics.compute().items()})
+        self.val_metrics.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained adapter and which iterate it is on its way to; drop the base."""
+        trained = {f"policy.{name}" for name, _ in self.policy.trainable()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+        checkpoint["self_play"] = {"iterate": self.iterate}
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take up the iterate; the weights follow."""
+        self.configure_model()
+        self.iterate = checkpoint["self_play"]["iterate"]
+
+    # ------------------------------------------------------------------ details
+
+    def _steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch, from numbers alone: there are no rows yet to ask for."""
+        trainer: Any = self.trainer
+        batches = trainer.datamodule.batches_per_epoch(trainer.world_size)
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+    def _learning_rate_now(self) -> float:
+        return float(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def _log_first_margin(self, logps: PairLogps) -> None:
+        """Log how far the first margin is from 0, which it is where policy and reference agree."""
+        if logps.policy_generated is None or self.reference(self.iterate).members != (
+            self.iterate,
+        ):
+            return
+        assert logps.generated_lengths is not None
+        margin = logps.margin.detach().abs()
+        tokens = logps.real_lengths + logps.generated_lengths
+        values = {
+            "train/first_margin_abs": float(margin.max()),
+            "train/first_margin_abs_per_token": float((margin / tokens).max()),
+        }
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
+        if values["train/first_margin_abs"] > _MARGIN_ALARM:
+            self.print(
+                f"Warning: the first margin of iterate {self.iterate + 1} is "
+                f"{values['train/first_margin_abs']:.3g} nats and should be 0: training and "
+                "scoring disagree (low precision, or LoRA dropout)."
+            )
+
+    def _check_ranges(self) -> None:
+        def every(value: float | list[float] | None) -> list[float]:
+            return value if isinstance(value, list) else [] if value is None else [value]
+
+        checks = {
+            "beta": (all(b > 0 for b in every(self.beta)), "values > 0; 0.1 is SPIN's"),
+            "learning_rate": (all(r > 0 for r in every(self.learning_rate)), "values > 0"),
+            "warmup_ratio": (0 <= self.warmup_ratio <= 1, "a share between 0 and 1"),
+            "epochs_per_iterate": (self.epochs_per_iterate >= 1, "a whole number >= 1"),
+            "schedule_epochs": (
+                self.schedule_epochs >= self.epochs_per_iterate,
+                f"at least epochs_per_iterate ({self.epochs_per_iterate})",
+            ),
+            "weight_decay": (self.weight_decay >= 0, "a number >= 0"),
+        }
+        for name, (valid, fix) in checks.items():
+            if not valid:
+                raise SettingError(name, getattr(self, name), "out of range", fix=f"give {fix}")
+
+
+def _at(value: float | list[float], t: int) -> float:
+    """The value for training p_{t+1}; a finished run may ask for one more than there are."""
+    return value[min(t, len(value) - 1)] if isinstance(value, list) else value
+
+
+def _lora_settings(
+    r: int | None,
+    alpha: int | None,
+    dropout: float | None,
+    target_modules: str | list[str] | None,
+    initial_adapter: str | None,
+) -> LoraSettings:
+    targets = tuple(target_modules) if isinstance(target_modules, list) else target_modules
+    settings: dict[str, Any] = {
+        "r": r,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": targets,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given and initial_adapter is not None:
+        raise SettingError(
+            "initial_adapter",
+            initial_adapter,
+            f"its own config says what {', '.join(f'lora_{name}' for name in given)} would",
+            fix="leave the lora_* settings out, or start without initial_adapter",
+        )
+    lora = LoraSettings(**given)
+    if lora.r < 1 or lora.alpha <= 0 or not 0 <= lora.dropout < 1:
+        raise SettingError(
+            "lora_*", given, "out of range", fix="give r >= 1, alpha > 0 and dropout in [0, 1)"
+        )
+    return lora

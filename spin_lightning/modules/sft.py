@@ -1,0 +1,39 @@
+"""SFT: the supervised control."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from spin_lightning.mixtures import Mixture, latest
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.types import PairLogps
+
+
+class SFT(SelfPlayModule):
+    """Supervised fine-tuning through the same policy, data, steps and run folder.
+
+    Minimises the mean over examples of the negative log-likelihood per token of the real response,
+    -log p(y|x) / |y|. No response is generated for training; the held-out examples are answered
+    and scored as they are for self-play, so that every validation metric compares. Rewards are
+    log-ratios to the last iterate, with beta = 1.
+
+    Takes every argument of `SelfPlayModule` but `beta` and `loss`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Keep the settings."""
+        super().__init__(beta=None, loss=None, **kwargs)
+
+    def opponent(self, t: int) -> None:
+        """Nobody: training looks at real responses alone."""
+        return None
+
+    def reference(self, t: int) -> Mixture:
+        """Iterate t, for the rewards of the validation pairs."""
+        return latest(t)
+
+    def objective(self, logps: PairLogps) -> Tensor:
+        """Mean negative log-likelihood per token of the real responses."""
+        return -(logps.policy_real / logps.real_lengths).mean()

@@ -1,0 +1,1 @@
+"""Policies: a model whose past iterates can be called back."""

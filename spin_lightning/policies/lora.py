@@ -1,0 +1,266 @@
+"""A policy that is a frozen base plus a LoRA adapter; past iterates are adapter snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.fingerprint import file_hash
+from spin_lightning.logps import response_logps
+from spin_lightning.policies.base import Policy
+from spin_lightning.policies.pretrained import (
+    BaseModel,
+    check_quantizable,
+    load_config,
+    skeleton,
+)
+from spin_lightning.types import SequenceBatch
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_TRAINED = "policy"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape of the trained adapter, in PEFT's terms."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    def peft_config(self, base: BaseModel) -> peft.LoraConfig:
+        """The same as PEFT takes it."""
+        targets = self.target_modules
+        return peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base.name,
+            revision=base.revision,
+        )
+
+
+class LoraPolicy(Policy):
+    """Frozen base with the trained adapter and a bank of frozen iterates.
+
+    Iterate 0 is the base itself, without any adapter, unless the run started from an adapter.
+
+    Args:
+        base: The frozen base.
+        lora: Shape of a fresh adapter.
+        initial_adapter: Folder of a LoRA adapter to start from; then iterate 0 is this adapter and
+            `lora` is not looked at.
+        activation_checkpointing: Recompute activations in the backward pass to save memory.
+        device: Where to load the base.
+        seed: Seed of a fresh adapter's random half.
+    """
+
+    model: peft.PeftModel
+
+    def __init__(
+        self,
+        base: BaseModel,
+        lora: LoraSettings,
+        initial_adapter: str | None = None,
+        activation_checkpointing: bool = False,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        """Load the base and put the trained adapter on it."""
+        super().__init__()
+        self.base = base
+        self._bank: dict[int, Path] = {}
+        self._acting: int | None = None
+        model = load_base(base, device)
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The adapter's start depends on the seed alone, not on what was drawn before.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = (
+                peft.get_peft_model(model, lora.peft_config(base), adapter_name=_TRAINED)
+                if initial_adapter is None
+                else peft.PeftModel.from_pretrained(
+                    model, initial_adapter, adapter_name=_TRAINED, is_trainable=True
+                )
+            )
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(f".{_TRAINED}." in name)
+        self.starts_from_adapter = initial_adapter is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return next(self.model.parameters()).device
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the trained adapter."""
+        return ((n, p) for n, p in self.named_parameters() if f".{_TRAINED}." in n)
+
+    def logps(self, batch: SequenceBatch) -> Tensor:
+        """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
+        return response_logps(self.model, batch.to(self.device))
+
+    def snapshot(self, folder: Path) -> dict[str, str]:
+        """Write the trained adapter as PEFT reads it; return the SHA-256 of each file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = get_peft_model_state_dict(
+            self.model, adapter_name=_TRAINED, save_embedding_layers=False
+        )
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config = self.model.peft_config[_TRAINED]
+        was_inference, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = was_inference
+        return {name: file_hash(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+
+    def use_bank(self, folders: Mapping[int, Path]) -> None:
+        """Say where the iterates lie; one without adapter weights is the bare base."""
+        self._bank = dict(folders)
+
+    def evict(self, keep: Collection[int] = ()) -> None:
+        """Free the memory of every loaded iterate but `keep`."""
+        for name in [n for n in self.model.peft_config if n != _TRAINED]:
+            if name not in {_adapter_name(iterate) for iterate in keep}:
+                self.model.delete_adapter(name)
+
+    @contextmanager
+    def at(self, iterate: int) -> Iterator[None]:
+        """Act as a frozen iterate inside the block; everything is put back on leaving it."""
+        if self._acting is not None:
+            raise RuntimeError(f"already acting as iterate {self._acting}; leave that block first")
+        adapter = self._load(iterate)
+        modes = [(module, module.training) for module in self.modules()]
+        grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        self._acting = iterate
+        try:
+            self.eval()
+            if adapter is not None:
+                self.model.set_adapter(adapter)
+            # Never get_base_model(): the adapter stays active in it.
+            disabled = self.model.disable_adapter() if adapter is None else nullcontext()
+            with disabled, torch.no_grad():
+                yield
+        finally:
+            self._acting = None
+            self.model.set_adapter(_TRAINED)
+            for parameter, requires_grad in grads:
+                parameter.requires_grad_(requires_grad)
+            for module, training in modes:
+                module.training = training
+
+    def _load(self, iterate: int) -> str | None:
+        """Bring an iterate into memory; return its adapter name, None for the bare base."""
+        folder = self._bank.get(iterate)
+        if folder is None or not folder.is_dir():
+            raise RunFolderError(
+                f"iterate {iterate} is not there (looked in {folder})",
+                fix="restore its folder from a copy, or start a new run",
+            )
+        if not (folder / ADAPTER_CONFIG).exists():
+            return None
+        name = _adapter_name(iterate)
+        if name not in self.model.peft_config:
+            self.model.load_adapter(str(folder), adapter_name=name, torch_device=str(self.device))
+        return name
+
+
+def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load the frozen base, quantised as it says, in eval mode and without gradients.
+
+    Raises:
+        SettingError: bitsandbytes cannot quantise this model.
+    """
+    check_quantizable(base)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base.name,
+        config=load_config(base),
+        dtype=base.dtype,
+        quantization_config=_quantization_config(base),
+        device_map={"": str(device)},
+        **base.source,
+    )
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | None) -> None:
+    """Refuse, before weights are read, an adapter that cannot be put on the base.
+
+    Raises:
+        SettingError: A target module matches nothing, or the initial adapter is not there.
+    """
+    if initial_adapter is not None:
+        if not (Path(initial_adapter) / ADAPTER_CONFIG).is_file():
+            raise SettingError(
+                "initial_adapter",
+                initial_adapter,
+                f"there is no {ADAPTER_CONFIG} in it",
+                fix="give the folder of a PEFT LoRA adapter, as save_pretrained writes it",
+            )
+        return
+    if isinstance(lora.target_modules, str):
+        return
+    linear = {name for name, m in skeleton(base).named_modules() if not list(m.children())}
+    for target in lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in linear if name})
+            raise SettingError(
+                "lora_target_modules",
+                target,
+                f"no layer of {base.name} has this name",
+                fix=f"choose from {', '.join(leaves)}, or use all-linear",
+            )
+
+
+def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
+    """Return the base with an adapter merged into its weights, in full precision.
+
+    A quantised base is de-quantised first: its adapter was trained on the rounded weights, so they
+    are what it belongs to, and merging into 4-bit weights would round the sum once more.
+    """
+    model = load_base(base)
+    if base.quantization != "none":
+        model = model.dequantize(dtype=base.dtype)
+    if adapter is None:
+        return model
+    merged: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return merged
+
+
+def load_with_adapter(
+    base: BaseModel, adapter: Path | None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Return the base with a frozen adapter on it (or bare), ready to generate from."""
+    model = load_base(base, device)
+    return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def _quantization_config(base: BaseModel) -> BitsAndBytesConfig | None:
+    if base.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=base.dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if base.quantization == "int8" else None
+
+
+def _adapter_name(iterate: int) -> str:
+    return f"iterate_{iterate:03d}"

@@ -1,0 +1,69 @@
+"""Optimisers and schedules by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from spin_lightning.errors import SettingError
+
+OptimizerName = Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit"]
+ScheduleName = Literal["linear", "cosine", "constant"]
+
+
+def make_optimizer(
+    name: OptimizerName,
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+) -> Optimizer:
+    """Build an optimiser: AdamW, RMSprop as SPIN used, or bitsandbytes' 8-bit AdamW.
+
+    Raises:
+        SettingError: The paged optimiser without a GPU, whose memory it pages to.
+    """
+    if name == "paged_adamw_8bit" and not torch.cuda.is_available():
+        raise SettingError(
+            "optimizer",
+            name,
+            "it needs a CUDA GPU, and there is none",
+            fix="use adamw or adamw_8bit",
+        )
+    return _OPTIMIZERS[name](list(parameters), lr=learning_rate, weight_decay=weight_decay)
+
+
+def make_schedule(
+    name: ScheduleName, optimizer: Optimizer, total_steps: int, warmup_ratio: float
+) -> LRScheduler:
+    """Build a schedule that warms up over `warmup_ratio` of `total_steps`, then follows `name`."""
+    kind = "constant_with_warmup" if name == "constant" else name
+    return get_scheduler(
+        kind,
+        optimizer,
+        num_warmup_steps=round(warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
+
+
+def _bitsandbytes(name: str) -> Callable[..., Optimizer]:
+    def build(parameters: list[nn.Parameter], **kwargs: Any) -> Optimizer:
+        import bitsandbytes.optim  # importing it takes seconds and is seldom wanted
+
+        optimizer: Optimizer = getattr(bitsandbytes.optim, name)(parameters, **kwargs)
+        return optimizer
+
+    return build
+
+
+_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": AdamW,
+    "rmsprop": RMSprop,
+    "adamw_8bit": _bitsandbytes("AdamW8bit"),
+    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
+}

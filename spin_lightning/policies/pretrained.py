@@ -1,0 +1,173 @@
+"""Reading a base model: configuration, tokenizer, and what can be checked without weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from spin_lightning.errors import SettingError
+from spin_lightning.fingerprint import folder_hashes
+
+Quantization = Literal["nf4", "int8", "none"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_UNKNOWN_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which frozen base a policy stands on.
+
+    Attributes:
+        name: Hub id or folder of a causal language model.
+        revision: Branch, tag or commit of a hub id.
+        quantization: How the frozen weights are held.
+        compute_dtype: In what the frozen weights compute; auto is bfloat16 on a GPU, else float32.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    name: str
+    revision: str | None = None
+    quantization: Quantization = "none"
+    compute_dtype: ComputeDtype = "auto"
+    trust_remote_code: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`compute_dtype` as torch knows it."""
+        if self.compute_dtype == "auto":
+            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        dtype: torch.dtype = getattr(torch, self.compute_dtype)
+        return dtype
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Keyword arguments that every `from_pretrained` call takes."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+@cache
+def load_config(base: BaseModel) -> PretrainedConfig:
+    """Read the model's configuration, with every dropout of the base switched off.
+
+    Raises:
+        SettingError: There is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base.name, **base.source)
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            "model",
+            base.name,
+            f"no causal language model can be read there ({_first_line(error)})",
+            fix="give a folder with a config.json, or a hub id that this machine can reach",
+        ) from error
+    # A reference that drops units is another distribution than the one that was sampled.
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+@cache
+def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """Read the model's tokenizer.
+
+    Raises:
+        SettingError: The model comes without one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(base.name, **base.source)
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            "model",
+            base.name,
+            f"its tokenizer cannot be read ({_first_line(error)})",
+            fix="save the tokenizer into the model folder with tokenizer.save_pretrained",
+        ) from error
+
+
+def context_length(base: BaseModel) -> int:
+    """Longest sequence, in tokens, that the model was made for."""
+    config = load_config(base).get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
+    return int(length or _UNKNOWN_CONTEXT)
+
+
+def generation_stop_ids(base: BaseModel) -> int | list[int] | None:
+    """The stop ids that the model's own generation config names."""
+    try:
+        generation = GenerationConfig.from_pretrained(base.name, **base.source)
+    except OSError:
+        return load_config(base).eos_token_id
+    return generation.eos_token_id
+
+
+def content_hashes(base: BaseModel) -> dict[str, str]:
+    """What the base is made of: file hashes of a folder, or the commit of a hub id."""
+    folder = Path(base.name)
+    if folder.is_dir():
+        return folder_hashes(folder, (".safetensors", ".bin", "config.json", "tokenizer.json"))
+    return {"commit": str(getattr(load_config(base), "_commit_hash", None))}
+
+
+@cache
+def skeleton(base: BaseModel) -> nn.Module:
+    """The model without weights (on the meta device), to check names and sizes before loading."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about initialising what is never initialised
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            load_config(base), trust_remote_code=base.trust_remote_code
+        )
+    return model
+
+
+def check_quantizable(base: BaseModel) -> None:
+    """Refuse, before weights are read, a base that bitsandbytes cannot hold in 4 or 8 bits.
+
+    Raises:
+        SettingError: The model is quantised already, or most of its weights are no linear layers.
+    """
+    if base.quantization == "none":
+        return
+    config = load_config(base)
+    if getattr(config, "quantization_config", None) is not None:
+        raise SettingError(
+            "quantization",
+            base.quantization,
+            f"{base.name} is already quantised by its own config",
+            fix="set quantization: none, or give the unquantised model",
+        )
+    model = skeleton(base)
+    body = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
+    linear = sum(m.weight.numel() for m in body if isinstance(m, nn.Linear | Conv1D))
+    total = sum(p.numel() for m in body for p in m.parameters(recurse=False))
+    if linear < total / 2:
+        raise SettingError(
+            "quantization",
+            base.quantization,
+            f"bitsandbytes quantises linear layers, and only {linear:,} of {total:,} weights of "
+            f"model type {config.model_type!r} are in such layers",
+            fix="set quantization: none for this model",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,90 @@
+"""Iterates of a finished or running run: load one, export one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from spin_lightning.errors import SettingError
+from spin_lightning.policies.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    load_with_adapter,
+    merge_adapter,
+)
+from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.run_folder import RunFolder
+
+
+def load_iterate(
+    run_dir: str | Path, t: int, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load iterate t of a run, ready to generate from.
+
+    Args:
+        run_dir: The run folder.
+        t: Index of the iterate; 0 is the base.
+        device: Where to load it.
+
+    Returns:
+        The model in eval mode (a PEFT model, or the bare base for an iterate without adapter),
+        quantised as the run was, and the run's tokenizer.
+
+    Raises:
+        RunFolderError: The run has no iterate t.
+    """
+    run = RunFolder(Path(run_dir))
+    base, adapter = _parts(run, t)
+    return load_with_adapter(base, adapter, device), _tokenizer(run)
+
+
+def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = False) -> Path:
+    """Write iterate t as a folder that needs nothing of the run.
+
+    Args:
+        run_dir: The run folder.
+        t: Index of the iterate.
+        out: The folder to write; it must not exist yet, or be empty.
+        merge: Write a full model with the adapter merged into (de-quantised) base weights, instead
+            of a PEFT adapter folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SettingError: `out` has content, or iterate t has no adapter to write.
+        RunFolderError: The run has no iterate t.
+    """
+    run, out = RunFolder(Path(run_dir)), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise SettingError("out", str(out), "the folder is not empty", fix="name a new folder")
+    base, adapter = _parts(run, t)
+    if adapter is None and not merge:
+        raise SettingError(
+            "iterate",
+            t,
+            f"it is the base model {base.name} itself and has no adapter",
+            fix="use the base model as it is, or export with --merge",
+        )
+    if merge:
+        merge_adapter(base, adapter).save_pretrained(out)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copy2(run.iterate(t) / name, out / name)
+    _tokenizer(run).save_pretrained(out)
+    return out
+
+
+def _parts(run: RunFolder, t: int) -> tuple[BaseModel, Path | None]:
+    base = BaseModel(**run.read_iterate(t)["base"])
+    has_adapter = (run.iterate(t) / ADAPTER_CONFIG).exists()
+    return base, run.iterate(t) if has_adapter else None
+
+
+def _tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(run.tokenizer)

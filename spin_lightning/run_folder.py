@@ -1,0 +1,121 @@
+"""The run folder: where everything lies, and how it is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin_lightning.errors import RunFolderError
+
+ITERATE_FILE = "iterate.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and what is known of its iterates.
+
+    Attributes:
+        root: The run folder.
+    """
+
+    root: Path
+
+    @property
+    def iterates(self) -> Path:
+        """One PEFT adapter folder per iterate."""
+        return self.root / "iterates"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer and chat template as used."""
+        return self.root / "tokenizer"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where a resume starts."""
+        return self.root / "checkpoints" / "last.ckpt"
+
+    @property
+    def report(self) -> Path:
+        """Pictures and tables."""
+        return self.root / "report"
+
+    def iterate(self, t: int) -> Path:
+        """Folder of iterate t."""
+        return self.iterates / f"iterate_{t:03d}"
+
+    def rows(self, t: int) -> Path:
+        """Folder of the rows that are drawn at iterate t and train iterate t + 1."""
+        return self.root / "rows" / f"iterate_{t:03d}"
+
+    def val_rows(self, t: int) -> Path:
+        """Folder of the held-out rows, answered by iterate t."""
+        return self.rows(t) / "val"
+
+    def known_iterates(self) -> list[int]:
+        """Indices of the iterates that are there, ascending."""
+        files = self.iterates.glob(f"iterate_*/{ITERATE_FILE}")
+        return sorted(int(file.parent.name.removeprefix("iterate_")) for file in files)
+
+    def bank(self) -> dict[int, Path]:
+        """Folder of each iterate that is there."""
+        return {t: self.iterate(t) for t in self.known_iterates()}
+
+    def read_iterate(self, t: int) -> dict[str, Any]:
+        """What is known of iterate t.
+
+        Raises:
+            RunFolderError: The run has no iterate t.
+        """
+        file = self.iterate(t) / ITERATE_FILE
+        if not file.exists():
+            raise RunFolderError(
+                f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
+                fix="name one that is there, or a run folder with an iterates folder in it",
+            )
+        known: dict[str, Any] = json.loads(file.read_text())
+        return known
+
+    def write_iterate(self, t: int, fields: Mapping[str, Any]) -> None:
+        """Write what is known of iterate t beside its adapter."""
+        write_json(self.iterate(t) / ITERATE_FILE, fields)
+
+    def staged_iterate(self, t: int) -> Path:
+        """An empty folder in which iterate t is put together before `replace_synced`."""
+        staged = self.iterates / f".iterate_{t:03d}"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        return staged
+
+    def discard_after(self, t: int) -> None:
+        """Delete iterates after t and rows from t on: they descend from another iterate t."""
+        for known in self.known_iterates():
+            if known > t:
+                shutil.rmtree(self.iterate(known))
+        for folder in (self.root / "rows").glob("iterate_*"):
+            if int(folder.name.removeprefix("iterate_")) >= t:
+                shutil.rmtree(folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    replace_synced(temporary, path)
+
+
+def replace_synced(temporary: Path, path: Path) -> None:
+    """Put a finished file or folder in its place, after its bytes have reached the disk."""
+    files = [temporary] if temporary.is_file() else [p for p in temporary.rglob("*") if p.is_file()]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
+    temporary.replace(path)

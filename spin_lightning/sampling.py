@@ -1,0 +1,53 @@
+"""How responses are sampled, as settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spin_lightning.errors import SettingError
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How the opponents' responses are sampled.
+
+    Self-play's theory holds for temperature 1 without truncation; anything else samples from
+    another distribution than the one whose log-probs the loss uses, and is said so in the log.
+
+    Attributes:
+        batch_tokens: Most padded tokens decoded at once; None picks a number from the model's size.
+        unit_size: Rows of a work unit: what is decoded together, written together, and lost
+            together in a crash.
+        temperature: Divides the logits, > 0.
+        top_p: Keep the most likely tokens up to this total probability; 1 keeps all.
+        top_k: Keep this many of the most likely tokens; 0 keeps all.
+    """
+
+    batch_tokens: int | None = None
+    unit_size: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        checks = {
+            "batch_tokens": (
+                self.batch_tokens is None or self.batch_tokens > 0,
+                "a number > 0, or null",
+            ),
+            "unit_size": (self.unit_size > 0, "a number of rows > 0"),
+            "temperature": (self.temperature > 0, "a number > 0; 1 is what self-play assumes"),
+            "top_p": (0 < self.top_p <= 1, "a number in (0, 1]; 1 is what self-play assumes"),
+            "top_k": (self.top_k >= 0, "a number >= 0; 0 keeps every token"),
+        }
+        for name, (valid, fix) in checks.items():
+            if not valid:
+                raise SettingError(
+                    f"generation.{name}", getattr(self, name), "out of range", fix=f"give {fix}"
+                )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether responses are samples of the iterates themselves."""
+        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0

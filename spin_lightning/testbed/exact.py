@@ -1,0 +1,96 @@
+"""Exact figures of a model on the testbed's language: every response is scored, none is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from spin_lightning.logps import response_logps
+from spin_lightning.packing import pack_padded
+from spin_lightning.testbed.language import Language
+
+
+def response_log_probs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    language: Language,
+    batch_size: int = 625,
+) -> Tensor:
+    """log p(y|x) of every response to every prompt, stop id included, over the full vocabulary.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT wrapper with whatever adapter is
+            active. Scored in eval mode and given back as it was.
+        tokenizer: The model's.
+        language: What to enumerate.
+        batch_size: Sequences per forward.
+
+    Returns:
+        Nats, float64, on the CPU, shape [X, Y].
+    """
+    prompts, responses = token_ids(tokenizer, language)
+    device = next(model.parameters()).device
+    pad_id = tokenizer.pad_token_id
+    rows = []
+    with _eval_mode(model), torch.no_grad():
+        for prompt in prompts:
+            chunks = (responses[i : i + batch_size] for i in range(0, len(responses), batch_size))
+            batches = (pack_padded([prompt] * len(chunk), chunk, pad_id) for chunk in chunks)
+            rows.append(torch.cat([response_logps(model, b.to(device)).cpu() for b in batches]))
+    return torch.stack(rows)
+
+
+def exact_metrics(log_p: Tensor, language: Language) -> dict[str, float]:
+    """Compare a model with the distribution that the data came from.
+
+    With p(y|x) the model, L the language's responses, m(x) = Σ_{y∈L} p(y|x) and p_L = p / m the
+    model given that it answers within the language; each figure is a mean over prompts:
+
+        exact/kl               KL(p_data ‖ p), nats; mass outside the language raises it
+        exact/reverse_kl       KL(p_L ‖ p_data), nats; finite because it ignores outside mass
+        exact/total_variation  ½ (Σ_{y∈L} |p − p_data| + 1 − m), over all strings, 0 to 1
+        exact/entropy          −Σ_{y∈L} p_L log p_L, nats
+        exact/outside_mass     1 − m: the probability of anything that is not in the language
+
+    Args:
+        log_p: log p(y|x), nats, shape [X, Y], from `response_log_probs`.
+        language: The language it was computed on.
+
+    Returns:
+        The five figures by name.
+    """
+    log_p, log_data = log_p.double(), language.log_probs
+    log_mass = log_p.logsumexp(dim=1)
+    log_within = log_p - log_mass[:, None]
+    # Float32 logits can put the mass 1e-7 above 1.
+    outside = (-log_mass.expm1()).clamp_min(0.0)
+    distance = (log_p.exp() - log_data.exp()).abs().sum(dim=1)
+    figures = {
+        "kl": _expectation(log_data, log_data - log_p),
+        "reverse_kl": _expectation(log_within, log_within - log_data),
+        "total_variation": 0.5 * (distance + outside),
+        "entropy": _expectation(log_within, -log_within),
+        "outside_mass": outside,
+    }
+    return {f"exact/{name}": float(figure.mean()) for name, figure in figures.items()}
+
+
+def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
+    """Σ_y p(y|x) values(x, y), shape [X]."""
+    return (log_p.exp() * values).sum(dim=1)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
