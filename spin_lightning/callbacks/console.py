@@ -13,6 +13,8 @@ from rich.text import Text
 
 console = Console(soft_wrap=True, highlight=False)
 
+_LINES_SHOWN = 8
+
 # Name, width, and how a record shows it. "exact/kl" is there only where it is known.
 _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("iterate", 7, "d"),
@@ -30,38 +32,12 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
 )
 
 
-def table_header() -> str:
-    """The head of the table of iterates."""
-    return "  ".join(f"{name:>{width}}" for name, width, _ in _COLUMNS)
-
-
-def table_line(record: Mapping[str, Any]) -> str:
-    """One iterate's line of the table, from what its folder knows of it."""
-    training, metrics = record.get("training") or {}, record.get("metrics") or {}
-    seconds = training.get("seconds", {})
-    lengths = None
-    if "val/generated_tokens" in metrics:
-        generated, real = metrics["val/generated_tokens"], metrics["val/real_tokens"]
-        lengths = f"{generated:.1f}/{real:.1f}"
-    values = (
-        record["index"],
-        training.get("opponent"),
-        training.get("rows"),
-        lengths,
-        training.get("loss"),
-        training.get("margin"),
-        training.get("accuracy"),
-        metrics.get("val/real_nll_per_token"),
-        metrics.get("exact/kl"),
-        seconds.get("generating"),
-        seconds.get("scoring"),
-        seconds.get("training"),
-    )
-    cells = (
-        f"{'-' if value is None else format(value, form):>{width}}"
-        for value, (_, width, form) in zip(values, _COLUMNS, strict=True)
-    )
-    return "  ".join(cells)
+def show_iterates(records: Sequence[Mapping[str, Any]]) -> None:
+    """Show the table of iterates as far as it has grown; of a long one the last lines."""
+    head = "  ".join(f"{name:>{width}}" for name, width, _ in _COLUMNS)
+    console.print(head, style="bold")
+    for record in records[-_LINES_SHOWN:]:
+        console.print(_line(record))
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
@@ -93,6 +69,7 @@ class RowProgress:
             TimeRemainingColumn(),
             console=console,
             disable=not visible,
+            transient=True,
         )
         self._tasks = {
             stage: self._progress.add_task(f"{title}: {stage}", total=rows)
@@ -114,7 +91,7 @@ class RowProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave the bars as they are."""
+        """Take the bars away."""
         self._progress.stop()
 
 
@@ -123,6 +100,35 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or task.finished_speed or 0:.1f} rows/s")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """One iterate's line of the table, from what its folder knows of it."""
+    training, metrics = record.get("training") or {}, record.get("metrics") or {}
+    seconds = training.get("seconds", {})
+    lengths = None
+    if "val/generated_tokens" in metrics:
+        generated, real = metrics["val/generated_tokens"], metrics["val/real_tokens"]
+        lengths = f"{generated:.1f}/{real:.1f}"
+    values = (
+        record["index"],
+        training.get("opponent"),
+        training.get("rows"),
+        lengths,
+        training.get("loss"),
+        training.get("margin"),
+        training.get("accuracy"),
+        metrics.get("val/real_nll_per_token"),
+        metrics.get("exact/kl"),
+        seconds.get("generating"),
+        seconds.get("scoring"),
+        seconds.get("training"),
+    )
+    cells = (
+        f"{'-' if value is None else format(value, form):>{width}}"
+        for value, (_, width, form) in zip(values, _COLUMNS, strict=True)
+    )
+    return "  ".join(cells)
 
 
 def _shorten(text: str, width: int = 160) -> str:

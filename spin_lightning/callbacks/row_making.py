@@ -1,4 +1,4 @@
-"""Making an iterate's rows inside a Trainer: what to make, shown as it comes, said what it costs."""
+"""Making an iterate's rows inside a Trainer, shown as they come, with what they will cost."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class RowMaker:
         module: Whose policy plays.
         data: Whose examples are answered.
         run: Where rows go.
-        fields: What the manifest says besides the rows' own numbers.
         iterates: Number of iterates of the run.
         dry_run: Stop after the first work unit of training rows.
+        estimated: Whether the time that the run will take was said before.
         timing: What was made here and how long it took.
     """
 
@@ -43,29 +43,37 @@ class RowMaker:
     module: SelfPlayModule
     data: SelfPlayDataModule
     run: RunFolder
-    fields: dict[str, Any]
     iterates: int
     dry_run: bool = False
+    estimated: bool = False
     timing: Timing = field(default_factory=Timing)
 
-    def make_val(self) -> None:
-        """Answer the held-out examples with the newest iterate, and score for every comparison."""
+    def make_val(self, fields: dict[str, Any]) -> None:
+        """Answer the held-out examples with the newest iterate, and score for every comparison.
+
+        Args:
+            fields: What the manifest says besides the rows' own numbers.
+        """
         t = self.module.iterate
         members = {t, max(t - 1, 0), 0, *self.module.reference(t).members}
         plan = self._plan(latest(t), members, samples=1)
-        self._make(plan, self.data.val, self.run.val_rows(t), "held-out rows", False)
+        self._make(plan, self.data.val, self.run.val_rows(t), fields, "held-out rows")
 
-    def make_train(self) -> None:
-        """Make the rows that train the next iterate.
+    def make_train(self, fields: dict[str, Any]) -> None:
+        """Make the rows that train the next iterate, and time it.
+
+        Args:
+            fields: What the manifest says besides the rows' own numbers.
 
         Raises:
             DryRunFinished: After the first work unit, when that is all that was asked for.
         """
-        t = self.module.iterate
+        t, self.timing = self.module.iterate, Timing()
         opponent = self.module.opponent(t)
         members = set() if opponent is None else set(self.module.reference(t).members)
         plan = self._plan(opponent, members, samples=self.data.samples_per_prompt)
-        self._make(plan, self.data.iterate_examples(t), self.run.rows(t), "rows", True)
+        examples = self.data.iterate_examples(t)
+        self._make(plan, examples, self.run.rows(t), fields, "rows", estimate=True)
 
     def cost(self) -> str:
         """Rows and tokens of an iterate, before anything is made."""
@@ -93,12 +101,18 @@ class RowMaker:
         )
 
     def _make(
-        self, plan: RowPlan, examples: list[Example], folder: Path, what: str, estimate: bool
+        self,
+        plan: RowPlan,
+        examples: list[Example],
+        folder: Path,
+        fields: dict[str, Any],
+        what: str,
+        *,
+        estimate: bool = False,
     ) -> None:
         if read_manifest(folder) is not None:
             return
         trainer, rows = self.trainer, len(examples) * plan.samples
-        estimated = not estimate
         title = f"iterate {plan.iterate} {what}"
         with RowProgress(title, rows, visible=trainer.is_global_zero) as progress:
             parts = self._synthesis().make(
@@ -110,12 +124,12 @@ class RowMaker:
                 world_size=trainer.world_size,
             )
             for _ in parts:
-                if not estimated and self.timing.rows:
-                    estimated = True
+                if estimate and not self.estimated and self.timing.rows:
+                    self.estimated = True
                     self._announce(plan, rows)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            finish(plan, examples, folder, self.fields)
+            finish(plan, examples, folder, fields)
         trainer.strategy.barrier()
 
     def _synthesis(self) -> Synthesis:

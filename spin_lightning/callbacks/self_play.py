@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
-from spin_lightning.callbacks.console import console, show_samples, table_header, table_line
+from spin_lightning.callbacks.console import console, show_iterates, show_samples
 from spin_lightning.callbacks.evaluate import IterateEvaluator
 from spin_lightning.callbacks.measure import measure_iterate
 from spin_lightning.callbacks.requirements import check_lineage, check_trainer, run_root
@@ -24,7 +24,6 @@ from spin_lightning.evaluation.report import draw_iterates
 from spin_lightning.fingerprint import fingerprint
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json
-from spin_lightning.synthesis import Timing
 
 
 class SelfPlay(Callback):
@@ -66,7 +65,8 @@ class SelfPlay(Callback):
             return
         check_trainer(trainer, module)
         assert trainer.max_epochs is not None
-        trainer.reload_dataloaders_every_n_epochs = 1
+        # (mypy does not see what Lightning's connectors set.)
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         self._iterates = trainer.max_epochs // module.epochs_per_iterate
         module.check_iterates(self._iterates)
         check_lineage(self.run, trainer.ckpt_path, lambda t: _fields(trainer, module, data, t))
@@ -81,6 +81,7 @@ class SelfPlay(Callback):
         """Keep iterate 0, and make whatever rows the iterate at hand lacks."""
         module, data = _parts(trainer, pl_module)
         run = self._run
+        self._maker = RowMaker(trainer, module, data, run, self._iterates, self.dry_run)
         if trainer.is_global_zero:
             console.print(f"Run folder: {run.root}")
             if 0 not in run.known_iterates():
@@ -89,10 +90,7 @@ class SelfPlay(Callback):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             if module.iterate < self._iterates:
-                console.print(self._row_maker(trainer, module, data).cost())
-            console.print(table_header(), style="bold")
-            for t in range(module.iterate):
-                console.print(table_line(run.read_iterate(t)))
+                console.print(self._maker.cost())
         self._prepare(trainer, module, data)
         if module.iterate >= self._iterates:
             trainer.limit_train_batches = 0  # the run is finished, and has no rows to train on
@@ -144,7 +142,7 @@ class SelfPlay(Callback):
         trainer.strategy.barrier()
         module.iterate += 1
         trainer.strategy.setup_optimizers(trainer)
-        trainer.save_checkpoint(self._run.last_checkpoint)
+        trainer.save_checkpoint(self._run.last_checkpoint, weights_only=False)
         self._prepare(trainer, module, data)
 
     def _keep(
@@ -182,19 +180,18 @@ class SelfPlay(Callback):
         """Make the rows that the iterate at hand lacks, and measure it if that was not done."""
         t = module.iterate
         module.policy.use_bank(self._run.bank())
-        self._maker = maker = self._row_maker(trainer, module, data)
+        assert self._maker is not None, "on_fit_start() made it"
+        fields = _fields(trainer, module, data, t)
+        manifest = {"fingerprint": fingerprint(fields), "fingerprint_fields": fields}
         if data.val and not self.dry_run:
-            maker.make_val()
-            self._measure(trainer, module, data)
+            self._maker.make_val(manifest)
+            self._measure(trainer, module)
         if t < self._iterates:
-            maker.timing = Timing()
-            maker.make_train()
+            self._maker.make_train(manifest)
         module.policy.evict()
         self._training_since = time.perf_counter()
 
-    def _measure(
-        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
-    ) -> None:
+    def _measure(self, trainer: L.Trainer, module: SelfPlayModule) -> None:
         """Measure the iterate at hand once: log it, keep it with the iterate, show it."""
         if not trainer.is_global_zero:
             return
@@ -202,14 +199,14 @@ class SelfPlay(Callback):
         table, record = read_rows(run.val_rows(t)), run.read_iterate(t)
         if "metrics" not in record:
             metrics = measure_iterate(table, t)
-            for callback in trainer.callbacks:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, IterateEvaluator):
                     metrics |= callback.evaluate_iterate(module, t)
             record["metrics"] = metrics
             run.write_iterate(t, record)
             for logger in trainer.loggers:
                 logger.log_metrics({**metrics, "iterate": t}, step=record["step"])
-        console.print(table_line(record))
+        show_iterates([run.read_iterate(i) for i in range(t + 1)])
         show_samples(sample_pairs(table, module.tokenizer, self.pairs_shown))
 
     def _training_record(
@@ -217,7 +214,8 @@ class SelfPlay(Callback):
     ) -> dict[str, Any]:
         """How the iterate that just ended was trained; None where Lightning has no figure."""
         opponent = module.opponent(module.iterate)
-        timing = Timing() if self._maker is None else self._maker.timing
+        assert self._maker is not None, "on_fit_start() made it"
+        timing = self._maker.timing
 
         def metric(name: str) -> float | None:
             value = trainer.callback_metrics.get(name)
@@ -236,13 +234,6 @@ class SelfPlay(Callback):
                 "training": time.perf_counter() - self._training_since,
             },
         }
-
-    def _row_maker(
-        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
-    ) -> RowMaker:
-        fields = _fields(trainer, module, data, module.iterate)
-        manifest = {"fingerprint": fingerprint(fields), "fingerprint_fields": fields}
-        return RowMaker(trainer, module, data, self._run, manifest, self._iterates, self.dry_run)
 
     @property
     def _run(self) -> RunFolder:

@@ -36,9 +36,10 @@ class SelfPlayDataModule(L.LightningDataModule):
     single responses.
 
     Args:
-        data: A json, jsonl, parquet or csv file, a folder of them, or a hub id `owner/name[:split]`.
-        columns: Our names (`messages`, or `prompt` and `response`) to the file's columns, where they
-            are not recognised.
+        data: A json, jsonl, parquet or csv file, a folder of them, or a hub id
+            `owner/name[:split]`.
+        columns: Our names (`messages`, or `prompt` and `response`) to the file's columns, where
+            they are not recognised.
         max_examples: Use this many examples, picked by the seed; all if nothing is said.
         prompts_per_iterate: Examples that an iterate is made from, another pick for each; all if
             nothing is said.
@@ -160,7 +161,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         return self._loader(self._run.rows(self._module.iterate), self._trainer.current_epoch)
 
     def val_dataloader(self) -> RowLoader | list[RowLoader]:
-        """A loader over the held-out rows of the iterate at hand; none where nothing is held out."""
+        """A loader over the held-out rows of the iterate at hand; none without any."""
         if not self.val:
             return []
         return self._loader(self._run.val_rows(self._module.iterate), epoch=None)

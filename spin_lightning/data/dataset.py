@@ -1,4 +1,4 @@
-"""The rows of an iterate as a data set, in an order that depends on the seed and the epoch alone."""
+"""The rows of an iterate as a data set, in an order that the seed and the epoch decide."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class EpochBatches(Sampler[list[int]]):
             yield batch[self.rank :: self.world_size] or batch[-1:]
 
 
-class RowLoader(DataLoader[PairBatch]):
+class RowLoader(DataLoader[Any]):
     """A loader that knows its position, so that a checkpoint in mid-epoch resumes there."""
 
     def __init__(self, dataset: PairDataset, batches: EpochBatches, **kwargs: Any) -> None:

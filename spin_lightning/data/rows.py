@@ -173,7 +173,4 @@ def _ragged(table: pa.Table, name: str) -> Ragged:
 
 def _by_member(table: pa.Table, name: str, members: tuple[int, ...]) -> dict[int, Tensor]:
     values = _ragged(table, name).values.reshape(len(table), len(members))
-    return {
-        member: torch.from_numpy(np.ascontiguousarray(values[:, i]))
-        for i, member in enumerate(members)
-    }
+    return {member: torch.from_numpy(np.array(values[:, i])) for i, member in enumerate(members)}

@@ -76,7 +76,7 @@ def draw_iterates(runs: Sequence[RunFolder], path: Path) -> Path:
 
 
 def comparison_table(runs: Sequence[RunFolder]) -> list[list[str]]:
-    """Rows of text: for each metric and run, its value at every iterate; the first row is a head."""
+    """Rows of text: each metric of each run at every iterate; the first row is a head."""
     histories = {run.root.name: iterate_records(run) for run in runs}
     length = max(len(history) for history in histories.values())
     table = [["metric", "run", *(f"iterate {t}" for t in range(length))]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    LogitsProcessorList,
     PretrainedConfig,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -107,7 +106,9 @@ class LocalGenerator(Generator):
 
     def _sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Next tokens by inverse CDF, shape [n], from logits [n, vocabulary] and uniforms [n]."""
-        logits = self._warpers(torch.empty(0, dtype=torch.int64), logits.float())
+        logits = logits.float()
+        for warper in self._warpers:
+            logits = warper(torch.empty(0), logits)
         cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         # Scaled by the total, which rounding leaves a little off 1; `right` so that a uniform of
         # exactly 0 cannot pick a token of probability 0.
@@ -116,8 +117,9 @@ class LocalGenerator(Generator):
         return tokens.clamp_max(logits.shape[-1] - 1)
 
     @property
-    def _warpers(self) -> LogitsProcessorList:
-        settings, warpers = self.settings, LogitsProcessorList()
+    def _warpers(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        settings = self.settings
+        warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
         if settings.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(settings.temperature))
         if settings.top_k:

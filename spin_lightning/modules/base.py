@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
 from spin_lightning.errors import SettingError
+from spin_lightning.fingerprint import folder_hashes
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
 from spin_lightning.mixtures import Mixture
@@ -33,8 +35,8 @@ from spin_lightning.policies.pretrained import BaseModel, ComputeDtype, Quantiza
 from spin_lightning.sampling import GenerationSettings
 from spin_lightning.types import PairBatch, PairLogps
 
-# Settings that change how fast a run is made, not what comes out of it.
-_COST_ONLY = frozenset({"generation", "activation_checkpointing"})
+# Settings that do not make another run: what they stand for is compared by content, or not at all.
+_NOT_COMPARED = frozenset({"model", "revision", "generation", "activation_checkpointing"})
 _MARGIN_ALARM = 0.1
 
 
@@ -199,7 +201,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         settings = {
             name: value
             for name, value in self.hparams.items()
-            if not name.startswith("_") and name not in _COST_ONLY
+            if not name.startswith("_") and name not in _NOT_COMPARED
         }
         sampling = {"temperature", "top_p", "top_k", "unit_size"}
         return settings | {
@@ -208,6 +210,8 @@ class SelfPlayModule(L.LightningModule, ABC):
             "beta": None if self.beta is None else [_at(self.beta, i) for i in range(t)],
             "learning_rate": [_at(self.learning_rate, i) for i in range(t)],
             "base_files": pretrained.content_hashes(self.base),
+            "initial_adapter": self.initial_adapter
+            and folder_hashes(Path(self.initial_adapter), (".safetensors", ".json")),
             **{n: v for n, v in asdict(self.generation).items() if n in sampling},
         }
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -24,6 +25,7 @@ from spin_lightning.policies.pretrained import (
     load_config,
     skeleton,
 )
+from spin_lightning.run_folder import write_json
 from spin_lightning.types import SequenceBatch
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -100,7 +102,9 @@ class LoraPolicy(Policy):
             )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(f".{_TRAINED}." in name)
-        self.starts_from_adapter = initial_adapter is not None
+        # Dropout of the base is off in its config, so this is about LoRA's dropout alone (and
+        # checkpointing, which works in training mode only).
+        self.train()
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +127,7 @@ class LoraPolicy(Policy):
         )
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = self.model.peft_config[_TRAINED]
-        was_inference, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(str(folder))
-        config.inference_mode = was_inference
+        write_json(folder / ADAPTER_CONFIG, _plain(self.model.peft_config[_TRAINED]))
         return {name: file_hash(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
 
     def use_bank(self, folders: Mapping[int, Path]) -> None:
@@ -260,6 +261,12 @@ def _quantization_config(base: BaseModel) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=base.dtype,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if base.quantization == "int8" else None
+
+
+def _plain(config: peft.PeftConfig) -> dict[str, Any]:
+    """The adapter's config as PEFT's save_pretrained writes it, with sets in a fixed order."""
+    fields = {**config.to_dict(), "inference_mode": True}
+    return {n: sorted(v) if isinstance(v, set | frozenset) else v for n, v in fields.items()}
 
 
 def _adapter_name(iterate: int) -> str:

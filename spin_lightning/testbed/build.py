@@ -1,0 +1,263 @@
+"""What the testbed leaves on disk: an ordinary model folder and an ordinary data file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.tokenise import PromptFormat
+from spin_lightning.errors import DataError, SettingError
+from spin_lightning.testbed.exact import token_ids
+from spin_lightning.testbed.language import Language, sample
+from spin_lightning.testbed.small_model import (
+    TokenIds,
+    byte_tokenizer,
+    small_config,
+    train_small_llama,
+    word_tokenizer,
+)
+from spin_lightning.types import Conversation, Example
+
+# Part of the folder's name: raise it whenever the same seed would give other bytes.
+VERSION: Final = 1
+DATA_ROWS: Final = 13_056
+_BASE_STEPS = 400
+_BASE_BATCH = 128
+_CONTEXT = 32
+_MARKER = "testbed.json"
+
+
+@dataclass(frozen=True)
+class TestbedPaths:
+    """Where a testbed lies.
+
+    Attributes:
+        model: Folder of the base model and its tokenizer.
+        data: JSON lines of prompt and response, drawn from p_data.
+        language: The exact distributions, for `Language.load`.
+    """
+
+    model: Path
+    data: Path
+    language: Path
+
+
+def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
+    """Make the testbed of a seed, once; later calls return at once.
+
+    The base is a small Llama trained on the language's dialect, so that self-play has a known
+    distance to go. The global random state is left alone, and one machine makes the same bytes
+    each time.
+
+    Args:
+        seed: Of the language, the samples and the base model.
+        cache_dir: Where testbeds lie; by default `$SPIN_LIGHTNING_CACHE`, else `spin-lightning` in
+            the user's cache folder.
+
+    Returns:
+        The three paths, all there.
+
+    Raises:
+        SettingError: The cache folder cannot be written.
+    """
+    root = cache_root() if cache_dir is None else cache_dir
+    folder = root / f"testbed-v{VERSION}-seed{seed}"
+    if not folder.is_dir():
+        with _scratch_folder(root) as scratch:
+            made = scratch / folder.name
+            _build(made, seed)
+            _publish(made, folder)
+    return TestbedPaths(folder / "model", folder / "data.jsonl", folder / "language.json")
+
+
+def cache_root() -> Path:
+    """The folder that testbeds are kept in, whether or not it is there yet."""
+    if own := os.environ.get("SPIN_LIGHTNING_CACHE"):
+        return Path(own)
+    user = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user) if user else Path.home() / ".cache") / "spin-lightning"
+
+
+def train_base(
+    data: str,
+    out: Path,
+    *,
+    columns: dict[str, str] | None = None,
+    minutes: float = 3.0,
+    steps: int | None = None,
+    hidden: int = 192,
+    layers: int = 4,
+    heads: int = 4,
+    vocabulary: int = 2048,
+    context: int = 512,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> Path:
+    """Train a small chat model from scratch on a data set, to have a base for self-play on it.
+
+    It is fluent in the data's style at best: a start for measuring self-play, not a solver.
+
+    Args:
+        data: A file or data set in any accepted format.
+        out: Folder to write the model and its tokenizer to: new, empty, or of an earlier call.
+        columns: Names of the columns, where they cannot be told.
+        minutes: Wall time of the training.
+        steps: Optimiser steps instead of `minutes`, for a run that can be repeated.
+        hidden: Width of the model.
+        layers: Number of its blocks.
+        heads: Attention heads of a block.
+        vocabulary: Most tokens of the byte-level BPE tokenizer.
+        context: Longest sequence in tokens; longer responses are cut, longer prompts left out.
+        batch_size: Examples per step.
+        learning_rate: Peak of the schedule.
+        seed: Of the initial weights and the order of the examples.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DataError: The data has no example that can be used.
+        SettingError: `out` holds something else, or the sizes do not fit.
+    """
+    _check_out(out)
+    conversations, _ = read_conversations(data, columns)
+    tokenizer = byte_tokenizer(_texts(conversations), vocabulary)
+    examples = _tokenised(conversations, tokenizer, context)
+    if not examples:
+        raise DataError(
+            f"{data} has no example that fits into {context} tokens",
+            fix="raise context, or check the data's columns",
+        )
+    model = train_small_llama(
+        small_config(tokenizer, hidden=hidden, layers=layers, heads=heads, context=context),
+        examples,
+        steps=steps,
+        minutes=minutes if steps is None else None,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        description=f"Training a base on {len(examples)} examples",
+    )
+    with _scratch_folder(out.parent) as scratch:
+        _save(model, tokenizer, scratch)
+        made_from = {"data": data, "steps": steps, "minutes": minutes, "seed": seed}
+        (scratch / _MARKER).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        # File by file: nothing that someone else put into the folder is ever removed.
+        for file in scratch.iterdir():
+            file.replace(out / file.name)
+    return out
+
+
+def _build(folder: Path, seed: int) -> None:
+    folder.mkdir()
+    language = Language.make(seed)
+    language.save(folder / "language.json")
+    # Streams of their own, so that the base has not seen the draws that self-play learns from.
+    data_seed, base_seed = 2 * seed, 2 * seed + 1
+    lines = (
+        json.dumps({"prompt": language.prompts[x], "response": language.responses[y]})
+        for x, y in sample(language.log_probs, DATA_ROWS, data_seed)
+    )
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    tokenizer = word_tokenizer([*language.prompts, *language.responses])
+    prompts, responses = token_ids(tokenizer, language)
+    drawn = sample(language.dialect_log_probs, _BASE_STEPS * _BASE_BATCH, base_seed)
+    # The order of a sum depends on the number of threads, and with it the last bits of weights.
+    with _single_thread():
+        model = train_small_llama(
+            small_config(tokenizer, hidden=64, layers=2, heads=4, context=_CONTEXT),
+            [(prompts[x], responses[y]) for x, y in drawn],
+            steps=_BASE_STEPS,
+            batch_size=_BASE_BATCH,
+            seed=base_seed,
+            description=f"Training the testbed's base (once, into {folder.name})",
+        )
+    _save(model, tokenizer, folder / "model")
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Put a finished folder in its place, in one step."""
+    try:
+        made.rename(folder)
+    except OSError:
+        # Another process was first; what it made is the same.
+        if not folder.is_dir():
+            raise
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _texts(conversations: Iterable[Conversation]) -> Iterator[str]:
+    for conversation in conversations:
+        yield from (message["content"] for message in conversation.prompt)
+        yield conversation.response
+
+
+def _tokenised(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerFast, context: int
+) -> Sequence[tuple[TokenIds, TokenIds]]:
+    """Prompt ids and response ids of every conversation that fits, as self-play will see them."""
+    text_format = PromptFormat.of(tokenizer, None)
+    made = (
+        text_format.tokenise(
+            conversation, max_prompt_tokens=None, max_response_tokens=context, context=context
+        )
+        for conversation in conversations
+    )
+    return [(one.prompt_ids, one.real_ids) for one in made if isinstance(one, Example)]
+
+
+def _check_out(out: Path) -> None:
+    if not out.exists() or (out / _MARKER).is_file():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise SettingError(
+            "out",
+            str(out),
+            "it holds something that this command did not write",
+            fix="give a folder that does not exist yet",
+        )
+
+
+@contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `parent`, from where a rename is one step."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=".spin-lightning-")
+    except OSError as error:
+        raise SettingError(
+            "cache",
+            str(parent),
+            f"it cannot be written ({error.strerror})",
+            fix="set SPIN_LIGHTNING_CACHE, or the output folder, to one that can be",
+        ) from error
+    with scratch as name:
+        yield Path(name)
+
+
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
