@@ -57,19 +57,15 @@ def check_trainer(trainer: L.Trainer, module: SelfPlayModule) -> None:
             )
 
 
-def check_lineage(
-    run: RunFolder, checkpoint: object, fields_at: Callable[[int], dict[str, Any]]
-) -> None:
-    """Refuse to go on in a run folder that another configuration made, or to start over in it.
+def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) -> None:
+    """Refuse to go on in a run folder that another configuration made.
 
     Args:
         run: The run folder.
-        checkpoint: The checkpoint that training resumes from, None when it starts from scratch.
         fields_at: What must be the same, for iterates up to t.
 
     Raises:
-        RunFolderError: The folder's iterates do not belong to this configuration, or it has trained
-            iterates that a start from scratch would overwrite.
+        RunFolderError: The folder's iterates do not belong to this configuration.
     """
     known = run.known_iterates()
     if not known:
@@ -81,7 +77,20 @@ def check_lineage(
             f"{run.root} belongs to another configuration:\n  " + "\n  ".join(changed),
             fix="set these back, or name a new folder with --trainer.default_root_dir",
         )
-    if checkpoint is None and known[-1] > 0:
+
+
+def check_start(run: RunFolder, checkpoint: object) -> None:
+    """Refuse to start from scratch over iterates that were trained.
+
+    Args:
+        run: The run folder.
+        checkpoint: The checkpoint that training resumes from, None when it starts from scratch.
+
+    Raises:
+        RunFolderError: The folder has trained iterates, and nothing is resumed.
+    """
+    known = run.known_iterates()
+    if checkpoint is None and known and known[-1] > 0:
         raise RunFolderError(
             f"{run.root} already holds iterates 0 to {known[-1]}, and this start is from scratch",
             fix="resume (the command line's resume: auto, or Trainer.fit(ckpt_path="

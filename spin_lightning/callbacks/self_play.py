@@ -14,7 +14,12 @@ from spin_lightning import keyed
 from spin_lightning.callbacks.console import console, show_iterates, show_samples
 from spin_lightning.callbacks.evaluate import IterateEvaluator
 from spin_lightning.callbacks.measure import measure_iterate
-from spin_lightning.callbacks.requirements import check_lineage, check_trainer, run_root
+from spin_lightning.callbacks.requirements import (
+    check_lineage,
+    check_start,
+    check_trainer,
+    run_root,
+)
 from spin_lightning.callbacks.row_making import RowMaker
 from spin_lightning.callbacks.samples import sample_pairs
 from spin_lightning.data.datamodule import SelfPlayDataModule
@@ -69,7 +74,7 @@ class SelfPlay(Callback):
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         self._iterates = trainer.max_epochs // module.epochs_per_iterate
         module.check_iterates(self._iterates)
-        check_lineage(self.run, trainer.ckpt_path, lambda t: _fields(trainer, module, data, t))
+        check_lineage(self.run, lambda t: _fields(trainer, module, data, t))
         if not module.generation.is_exact:
             rank_zero_info(
                 f"NOTE: {module.generation} does not sample from the iterates themselves, whose "
@@ -81,6 +86,8 @@ class SelfPlay(Callback):
         """Keep iterate 0, and make whatever rows the iterate at hand lacks."""
         module, data = _parts(trainer, pl_module)
         run = self._run
+        # Only now does Lightning know what it resumes from.
+        check_start(run, trainer.ckpt_path)
         self._maker = RowMaker(trainer, module, data, run, self._iterates, self.dry_run)
         if trainer.is_global_zero:
             console.print(f"Run folder: {run.root}")
@@ -98,11 +105,8 @@ class SelfPlay(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate iterate 0; after a resume, go on from where the checkpoint was taken."""
         module, data = _parts(trainer, pl_module)
-        if trainer.current_epoch // module.epochs_per_iterate > module.iterate:
-            # Saved after the last batch of an iterate: Lightning counts its epoch as finished and
-            # calls neither its end nor the next one's start.
-            self._finish_iterate(trainer, module, data)
-        elif trainer.global_step == self._iterate_step > 0:
+        caught_up = self._catch_up(trainer, module, data)
+        if not caught_up and trainer.global_step == self._iterate_step > 0:
             # The checkpoint of an untouched optimiser holds the settings of the run it ended.
             trainer.strategy.setup_optimizers(trainer)
         if trainer.global_step == 0 and data.val:
@@ -117,6 +121,7 @@ class SelfPlay(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the curves over the iterates."""
+        self._catch_up(trainer, *_parts(trainer, pl_module))
         if trainer.is_global_zero:
             picture = draw_iterates([self._run], self._run.report / "iterates.png")
             console.print(f"Picture: {picture}")
@@ -130,6 +135,19 @@ class SelfPlay(Callback):
         self._iterate_step = state_dict["iterate_step"]
 
     # ------------------------------------------------------------------ the loop
+
+    def _catch_up(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> bool:
+        """Finish an iterate whose checkpoint was saved after its last batch; say if there was one.
+
+        Lightning counts the epoch of such a checkpoint as finished, and calls neither its end nor
+        the start of the next.
+        """
+        behind = trainer.current_epoch // module.epochs_per_iterate > module.iterate
+        if behind:
+            self._finish_iterate(trainer, module, data)
+        return behind
 
     def _finish_iterate(
         self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule

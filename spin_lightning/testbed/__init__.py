@@ -1,0 +1,26 @@
+"""An exactly known language: the quickstart's and the study's embedded default."""
+
+from spin_lightning.testbed.build import TestbedPaths, cache_root, ensure, train_base
+from spin_lightning.testbed.exact import exact_metrics, response_log_probs
+from spin_lightning.testbed.language import Language, sample
+from spin_lightning.testbed.small_model import (
+    byte_tokenizer,
+    small_config,
+    train_small_llama,
+    word_tokenizer,
+)
+
+__all__ = [
+    "Language",
+    "TestbedPaths",
+    "byte_tokenizer",
+    "cache_root",
+    "ensure",
+    "exact_metrics",
+    "response_log_probs",
+    "sample",
+    "small_config",
+    "train_base",
+    "train_small_llama",
+    "word_tokenizer",
+]

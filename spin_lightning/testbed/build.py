@@ -100,7 +100,7 @@ def train_base(
     heads: int = 4,
     vocabulary: int = 2048,
     context: int = 512,
-    batch_size: int = 16,
+    batch_size: int = 8,
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> Path:
@@ -148,7 +148,7 @@ def train_base(
         learning_rate=learning_rate,
         seed=seed,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        description=f"Training a base on {len(examples)} examples",
+        description="Training a small base",
     )
     with _scratch_folder(out.parent) as scratch:
         _save(model, tokenizer, scratch)
@@ -184,7 +184,7 @@ def _build(folder: Path, seed: int) -> None:
             steps=_BASE_STEPS,
             batch_size=_BASE_BATCH,
             seed=base_seed,
-            description=f"Training the testbed's base (once, into {folder.name})",
+            description="Training the testbed's base, once",
         )
     _save(model, tokenizer, folder / "model")
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spin_lightning.data.tokenise import PromptFormat
 from spin_lightning.logps import response_logps
 from spin_lightning.packing import pack_padded
 from spin_lightning.testbed.language import Language
+from spin_lightning.types import Conversation, Message
 
 
 def response_log_probs(
@@ -33,8 +35,8 @@ def response_log_probs(
         Nats, float64, on the CPU, shape [X, Y].
     """
     prompts, responses = token_ids(tokenizer, language)
+    pad_id = PromptFormat.of(tokenizer, None).pad_id
     device = next(model.parameters()).device
-    pad_id = tokenizer.pad_token_id
     rows = []
     with _eval_mode(model), torch.no_grad():
         for prompt in prompts:
@@ -42,6 +44,17 @@ def response_log_probs(
             batches = (pack_padded([prompt] * len(chunk), chunk, pad_id) for chunk in chunks)
             rows.append(torch.cat([response_logps(model, b.to(device)).cpu() for b in batches]))
     return torch.stack(rows)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, language: Language
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Ids of all prompts and of all responses with their stop id, as self-play makes them."""
+    text_format = PromptFormat.of(tokenizer, None)
+    turns = [(Message(role="user", content=prompt),) for prompt in language.prompts]
+    # What a response's ids are does not depend on the prompt before it: any will do.
+    spoken = [Conversation(i, turns[0], text) for i, text in enumerate(language.responses)]
+    return [text_format.prompt_ids(t) for t in turns], [text_format.response_ids(c) for c in spoken]
 
 
 def exact_metrics(log_p: Tensor, language: Language) -> dict[str, float]:

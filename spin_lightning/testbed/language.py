@@ -68,7 +68,7 @@ class Language:
 
         >>> language = Language.make(seed=0)
         >>> language.prompts[0], language.responses[444]
-        ('tell me about the farm', 'bakers rarely dance alone')
+        ('tell me about the farm', 'bakers often dance alone')
         >>> bool(torch.allclose(language.log_probs.exp().sum(dim=1), torch.ones(8).double()))
         True
         """

@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Final
 
 import torch
 from rich.progress import (
     BarColumn,
     Progress,
-    SpinnerColumn,
-    TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning.errors import SettingError
@@ -165,15 +161,15 @@ def train_small_llama(
         The model in eval mode, float32, on the CPU.
 
     Raises:
-        SettingError: Not exactly one of `steps` and `minutes` is given.
+        SettingError: Not exactly one of `steps` and `minutes` is given, or it is not positive.
     """
     progress_of = _progress_clock(steps, minutes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.to(device).train()
+    nn.Module.to(model, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=_WEIGHT_DECAY)
-    batches = _batches(examples, batch_size, config.pad_token_id, seed)
+    batches = _batches(examples, batch_size, config.pad_token_id or 0, seed)
     with _training_bar() as bar:
         task = bar.add_task(description, total=1.0, loss=math.nan, rate=0.0)
         started, step = time.monotonic(), 0
@@ -181,20 +177,29 @@ def train_small_llama(
             rate = learning_rate * _schedule(progress)
             loss = _train_step(model, optimizer, next(batches).to(device), rate)
             step += 1
-            _show(bar, task, progress_of(step), loss, step / (time.monotonic() - started))
+            bar.update(
+                task,
+                completed=progress_of(step),
+                loss=float(loss),
+                rate=step / (time.monotonic() - started),
+            )
     return model.cpu().eval()
 
 
 def _progress_clock(steps: int | None, minutes: float | None) -> Callable[[int], float]:
     """How much of the training is done, 0 to 1, as a function of the steps taken."""
-    if (steps is None) == (minutes is None):
+    given = [value for value in (steps, minutes) if value is not None]
+    if len(given) != 1 or given[0] <= 0:
         raise SettingError(
-            "steps", steps, f"minutes is {minutes!r}", fix="give steps or minutes, not both"
+            "steps",
+            steps,
+            f"with minutes={minutes!r} it does not say how long to train",
+            fix="give a positive number of steps, or of minutes, and not both",
         )
-    if steps is not None:
-        return lambda step: step / steps if steps else 1.0
-    started, seconds = time.monotonic(), 60 * (minutes or 0.0)
-    return lambda step: (time.monotonic() - started) / seconds if seconds else 1.0
+    if minutes is None:
+        return lambda step: step / given[0]
+    started = time.monotonic()
+    return lambda _: (time.monotonic() - started) / (60 * minutes)
 
 
 def _schedule(progress: float) -> float:
@@ -237,16 +242,10 @@ def _train_step(
 
 def _training_bar() -> Progress:
     return Progress(
-        SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
         TextColumn("{task.fields[rate]:.1f} steps/s"),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-
-
-def _show(bar: Progress, task: TaskID, progress: float, loss: Tensor, rate: float) -> None:
-    bar.update(task, completed=min(progress, 1.0), loss=loss.item(), rate=rate)

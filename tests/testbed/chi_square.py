@@ -1,6 +1,5 @@
 """Are these samples from that distribution?"""
 
-import torch
 from scipy import stats
 from torch import Tensor
 

@@ -13,12 +13,12 @@ def test_chi_square_hand_counts_give_hand_p_value():
 
 
 def test_chi_square_rare_cells_are_pooled_and_outside_is_a_cell():
-    """n = 100: cells {4 + 6}, {30}, {40} and outside {20}; seen 10, 20, 50, 20.
+    """n = 100: cells {5 + 7}, {30}, {40} and outside {18}; seen 12, 20, 50, 18.
 
     (20-30)²/30 + (50-40)²/40 = 35/6 on 3 degrees of freedom.
     """
-    log_probs = torch.tensor([[0.06, 0.4, 0.04, 0.3]]).log()
-    p_value = chi_square(torch.tensor([[2, 50, 8, 20]]), torch.tensor([20]), log_probs)
+    log_probs = torch.tensor([[0.07, 0.4, 0.05, 0.3]]).log()
+    p_value = chi_square(torch.tensor([[2, 50, 10, 20]]), torch.tensor([18]), log_probs)
     assert p_value == pytest.approx(stats.chi2.sf(35 / 6, 3), rel=1e-5)
 
 
