@@ -1,6 +1,7 @@
 """An exactly known language: the quickstart's and the study's embedded default."""
 
 from spin_lightning.testbed.build import TestbedPaths, cache_root, ensure, train_base
+from spin_lightning.testbed.evaluator import ExactMetrics
 from spin_lightning.testbed.exact import exact_metrics, response_log_probs
 from spin_lightning.testbed.language import Language, sample
 from spin_lightning.testbed.small_model import (
@@ -11,6 +12,7 @@ from spin_lightning.testbed.small_model import (
 )
 
 __all__ = [
+    "ExactMetrics",
     "Language",
     "TestbedPaths",
     "byte_tokenizer",
