@@ -33,8 +33,8 @@ _EMBEDDED = "testbed"
 class SpinCLI(LightningCLI):
     """LightningCLI for self-play: a run folder, the loggers in it, and `resume: auto`."""
 
-    def __init__(self, args: Sequence[str]) -> None:
-        """Parse `args` and run the subcommand they name."""
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        """Parse `args` (the command line's when None) and run the subcommand they name."""
         super().__init__(
             SelfPlayModule,
             SelfPlayDataModule,
@@ -46,8 +46,12 @@ class SpinCLI(LightningCLI):
             auto_configure_optimizers=False,
             # The row loaders split their batches over the ranks themselves.
             trainer_defaults={"use_distributed_sampler": False},
-            parser_kwargs={"prog": "spin-lightning", "epilog": _other_commands()},
-            args=list(args),
+            parser_kwargs={
+                "prog": "spin-lightning",
+                "description": "Fine-tune a language model by self-play.",
+                "epilog": _other_commands(),
+            },
+            args=None if args is None else list(args),
         )
 
     @staticmethod
@@ -104,7 +108,10 @@ class SpinCLI(LightningCLI):
             callbacks.append(_last_checkpoint(root))
         logger = settings.logger
         if logger is None or logger is True:
-            logger = [RunCSVLogger(root), TensorBoardLogger(root, name="", version="tensorboard")]
+            logger = [
+                RunCSVLogger(root),
+                TensorBoardLogger(root / "tensorboard", name="", version=""),
+            ]
         return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
 
 
@@ -117,7 +124,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if arguments and arguments[0] in _COMMANDS:
             _COMMANDS[arguments[0]](arguments[1:])
         else:
-            SpinCLI(arguments)
+            SpinCLI(args)
     except DryRunFinished:
         console.print("Dry run: nothing was trained. What was made is kept and used by `fit`.")
     except SpinError as error:

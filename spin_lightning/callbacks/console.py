@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -11,9 +12,14 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-console = Console(soft_wrap=True, highlight=False)
-
 _LINES_SHOWN = 8
+_LOG_WIDTH = 160
+
+# Without a terminal there is no width to keep to, and a log file should not be cut.
+console = Console(
+    soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH
+)
+
 
 # Name, width, and how a record shows it. "exact/kl" is there only where it is known.
 _COLUMNS: tuple[tuple[str, int, str], ...] = (

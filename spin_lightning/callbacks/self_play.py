@@ -94,10 +94,9 @@ class SelfPlay(Callback):
             if 0 not in run.known_iterates():
                 module.tokenizer.save_pretrained(run.tokenizer)
                 self._keep(trainer, module, data, 0, training=None)
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
             if module.iterate < self._iterates:
                 console.print(self._maker.cost())
+        trainer.strategy.barrier()
         self._prepare(trainer, module, data)
         if module.iterate >= self._iterates:
             trainer.limit_train_batches = 0  # the run is finished, and has no rows to train on

@@ -139,7 +139,7 @@ class PromptFormat:
     def _rendered_prompt(self, prompt: tuple[Message, ...]) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                list(prompt), tokenize=False, add_generation_prompt=True
+                _chat(prompt), tokenize=False, add_generation_prompt=True
             )
         )
 
@@ -147,11 +147,17 @@ class PromptFormat:
         """What the template writes after the prompt, or the response itself."""
         if self.tokenizer.chat_template is None:
             return conversation.response
-        turns = [*conversation.prompt, Message(role="assistant", content=conversation.response)]
+        answer = Message(role="assistant", content=conversation.response)
+        turns = _chat((*conversation.prompt, answer))
         prompt = self._rendered_prompt(conversation.prompt)
         whole = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         # Some templates open the turn differently where they are to answer; then the text itself.
         return whole.removeprefix(prompt) if whole.startswith(prompt) else conversation.response
+
+
+def _chat(turns: tuple[Message, ...]) -> list[dict[str, str]]:
+    """The turns as transformers types them."""
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -160,8 +166,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.chat_template is None:
         return eos
     turns = [
-        Message(role="user", content="hello"),
-        Message(role="assistant", content=_SENTINEL),
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": _SENTINEL},
     ]
     after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_SENTINEL)[2]
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]

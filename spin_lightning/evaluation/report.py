@@ -79,7 +79,7 @@ def comparison_table(runs: Sequence[RunFolder]) -> list[list[str]]:
     """Rows of text: each metric of each run at every iterate; the first row is a head."""
     histories = {run.root.name: iterate_records(run) for run in runs}
     length = max(len(history) for history in histories.values())
-    table = [["metric", "run", *(f"iterate {t}" for t in range(length))]]
+    table = [["metric", "run", *(f"p{t}" for t in range(length))]]
     for curve in _CURVES:
         for name, history in histories.items():
             values = dict(_points(history, curve.metric))

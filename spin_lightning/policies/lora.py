@@ -145,11 +145,12 @@ class LoraPolicy(Policy):
         """Act as a frozen iterate inside the block; everything is put back on leaving it."""
         if self._acting is not None:
             raise RuntimeError(f"already acting as iterate {self._acting}; leave that block first")
-        adapter = self._load(iterate)
+        # Before loading: PEFT puts the whole model into eval mode when it loads an adapter.
         modes = [(module, module.training) for module in self.modules()]
         grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         self._acting = iterate
         try:
+            adapter = self._load(iterate)
             self.eval()
             if adapter is not None:
                 self.model.set_adapter(adapter)
