@@ -44,6 +44,8 @@ class SpinCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            # The modules keep plain hyper-parameters by themselves.
+            load_from_checkpoint_support=False,
             # The row loaders split their batches over the ranks themselves.
             trainer_defaults={"use_distributed_sampler": False},
             parser_kwargs={
@@ -89,7 +91,7 @@ class SpinCLI(LightningCLI):
             variant = config.model.class_path.rsplit(".", 1)[-1]
             config.trainer.default_root_dir = str(new_run(variant))
         parser = self._parser(self.config.subcommand)
-        self._config_text = parser.dump(config, skip_none=False)
+        self._config_text = parser.dump(config, skip_unset=False)
         run = RunFolder(Path(config.trainer.default_root_dir))
         config.ckpt_path = _checkpoint(run, config.ckpt_path, config.resume)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from spin_lightning.errors import SettingError
 
@@ -46,6 +48,24 @@ class GenerationSettings:
                 raise SettingError(
                     f"generation.{name}", getattr(self, name), "out of range", fix=f"give {fix}"
                 )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> GenerationSettings:
+        """Build settings from plain values.
+
+        Raises:
+            SettingError: There is no such setting, or a value is out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise SettingError(
+                    f"generation.{name}",
+                    values[name],
+                    "there is no such setting",
+                    fix=f"choose from {', '.join(known)}",
+                )
+        return cls(**values)
 
     @property
     def is_exact(self) -> bool:

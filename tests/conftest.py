@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.testbed import TestbedPaths, ensure
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +70,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_base(tiny_model_dir: Path) -> BaseModel:
     """The tiny model as a float32 base."""
     return BaseModel(str(tiny_model_dir), compute_dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def testbed_seed_0() -> TestbedPaths:
+    """The embedded testbed, made once and then kept in the user's cache folder as for a user."""
+    return ensure(seed=0)

@@ -89,7 +89,9 @@ def test_fit_leaves_config_logs_and_checkpoint_in_the_run_folder(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["model"]["class_path"] == "spin_lightning.SPIN"
     assert config["model"]["init_args"]["generation"]["unit_size"] == 32
-    by_iterate = {r["iterate"]: r["val/real_nll_per_token"] for r in metrics_rows(finished) if r["iterate"]}
+    by_iterate = {
+        r["iterate"]: r["val/real_nll_per_token"] for r in metrics_rows(finished) if r["iterate"]
+    }
     assert by_iterate.keys() == {"0", "1", "2"}
     assert all(by_iterate.values())
 
@@ -100,6 +102,7 @@ def test_fit_saved_config_alone_repeats_the_run_byte_for_byte(finished, spin, tm
     assert contents(tmp_path / "again") == contents(finished)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the test moved the folder
 def test_fit_again_in_a_finished_folder_changes_no_byte_and_keeps_the_log(finished, spin, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(finished, again)
@@ -112,7 +115,9 @@ def test_fit_again_in_a_finished_folder_changes_no_byte_and_keeps_the_log(finish
     assert not (again / "config.resumed-1.yaml").exists()
     spin("fit", "--config", again / "config.yaml", "--trainer.max_epochs", "3")
     assert RunFolder(again).known_iterates() == [0, 1, 2, 3]
-    assert yaml.safe_load((again / "config.resumed-1.yaml").read_text())["trainer"]["max_epochs"] == 3
+    assert (
+        yaml.safe_load((again / "config.resumed-1.yaml").read_text())["trainer"]["max_epochs"] == 3
+    )
     assert len(metrics_rows(again)) > len(before)
 
 

@@ -15,7 +15,9 @@ def test_configs_shipped_are_all_seen():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_shipped_parses(config, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["spin-lightning", "fit", "--config", str(config), "--print_config"])
+    monkeypatch.setattr(
+        "sys.argv", ["spin-lightning", "fit", "--config", str(config), "--print_config"]
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0

@@ -45,9 +45,7 @@ def play(
     L.seed_everything(seed, verbose=False)
     module = variant(
         model=str(model),
-        learning_rate=3e-3,
-        generation={"unit_size": 32},
-        **(settings or {}),
+        **{"learning_rate": 3e-3, "generation": {"unit_size": 32}, **(settings or {})},
     )
     datamodule = SelfPlayDataModule(
         str(data), **{"batch_size": 32, "max_response_tokens": 8, **(data_settings or {})}

@@ -51,7 +51,15 @@ class PromptFormat:
                 "it has no end-of-sequence token, so no response could ever end",
                 fix="set tokenizer.eos_token and save the tokenizer into the model folder",
             )
-        end_of_turn = _end_of_turn(tokenizer)
+        try:
+            end_of_turn = _end_of_turn(tokenizer)
+        except TemplateError as error:
+            raise SettingError(
+                "tokenizer.chat_template",
+                str(tokenizer.chat_template)[:60],
+                f"it does not take a question with an answer ({error})",
+                fix="mend the template and save the tokenizer into the model folder",
+            ) from error
         named = generation_eos if isinstance(generation_eos, list) else [generation_eos]
         stops = {end_of_turn, tokenizer.eos_token_id, *(i for i in named if i is not None)}
         return cls(tokenizer, tuple(sorted(stops)), end_of_turn)
@@ -79,7 +87,7 @@ class PromptFormat:
             jinja2.TemplateError: The template does not take these turns.
         """
         if self.tokenizer.chat_template is not None:
-            return self._ids(self._rendered_prompt(prompt))
+            return self._ids(self._rendered(prompt, to_be_answered=True))
         if len(prompt) > 1:
             raise SettingError(
                 "tokenizer.chat_template",
@@ -87,18 +95,21 @@ class PromptFormat:
                 f"a prompt has {len(prompt)} turns, and there is no template to join them",
                 fix="set a chat template and save the tokenizer into the model folder",
             )
-        ids = tuple(self.tokenizer(prompt[0]["content"])["input_ids"])
+        ids = tuple(self.tokenizer(prompt[0]["content"], verbose=False)["input_ids"])
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def response_ids(self, conversation: Conversation) -> tuple[int, ...]:
         """Ids of a whole real response, up to and including its stop id.
 
-        With a template, they are those of the text that it writes after the prompt; what follows
-        the end of the turn, usually a newline, is dropped.
+        With a template, they are those that follow the prompt in the whole conversation; what
+        comes after the end of the turn, usually a newline, is dropped. A stop token that the
+        response spells out ends it there, since a sampled response would end there too.
+
+        Raises:
+            SettingError: Several turns without a chat template.
+            jinja2.TemplateError: The template does not take these turns.
         """
-        ids = self._ids(self._response_text(conversation))
-        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return (*ids[:stop], self.end_of_turn)
+        return self._response_after(self.prompt_ids(conversation.prompt), conversation)
 
     def tokenise(
         self,
@@ -118,46 +129,72 @@ class PromptFormat:
 
         Returns:
             The example; a response over the cap keeps its first ids and is not finished. Or a bad
-            row: a prompt that is too long, or turns that the template does not take.
+            row: a prompt that is too long, a response without a token before its stop id, or turns
+            that the template does not take.
+
+        Raises:
+            SettingError: Several turns without a chat template.
         """
+        example_id = conversation.example_id
         try:
             prompt = self.prompt_ids(conversation.prompt)
-            response = self.response_ids(conversation)
+            problem = _prompt_problem(len(prompt), max_prompt_tokens, context)
+            if problem is not None:
+                return BadRow(example_id, problem)
+            response = self._response_after(prompt, conversation)
         except TemplateError as error:
-            return BadRow(conversation.example_id, f"the chat template refuses it: {error}")
-        longest = context - 1 if max_prompt_tokens is None else min(max_prompt_tokens, context - 1)
-        if not prompt or len(prompt) > longest:
-            reason = f"the prompt has more than {longest} tokens" if prompt else "an empty prompt"
-            return BadRow(conversation.example_id, reason)
+            return BadRow(example_id, f"the chat template refuses it ({error})")
+        if len(response) < 2:
+            return BadRow(example_id, "a response without a token before its end")
         cap = min(max_response_tokens, context - len(prompt))
-        finished = len(response) <= cap
-        return Example(conversation.example_id, prompt, response[:cap], finished)
+        return Example(example_id, prompt, response[:cap], real_finished=len(response) <= cap)
+
+    def _response_after(
+        self, prompt: tuple[int, ...], conversation: Conversation
+    ) -> tuple[int, ...]:
+        if self.tokenizer.chat_template is None:
+            ids = self._ids(conversation.response)
+        else:
+            ids = self._templated_response(prompt, conversation)
+        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        return (*ids[:stop], self.end_of_turn)
+
+    def _templated_response(
+        self, prompt: tuple[int, ...], conversation: Conversation
+    ) -> tuple[int, ...]:
+        answer = Message(role="assistant", content=conversation.response)
+        before = self._rendered(conversation.prompt, to_be_answered=True)
+        whole = self._rendered((*conversation.prompt, answer), to_be_answered=False)
+        # Some templates open the turn differently where they are to answer; then the text itself.
+        after = whole.removeprefix(before) if whole.startswith(before) else conversation.response
+        # Together, because some tokenizers put a space before a text that stands alone: it would
+        # tell real responses from generated ones.
+        ids = self._ids(before + after)
+        return ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._ids(after)
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Not verbose: longer than the model takes is reported by us, as a bad row.
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _rendered_prompt(self, prompt: tuple[Message, ...]) -> str:
+    def _rendered(self, turns: tuple[Message, ...], *, to_be_answered: bool) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                _chat(prompt), tokenize=False, add_generation_prompt=True
+                [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+                tokenize=False,
+                add_generation_prompt=to_be_answered,
             )
         )
 
-    def _response_text(self, conversation: Conversation) -> str:
-        """What the template writes after the prompt, or the response itself."""
-        if self.tokenizer.chat_template is None:
-            return conversation.response
-        answer = Message(role="assistant", content=conversation.response)
-        turns = _chat((*conversation.prompt, answer))
-        prompt = self._rendered_prompt(conversation.prompt)
-        whole = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        # Some templates open the turn differently where they are to answer; then the text itself.
-        return whole.removeprefix(prompt) if whole.startswith(prompt) else conversation.response
 
-
-def _chat(turns: tuple[Message, ...]) -> list[dict[str, str]]:
-    """The turns as transformers types them."""
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+def _prompt_problem(length: int, longest: int | None, context: int) -> str | None:
+    """What is wrong with a prompt of this length, if anything is."""
+    if not length:
+        return "a prompt without tokens"
+    if longest is not None and length > longest:
+        return f"a prompt of more than max_prompt_tokens={longest}: {length} tokens"
+    if length >= context:
+        return f"a prompt that fills the model's context of {context} tokens: {length} tokens"
+    return None
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -169,7 +206,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": _SENTINEL},
     ]
-    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_SENTINEL)[2]
-    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    _, found, after = whole.rpartition(_SENTINEL)
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     return int(ids[0]) if ids and ids[0] in special else eos

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import folder_hashes
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
@@ -104,7 +104,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Keep the settings; weights are loaded by `configure_model`."""
         super().__init__()
         if not isinstance(generation, GenerationSettings):
-            generation = GenerationSettings(**(generation or {}))
+            generation = GenerationSettings.of(generation or {})
         # Plain values only: anything else breaks a weights_only resume. What a variant fixes to
         # None is no setting of it.
         fixed = [n for n, v in {"beta": beta, "loss": loss}.items() if v is None]
@@ -128,7 +128,6 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.generation = generation
         self.iterate = 0
         self.val_metrics = PairMetrics()
-        self.strict_loading = False  # a checkpoint holds the adapter alone, never base weights
         self._check_ranges()
 
     # ------------------------------------------------------------------ what a variant says
@@ -299,6 +298,25 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Take up the iterate; the weights follow."""
         self.configure_model()
         self.iterate = checkpoint["self_play"]["iterate"]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> NamedTuple:
+        """Load the trained adapter, which is all that a checkpoint holds.
+
+        Raises:
+            RunFolderError: The checkpoint holds another adapter, or not all of it.
+        """
+        trained = {f"policy.{name}" for name, _ in self.policy.trainable()}
+        if strict and trained != set(state_dict):
+            raise RunFolderError(
+                f"the checkpoint holds another adapter: {len(trained ^ set(state_dict))} names "
+                f"differ, such as {min(trained ^ set(state_dict))}",
+                fix="use the model and the lora_* settings that the checkpoint was made with",
+            )
+        keys: NamedTuple = super().load_state_dict(state_dict, strict=False, assign=assign)
+        # The base's keys are not missing: they come from its own files.
+        return type(keys)([], [])
 
     # ------------------------------------------------------------------ details
 

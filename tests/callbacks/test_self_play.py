@@ -218,8 +218,15 @@ def test_crash_then_resume_from_last_gives_the_same_bytes(
     hook, finished, tiny_model_dir, data, tmp_path
 ):
     with pytest.raises(StopHere):
-        play(tmp_path, tiny_model_dir, data, epochs=3, callbacks=[CrashAt(hook, count=3)] if
-             hook == "on_validation_end" else [CrashAt(hook, count=1 if hook == "on_train_start" else 6)])
+        play(
+            tmp_path,
+            tiny_model_dir,
+            data,
+            epochs=3,
+            callbacks=[CrashAt(hook, count=3)]
+            if hook == "on_validation_end"
+            else [CrashAt(hook, count=1 if hook == "on_train_start" else 6)],
+        )
     last = RunFolder(tmp_path).last_checkpoint
     play(tmp_path, tiny_model_dir, data, epochs=3, ckpt_path=last if last.exists() else None)
     assert contents(tmp_path) == contents(finished)
@@ -394,7 +401,11 @@ for _ in range(2):
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["SPIN-0", "SPIN-1"]

@@ -1,0 +1,187 @@
+"""Chat templates as released models carry them, and small tokenizers to use them with."""
+
+from dataclasses import dataclass
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import PreTrainedTokenizerFast
+
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>
+' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>
+' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>
+'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+
+# Qwen2.5's: it puts a system turn in front where there is none.
+CHATML = """{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}"""
+
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+
+# In the manner of Qwen3's thinking models: they open a thought where they are to answer.
+THINKING = """{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of chat models.
+
+    Attributes:
+        template: Its chat template.
+        special: The special tokens that the template writes, `bos` and `eos` among them.
+        bos: Its beginning of sequence, which its tokenizer adds; None without one.
+        eos: Its end of sequence.
+        end_of_turn: What ends an assistant turn.
+        pieces: Whether its tokenizer is of the SentencePiece kind.
+    """
+
+    template: str
+    special: tuple[str, ...]
+    bos: str | None
+    eos: str
+    end_of_turn: str
+    pieces: bool = False
+
+
+FAMILIES = {
+    "zephyr": Family(ZEPHYR, ("<s>", "</s>"), "<s>", "</s>", "</s>", pieces=True),
+    "chatml": Family(
+        CHATML,
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        None,
+        "<|endoftext|>",
+        "<|im_end|>",
+    ),
+    "llama3": Family(
+        LLAMA3,
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ),
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+    ),
+    "gemma": Family(
+        GEMMA,
+        ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos>",
+        "<eos>",
+        "<end_of_turn>",
+    ),
+}
+
+
+def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of this family, of single characters with a few merges."""
+    family = FAMILIES[name]
+    inner = _pieces() if family.pieces else byte_level()
+    tokenizer = wrap(inner, family.special, bos=family.bos, eos=family.eos)
+    tokenizer.chat_template = family.template
+    return tokenizer
+
+
+def wrap(
+    inner: Tokenizer,
+    special: tuple[str, ...],
+    *,
+    bos: str | None = None,
+    eos: str | None = None,
+    add_eos: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Add special tokens to a tokenizer, which writes `bos` (and `eos`) around plain text."""
+    inner.add_special_tokens([AddedToken(token, special=True) for token in special])
+    around = " ".join([bos or "", "$A", (eos or "") if add_eos else ""]).strip()
+    template = processors.TemplateProcessing(
+        single=around,
+        special_tokens=[(token, inner.token_to_id(token)) for token in special],
+    )
+    inner.post_processor = template
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=eos)
+
+
+def byte_level() -> Tokenizer:
+    """GPT-2's kind: bytes, with merges that cross from a newline into the next text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ċ"), ("t", "h"), ("Ġ", "th"), ("H", "e")]
+    words = [*alphabet, *(first + second for first, second in merges)]
+    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n+|[^\n]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _pieces() -> Tokenizer:
+    """Llama 2's kind: a space goes before a text that stands alone, bytes for what is unknown."""
+    characters = "▁" + "".join(chr(i) for i in range(33, 127))
+    words = [*(f"<0x{i:02X}>" for i in range(256)), *characters, "▁t", "▁th"]
+    merges = [("▁", "t"), ("▁t", "h")]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    inner = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return inner
