@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Streams of one key: they never share a number.
-_POSITIONS, _OPPONENT, _ORDER, _SUBSET = range(4)
+_POSITIONS, _OPPONENT, _ORDER, _SUBSET, _KEEP = range(5)
 
 
 def global_seed() -> int:
@@ -35,6 +35,11 @@ def position_uniforms(key: int, count: int) -> NDArray[np.float64]:
 def opponent_uniform(key: int) -> float:
     """The uniform number in [0, 1) that picks a row's opponent; independent of its positions."""
     return float(_stream(key, _OPPONENT).random())
+
+
+def keep_uniform(key: int) -> float:
+    """The uniform number in [0, 1) that decides whether an earlier row stays in its place."""
+    return float(_stream(key, _KEEP).random())
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:

@@ -1,16 +1,17 @@
-"""Losses of the margin, one pure function each.
+"""Losses, one pure function each; most are functions of the margin.
 
-Every function takes the margin m of a batch of pairs, in nats and before beta,
+These take the margin m of a batch of pairs, in nats and before beta,
 
     m = [log p_theta(y|x) - R(y|x)] - [log p_theta(y'|x) - R(y'|x)],
 
-with y the real and y' the generated response and R the reference, and returns one loss per pair.
+with y the real and y' the generated response and R the reference, and return one loss per pair.
 Equations: SPIN (https://arxiv.org/abs/2401.01335, eq. 4.7), DPO (https://arxiv.org/abs/2305.18290),
 IPO (https://arxiv.org/abs/2310.12036, eq. 17).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -78,6 +79,36 @@ def ipo(margin: Tensor, beta: float) -> Tensor:
         Loss per pair, shape [batch].
     """
     return (margin - 1.0 / (2.0 * beta)) ** 2
+
+
+def space(real_log_ratio: Tensor, generated_log_ratio: Tensor, ratio: float) -> Tensor:
+    """SPACE's noise-contrastive loss: tell real from generated responses, each by itself.
+
+    -log s(r) - mu * log(1 - s(r')) with s(z) = 1 / (1 + mu * exp(-z)), mu the `ratio`.
+
+    Args:
+        real_log_ratio: r = log p_theta(y|x) - log R(y|x), nats, shape [batch].
+        generated_log_ratio: r' of the generated responses, likewise.
+        ratio: mu, weight of the generated responses against the real ones, > 0.
+
+    Returns:
+        Loss per pair, shape [batch]; log(1 + mu) + mu * log((1 + mu) / mu) at r = r' = 0.
+    """
+    # s(z) = sigmoid(z - log mu), which neither overflows nor rounds to 0.
+    shift = math.log(ratio)
+    real = functional.logsigmoid(real_log_ratio - shift)
+    generated = functional.logsigmoid(shift - generated_log_ratio)
+    return -real - ratio * generated
+
+
+def real_nll(real_logps: Tensor, real_lengths: Tensor) -> Tensor:
+    """Mean over examples of the negative log-likelihood per token, -log p(y|x) / |y|, shape [].
+
+    Args:
+        real_logps: log p_theta(y|x), nats, shape [batch].
+        real_lengths: |y| in tokens, shape [batch].
+    """
+    return -(real_logps / real_lengths).mean()
 
 
 _LOSSES: dict[str, MarginLoss] = {

@@ -1,15 +1,30 @@
-"""Opponents and references as data: which iterates, with which weights."""
+"""Opponents and references as data: which iterates, with which weights, how near to the base.
+
+Two ways to combine policies meet here. An arithmetic mixture of whole responses can be sampled
+(draw a member, let it answer) and its density is exact. A geometric mixture with the base is what a
+KL penalty towards the base turns a reference into: of whole responses it is known up to a
+normaliser that depends on the prompt alone; token by token it is normalised, and can be sampled.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spin_lightning.errors import SettingError
+
+# What log-ratios are taken against: what the opponent is, or the last iterate alone.
+Against = Literal["opponent", "previous"]
+# A geometric mixture with the base is taken of whole responses, or token by token.
+Level = Literal["sequence", "token"]
+
+# Weights that differ by rounding alone are the same.
+_SAME_WEIGHT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -19,12 +34,16 @@ class Mixture:
     It can be sampled (draw i with probability w_i, then y' ~ p_i) and its density is exact.
     It is not the average of per-token probabilities.
 
+    With a `token_alpha` the members are, instead of the iterates p_i, their geometric mixtures with
+    the base at every token, g_i(y_s|x,y_<s) = softmax((1 - alpha) log p_i + alpha log p_0).
+
     Attributes:
         weights: Weight of each iterate, > 0, summing to 1, by ascending iterate index.
+        token_alpha: Weight of the base at every token, in [0, 1]; 0 for the iterates themselves.
 
     Raises:
-        SettingError: A negative or non-finite weight, a negative index, or weights whose sum is
-            not 1 to 1e-9.
+        SettingError: A negative or non-finite weight, a negative index, weights whose sum is not
+            1 to 1e-9, or a `token_alpha` outside [0, 1].
 
     Example:
         >>> Mixture({1: 0.5, 2: 0.5}).members
@@ -32,9 +51,11 @@ class Mixture:
     """
 
     weights: Mapping[int, float]
+    token_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the weights and drop the members that have none."""
+        check_alpha(self.token_alpha)
         for member, weight in self.weights.items():
             if member < 0 or not math.isfinite(weight) or weight < 0:
                 raise SettingError(
@@ -69,6 +90,16 @@ class Mixture:
         """The iterates that carry weight, ascending."""
         return tuple(self.weights)
 
+    @property
+    def plain_members(self) -> tuple[int, ...]:
+        """Iterates i whose log p_i the density is a function of, ascending."""
+        return () if self.token_alpha else self.members
+
+    @property
+    def token_members(self) -> tuple[int, ...]:
+        """Iterates i whose log g_i the density is a function of, ascending."""
+        return self.members if self.token_alpha else ()
+
     def draw(self, uniform: float) -> int:
         """Return the iterate that a uniform number in [0, 1) picks, by the inverse CDF."""
         cumulative = 0.0
@@ -78,19 +109,127 @@ class Mixture:
                 return member
         return self.members[-1]
 
-    def logps(self, member_logps: Mapping[int, Tensor]) -> Tensor:
-        """Return log mu(y|x) from log p_i(y|x) of each member, all of shape [...]."""
-        stacked = torch.stack([member_logps[i] for i in self.members], dim=-1)
-        return mixture_logps(stacked, torch.tensor(list(self.weights.values())))
+    def logps(
+        self,
+        member_logps: Mapping[int, Tensor],
+        token_logps: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Return log mu(y|x) of responses, shape [...].
+
+        Args:
+            member_logps: log p_i(y|x) of each plain member, nats, each of shape [...].
+            token_logps: log g_i(y|x) of each token-level member, likewise.
+        """
+        scores = (token_logps or {}) if self.token_alpha else member_logps
+        stacked = torch.stack([scores[i] for i in self.members], dim=-1)
+        weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        return mixture_logps(stacked, weights)
 
     def __str__(self) -> str:
         """Name the iterates; a range where consecutive ones weigh the same."""
+        near_base = f" ~{self.token_alpha:.3g}·p0" if self.token_alpha else ""
+        return self._names() + near_base
+
+    def _names(self) -> str:
         first, last, values = self.members[0], self.members[-1], list(self.weights.values())
         if last == first:
             return f"p{first}"
         if last - first + 1 == len(values) and max(values) - min(values) < 1e-9:
             return f"p{first}..p{last}"
         return "+".join(f"{weight:.3g}·p{i}" for i, weight in self.weights.items())
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """Geometric mixture of a mixture with the base, over whole responses; a reference only.
+
+    log R(y|x) = (1 - alpha) log mu(y|x) + alpha log p_0(y|x), up to log Z(x), which is the same for
+    every response to a prompt and cancels in losses of the margin. It cannot be sampled.
+
+    Attributes:
+        mixture: mu, of plain iterates.
+        alpha: Weight of the base, in [0, 1]; 0 is the mixture itself, 1 the base.
+
+    Raises:
+        SettingError: `alpha` outside [0, 1], or a mixture that is token-level already.
+    """
+
+    mixture: Mixture
+    alpha: float
+
+    def __post_init__(self) -> None:
+        """Check the weight."""
+        check_alpha(self.alpha)
+        if self.mixture.token_alpha:
+            raise SettingError(
+                "Geometric",
+                str(self.mixture),
+                "its members are mixed with the base already, token by token",
+                fix="give it a mixture without token_alpha",
+            )
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The iterates that carry weight, ascending."""
+        mixed = self.mixture.members if self.alpha < 1 else ()
+        return tuple(sorted({*mixed, 0} if self.alpha > 0 else mixed))
+
+    @property
+    def plain_members(self) -> tuple[int, ...]:
+        """Iterates i whose log p_i the density is a function of, ascending."""
+        return self.members
+
+    @property
+    def token_members(self) -> tuple[int, ...]:
+        """None: the density is a function of plain log-probs."""
+        return ()
+
+    @property
+    def token_alpha(self) -> float:
+        """0: nothing is mixed token by token."""
+        return 0.0
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether log Z(x) is 0, as for a mixture or the base alone."""
+        return self.alpha in (0, 1) or self.mixture.members == (0,)
+
+    def logps(
+        self,
+        member_logps: Mapping[int, Tensor],
+        _token_logps: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Return log R(y|x) + log Z(x) of responses, shape [...].
+
+        Args:
+            member_logps: log p_i(y|x) of each member, nats, each of shape [...].
+        """
+        if self.alpha == 1:
+            return member_logps[0]
+        mixed = self.mixture.logps(member_logps)
+        return mixed if self.alpha == 0 else (1 - self.alpha) * mixed + self.alpha * member_logps[0]
+
+    def __str__(self) -> str:
+        """Name the mixture and the base's weight."""
+        return f"({self.mixture})^{1 - self.alpha:.3g}·p0^{self.alpha:.3g}"
+
+
+Reference = Mixture | Geometric
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse a weight of the base that is no weight.
+
+    Raises:
+        SettingError: `alpha` outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise SettingError(
+            "alpha",
+            alpha,
+            "it is the weight of the base policy",
+            fix="give a number from 0 (no pull to the base) to 1 (the base alone)",
+        )
 
 
 def latest(t: int) -> Mixture:
@@ -120,9 +259,65 @@ def window(t: int, history: int | None) -> Mixture:
     return uniform(range(first, t + 1))
 
 
+def referenced(t: int, opponent: Mixture, against: Against) -> Mixture:
+    """The arithmetic part of a reference: the opponent's own mixture, or the last iterate alone.
+
+    Args:
+        t: The iterate at hand.
+        opponent: Who generates.
+        against: `opponent`, or `previous` for the released scripts' way.
+    """
+    return opponent if against == "opponent" else latest(t)
+
+
+def pulled_to_base(mixture: Mixture, alpha: float) -> Mixture:
+    """A mixture of the iterates' token-level geometric mixtures with the base.
+
+    Where that is a mixture of plain iterates, it is returned as one: at `alpha` 0 the mixture
+    itself, at 1 or with no member but the base, the base.
+    """
+    if alpha == 1 or mixture.members == (0,):
+        return base()
+    return Mixture(mixture.weights, token_alpha=alpha)
+
+
+def rows_per_sample(opponent: Mixture | None, *, union: bool) -> int:
+    """Number of rows of one sample: one, or with `union` one per member of the opponent."""
+    return len(opponent.members) if union and opponent is not None else 1
+
+
 def base() -> Mixture:
     """The base policy, iterate 0, alone: the reference of DPO."""
     return latest(0)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How rows drawn from one mixture become rows of another with the fewest new draws.
+
+    A row of index i stays with probability min(1, w'_i / w_i); else a new index is drawn from the
+    weights that grew, (w' - w)_+ normalised. The index of every row then follows w' exactly: this
+    is the maximal coupling of the two.
+
+    Attributes:
+        keep: Probability that a row of each index stays.
+        gained: What the others are drawn from; None where no weight grew, and none is redrawn.
+    """
+
+    keep: Mapping[int, float]
+    gained: Mixture | None
+
+    @classmethod
+    def between(cls, before: Mixture, now: Mixture) -> Coupling:
+        """Couple the rows of `before` to those of `now`."""
+        indices = {*before.weights, *now.weights}
+        growth = {i: now.weights.get(i, 0.0) - before.weights.get(i, 0.0) for i in indices}
+        grown = {i: more for i, more in growth.items() if more > _SAME_WEIGHT}
+        keep = {
+            i: 1.0 if growth[i] >= -_SAME_WEIGHT else now.weights.get(i, 0.0) / weight
+            for i, weight in before.weights.items()
+        }
+        return cls(keep, Mixture.normalized(grown) if grown else None)
 
 
 def mixture_logps(logps: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -8,16 +8,15 @@ whoever makes which unit in which order; a crash costs the unit at hand.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_lightning import keyed
 from spin_lightning.data.rows import part_matches, write_manifest, write_part
+from spin_lightning.drawing import EarlierRows, RowDraw, RowPlan, Scorer, unit_count, units
 from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Generator, Request, Response
-from spin_lightning.mixtures import Mixture
 from spin_lightning.packing import group_by_length, pack_padded
 from spin_lightning.policies.base import Policy
 from spin_lightning.types import Example, Row
@@ -34,39 +33,13 @@ class Reporter(Protocol):
         """`rows` more rows went through `stage` ("generating" or "scoring") in `seconds`."""
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """What the rows of one iterate are to be.
+@dataclass
+class Scored:
+    """A response and what is known of its log-probs, by scorer."""
 
-    Attributes:
-        iterate: The iterate t at which the rows are drawn.
-        opponent: Who writes y'; None when no response is generated.
-        members: Iterates whose log-probs are stored, ascending.
-        seed: Seed of the run.
-        samples: Responses per prompt.
-        unit_size: Rows of a work unit.
-        cap: Most response tokens, the stop id counted.
-        context: Most tokens of prompt and response together.
-    """
-
-    iterate: int
-    opponent: Mixture | None
-    members: tuple[int, ...]
-    seed: int
-    samples: int
-    unit_size: int
-    cap: int
-    context: int
-
-
-@dataclass(frozen=True)
-class RowDraw:
-    """One row to be made: which sample of which example, under which key, against whom."""
-
-    example: Example
-    sample: int
-    key: int
-    opponent: int | None
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logps: dict[Scorer, float]
 
 
 @dataclass
@@ -109,97 +82,94 @@ class Synthesis:
         folder: Path,
         report: Reporter,
         *,
+        earlier: EarlierRows | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[int]:
         """Make the parts that `folder` lacks; units k with k mod `world_size` = `rank` only.
 
+        Args:
+            plan: What rows there are to be.
+            examples: What is answered.
+            folder: Where the parts go.
+            report: Hears how far it has come.
+            earlier: Rows of the iterate before, for what can be kept of them.
+            rank: Which of the processes this is.
+            world_size: Number of processes that share the units.
+
         Yields:
             The index of each unit once its part is on disk. The manifest is left to `finish`, when
             all ranks are through.
         """
-        for unit, draws in enumerate(units(plan, examples)):
+        earlier = earlier or EarlierRows()
+        for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:
                 continue
             if part_matches(folder, unit, [draw.key for draw in draws]):
                 report.advance("generating", len(draws), 0.0)
                 report.advance("scoring", len(draws), 0.0)
             else:
-                write_part(folder, unit, self._unit(plan, draws, report))
+                write_part(folder, unit, self._unit(plan, draws, earlier, report))
             yield unit
 
-    def _unit(self, plan: RowPlan, draws: list[RowDraw], report: Reporter) -> list[Row]:
+    def _unit(
+        self, plan: RowPlan, draws: list[RowDraw], earlier: EarlierRows, report: Reporter
+    ) -> list[Row]:
         start = time.perf_counter()
         responses = self._responses(plan, draws)
         generated_at = time.perf_counter()
         report.advance("generating", len(draws), generated_at - start)
-        scores = self._score(
-            plan.members,
-            draws + draws,
-            [draw.example.real_ids for draw in draws] + [response.ids for response in responses],
-        )
+        # Rows of one example share its real response: it is scored once.
+        examples = {draw.example.example_id: draw.example for draw in draws}
+        real = {
+            i: Scored(example.prompt_ids, example.real_ids, earlier.real_logps(example))
+            for i, example in examples.items()
+        }
+        generated = [
+            Scored(
+                draw.example.prompt_ids,
+                response.ids,
+                {} if draw.kept is None else earlier.generated_logps(draw),
+            )
+            for draw, response in zip(draws, responses, strict=True)
+        ]
+        self._score(plan.scorers, [*real.values(), *generated])
         report.advance("scoring", len(draws), time.perf_counter() - generated_at)
         return [
-            _row(plan, *parts)
-            for parts in zip(
-                draws, responses, scores[: len(draws)], scores[len(draws) :], strict=True
-            )
+            _row(plan, draw, response, real[draw.example.example_id].logps, scored.logps)
+            for draw, response, scored in zip(draws, responses, generated, strict=True)
         ]
 
     def _responses(self, plan: RowPlan, draws: Sequence[RowDraw]) -> list[Response]:
         if plan.opponent is None:
             return [Response((), finished=False)] * len(draws)
+        token_alpha = plan.opponent.token_alpha
         requests = []
         for draw in draws:
-            assert draw.opponent is not None
-            prompt = draw.example.prompt_ids
-            cap = min(plan.cap, plan.context - len(prompt))
-            requests.append(Request(prompt, draw.opponent, draw.key, cap))
-        return self.generator.generate(self.policy, requests)
+            if draw.kept is None:
+                assert draw.opponent is not None
+                prompt = draw.example.prompt_ids
+                cap = min(plan.cap, plan.context - len(prompt))
+                requests.append(Request(prompt, draw.opponent, draw.key, cap, token_alpha))
+        made = iter(self.generator.generate(self.policy, requests))
+        return [next(made) if draw.kept is None else draw.kept for draw in draws]
 
-    def _score(
-        self,
-        members: Sequence[int],
-        draws: Sequence[RowDraw],
-        responses: Sequence[tuple[int, ...]],
-    ) -> list[tuple[float, ...]]:
-        """log p_i(response | prompt) of every member i, row by row; 0.0 for an empty response."""
-        scores = [[0.0] * len(members) for _ in responses]
-        filled = [i for i, response in enumerate(responses) if response]
-        lengths = [len(draws[i].example.prompt_ids) + len(responses[i]) for i in filled]
+    def _score(self, scorers: Sequence[Scorer], sequences: Sequence[Scored]) -> None:
+        """Fill in log p(response | prompt) under every scorer, where it is not known yet."""
         budget = max(1, min(_MOST_SCORING_TOKENS, _SCORING_LOGITS // self.vocabulary))
-        batches = [[filled[i] for i in group] for group in group_by_length(lengths, budget)]
-        for column, member in enumerate(members):
-            with self.policy.at(member):
-                for batch in batches:
+        for scorer in scorers:
+            unknown = [s for s in sequences if scorer not in s.logps]
+            if not unknown:
+                continue
+            lengths = [len(s.prompt_ids) + len(s.response_ids) for s in unknown]
+            with self.policy.at(*scorer):
+                for group in group_by_length(lengths, budget):
+                    batch = [unknown[i] for i in group]
                     packed = pack_padded(
-                        [draws[i].example.prompt_ids for i in batch],
-                        [responses[i] for i in batch],
-                        self.pad_id,
+                        [s.prompt_ids for s in batch], [s.response_ids for s in batch], self.pad_id
                     )
-                    for i, logp in zip(batch, self.policy.logps(packed).tolist(), strict=True):
-                        scores[i][column] = logp
-        return [tuple(row) for row in scores]
-
-
-def units(plan: RowPlan, examples: Sequence[Example]) -> Iterator[list[RowDraw]]:
-    """The work units of a plan: which rows, drawn against whom, in which order."""
-    draws = [
-        draw_row(plan, example, sample) for example in examples for sample in range(plan.samples)
-    ]
-    return (draws[i : i + plan.unit_size] for i in range(0, len(draws), plan.unit_size))
-
-
-def draw_row(plan: RowPlan, example: Example, sample: int) -> RowDraw:
-    """Give a row its key, and by the key's own stream its opponent."""
-    key = keyed.row_key(plan.seed, plan.iterate, example.example_id, sample)
-    opponent = None if plan.opponent is None else plan.opponent.draw(keyed.opponent_uniform(key))
-    return RowDraw(example, sample, key, opponent)
-
-
-def unit_count(plan: RowPlan, examples: Sequence[Example]) -> int:
-    """Number of work units of a plan."""
-    return -(-len(examples) * plan.samples // plan.unit_size)
+                    for s, logp in zip(batch, self.policy.logps(packed).tolist(), strict=True):
+                        s.logps[scorer] = logp
 
 
 def finish(
@@ -219,7 +189,9 @@ def finish(
             "iterate": plan.iterate,
             "opponent": None if plan.opponent is None else dict(plan.opponent.weights),
             "members": plan.members,
-            "rows": len(examples) * plan.samples,
+            "token_alpha": plan.token_alpha or None,
+            "token_members": plan.token_members,
+            "rows": len(examples) * plan.rows_per_example,
             "units": unit_count(plan, examples),
             "unit_size": plan.unit_size,
             "cap": plan.cap,
@@ -231,9 +203,11 @@ def _row(
     plan: RowPlan,
     draw: RowDraw,
     response: Response,
-    real_logps: tuple[float, ...],
-    generated_logps: tuple[float, ...],
+    real_logps: Mapping[Scorer, float],
+    generated_logps: Mapping[Scorer, float],
 ) -> Row:
+    plain = [plan.plain_scorer(i) for i in plan.members]
+    token = [plan.token_scorer(i) for i in plan.token_members]
     return Row(
         example_id=draw.example.example_id,
         sample=draw.sample,
@@ -244,11 +218,11 @@ def _row(
         finished=response.finished,
         real_finished=draw.example.real_finished,
         members=plan.members,
-        member_real_logps=real_logps,
-        member_generated_logps=generated_logps,
-        token_alpha=None,
-        token_members=(),
-        token_real_logps=(),
-        token_generated_logps=(),
+        member_real_logps=tuple(real_logps[scorer] for scorer in plain),
+        member_generated_logps=tuple(generated_logps[scorer] for scorer in plain),
+        token_alpha=plan.token_alpha or None,
+        token_members=plan.token_members,
+        token_real_logps=tuple(real_logps[scorer] for scorer in token),
+        token_generated_logps=tuple(generated_logps[scorer] for scorer in token),
         seed=draw.key,
     )

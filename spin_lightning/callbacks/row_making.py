@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import lightning as L
 
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.data.rows import read_manifest
+from spin_lightning.data.rows import read_manifest, read_rows
+from spin_lightning.drawing import EarlierRows, RowPlan
 from spin_lightning.generation.local import LocalGenerator
-from spin_lightning.mixtures import Mixture, latest
+from spin_lightning.mixtures import Coupling, Mixture, latest
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies import pretrained
 from spin_lightning.run_folder import RunFolder
-from spin_lightning.synthesis import RowPlan, Synthesis, Timing, finish
+from spin_lightning.synthesis import Synthesis, Timing, finish
 from spin_lightning.types import Example
 
 
@@ -55,9 +57,8 @@ class RowMaker:
             fields: What the manifest says besides the rows' own numbers.
         """
         t = self.module.iterate
-        members = {t, max(t - 1, 0), 0, *self.module.reference(t).members}
-        plan = self._plan(latest(t), members, samples=1)
-        self._make(plan, self.data.val, self.run.val_rows(t), fields, "held-out rows")
+        plan = self._plan(latest(t), also_scored_by={t, max(t - 1, 0), 0}, samples=1)
+        self._make(plan, self.data.val, self.run.val_rows, fields, "held-out rows")
 
     def make_train(self, fields: dict[str, Any]) -> None:
         """Make the rows that train the next iterate, and time it.
@@ -70,15 +71,18 @@ class RowMaker:
         """
         t, self.timing = self.module.iterate, Timing()
         opponent = self.module.opponent(t)
-        members = set() if opponent is None else set(self.module.reference(t).members)
-        plan = self._plan(opponent, members, samples=self.data.samples_per_prompt)
+        plan = self._plan(opponent, samples=self.data.samples_per_prompt)
+        plan = replace(
+            plan, union=self.module.rows == "union", coupling=self._coupling(t, opponent)
+        )
         examples = self.data.iterate_examples(t)
-        self._make(plan, examples, self.run.rows(t), fields, "rows", estimate=True)
+        self._make(plan, examples, self.run.rows, fields, "rows", estimate=True)
 
     def cost(self) -> str:
         """Rows and tokens of an iterate, before anything is made."""
         examples = self.data.iterate_examples(self.module.iterate)
-        samples, cap = self.data.samples_per_prompt, self.data.max_response_tokens
+        t, cap = self.module.iterate, self.data.max_response_tokens
+        samples = self.data.samples_per_prompt * self.module.rows_per_sample(t)
         prompt = sum(len(example.prompt_ids) for example in examples) * samples
         real = sum(len(example.real_ids) for example in examples) * samples
         rows = len(examples) * samples
@@ -88,11 +92,21 @@ class RowMaker:
             f"{len(self.data.val):,} held-out rows."
         )
 
-    def _plan(self, opponent: Mixture | None, members: set[int], samples: int) -> RowPlan:
+    def _plan(
+        self, opponent: Mixture | None, samples: int, also_scored_by: Collection[int] = ()
+    ) -> RowPlan:
+        members, token_alpha = set(also_scored_by), 0.0
+        token_members: tuple[int, ...] = ()
+        if opponent is not None:
+            reference = self.module.reference(self.module.iterate)
+            token_members, token_alpha = reference.token_members, reference.token_alpha
+            members |= {*reference.plain_members, *token_members, *((0,) if token_alpha else ())}
         return RowPlan(
             iterate=self.module.iterate,
             opponent=opponent,
             members=tuple(sorted(members)),
+            token_alpha=token_alpha,
+            token_members=token_members,
             seed=self.data.seed,
             samples=samples,
             unit_size=self.module.generation.unit_size,
@@ -100,19 +114,30 @@ class RowMaker:
             context=self.module.context_length,
         )
 
+    def _coupling(self, t: int, opponent: Mixture | None) -> Coupling | None:
+        """How rows of the iterate before are kept; None where all are made anew."""
+        before = self.module.opponent(t - 1) if t else None
+        if self.module.refresh == "all" or opponent is None or before is None:
+            return None
+        return Coupling.between(before, opponent)
+
     def _make(
         self,
         plan: RowPlan,
         examples: list[Example],
-        folder: Path,
+        folder_of: Callable[[int], Path],
         fields: dict[str, Any],
         what: str,
         *,
         estimate: bool = False,
     ) -> None:
+        folder = folder_of(plan.iterate)
         if read_manifest(folder) is not None:
             return
-        trainer, rows = self.trainer, len(examples) * plan.samples
+        before = folder_of(plan.iterate - 1) if plan.iterate else None
+        known = before is not None and (plan.coupling or read_manifest(before))
+        earlier = EarlierRows(read_rows(before) if before and known else None)
+        trainer, rows = self.trainer, len(examples) * plan.rows_per_example
         title = f"iterate {plan.iterate} {what}"
         with RowProgress(title, rows, visible=trainer.is_global_zero) as progress:
             parts = self._synthesis().make(
@@ -120,6 +145,7 @@ class RowMaker:
                 examples,
                 folder,
                 _Both(progress, self.timing),
+                earlier=earlier,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )

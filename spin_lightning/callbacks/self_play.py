@@ -241,7 +241,7 @@ class SelfPlay(Callback):
         return {
             "opponent": None if opponent is None else str(opponent),
             "reference": str(module.reference(module.iterate)),
-            "rows": data.rows_per_iterate,
+            "rows": data.rows_at(module.iterate),
             "loss": metric("train/loss_epoch"),
             "margin": metric("val/rewards/margins"),
             "accuracy": metric("val/rewards/accuracies"),

@@ -127,15 +127,14 @@ class SelfPlayDataModule(L.LightningDataModule):
             return self.train
         return [self.train[i] for i in keyed.subset(self.seed, t, len(self.train), count)]
 
-    @property
-    def rows_per_iterate(self) -> int:
-        """Number of training rows of an iterate."""
+    def rows_at(self, t: int) -> int:
+        """Number of training rows of iterate t, known before they are made."""
         prompts = min(self.prompts_per_iterate or len(self.train), len(self.train))
-        return prompts * self.samples_per_prompt
+        return prompts * self.samples_per_prompt * int(self._module.rows_per_sample(t))
 
-    def batches_per_epoch(self, world_size: int) -> int:
-        """Number of training batches that each of `world_size` ranks sees in an epoch."""
-        return len(EpochBatches(self.rows_per_iterate, self.batch_size, world_size=world_size))
+    def batches_per_epoch(self, t: int, world_size: int) -> int:
+        """Number of batches that each rank sees in an epoch on the rows of iterate t."""
+        return len(EpochBatches(self.rows_at(t), self.batch_size, world_size=world_size))
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """What must stay the same for rows to be those of the same run."""

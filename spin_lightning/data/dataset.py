@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spin_lightning import keyed
 from spin_lightning.data.rows import RowTable
-from spin_lightning.mixtures import Mixture
+from spin_lightning.mixtures import Reference
 from spin_lightning.types import PairBatch
 
 
@@ -38,14 +38,17 @@ class PairDataset(Dataset[Pair]):
             theirs is nan.
     """
 
-    def __init__(self, table: RowTable, reference: Mixture) -> None:
+    def __init__(self, table: RowTable, reference: Reference) -> None:
         """Compute log R of every row."""
         self._table = table
-        unknown = torch.full((len(table),), math.nan, dtype=torch.float64)
-        self._real: Tensor = reference.logps(table.real_logps) if table.members else unknown
-        self._generated: Tensor = (
-            reference.logps(table.generated_logps) if table.members else unknown
-        )
+        self._real: Tensor
+        self._generated: Tensor
+        if table.members:
+            self._real = reference.logps(table.real_logps, table.token_real_logps)
+            self._generated = reference.logps(table.generated_logps, table.token_generated_logps)
+        else:
+            self._real = torch.full((len(table),), math.nan, dtype=torch.float64)
+            self._generated = self._real
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -75,9 +75,15 @@ class RowTable:
         members: Iterates whose log-probs are stored, the same for every row.
         real_logps: log p_i(y|x) by member, float64, each of shape [rows].
         generated_logps: log p_i(y'|x) by member, likewise.
+        token_alpha: Base weight of a token-level mixture; 0 without one.
+        token_members: Members of the token-level mixture.
+        token_real_logps: log g_i(y|x) by member, likewise.
+        token_generated_logps: log g_i(y'|x) by member, likewise.
+        seed: Key of each row.
     """
 
     example_id: NDArray[np.int64]
+    sample: NDArray[np.int32]
     prompt_ids: Ragged
     real_ids: Ragged
     generated_ids: Ragged
@@ -87,6 +93,11 @@ class RowTable:
     members: tuple[int, ...]
     real_logps: Mapping[int, Tensor]
     generated_logps: Mapping[int, Tensor]
+    token_alpha: float
+    token_members: tuple[int, ...]
+    token_real_logps: Mapping[int, Tensor]
+    token_generated_logps: Mapping[int, Tensor]
+    seed: NDArray[np.int64]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -146,9 +157,10 @@ def read_rows(folder: Path) -> RowTable:
             f"{folder} has {len(table)} rows, its manifest says {manifest['rows']}",
             fix=f"delete {folder / MANIFEST} and start the run again",
         )
-    members = tuple(manifest["members"])
+    members, token_members = tuple(manifest["members"]), tuple(manifest["token_members"])
     return RowTable(
         example_id=_flat(table, "example_id"),
+        sample=_flat(table, "sample"),
         prompt_ids=_ragged(table, "prompt_ids"),
         real_ids=_ragged(table, "real_ids"),
         generated_ids=_ragged(table, "generated_ids"),
@@ -158,6 +170,11 @@ def read_rows(folder: Path) -> RowTable:
         members=members,
         real_logps=_by_member(table, "member_real_logps", members),
         generated_logps=_by_member(table, "member_generated_logps", members),
+        token_alpha=manifest["token_alpha"] or 0.0,
+        token_members=token_members,
+        token_real_logps=_by_member(table, "token_real_logps", token_members),
+        token_generated_logps=_by_member(table, "token_generated_logps", token_members),
+        seed=_flat(table, "seed"),
     )
 
 

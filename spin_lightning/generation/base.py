@@ -18,12 +18,14 @@ class Request:
         opponent: The iterate that answers.
         key: Key of the row's random numbers (`keyed.row_key`).
         cap: Most response tokens, the stop id counted.
+        token_alpha: Weight of the base at every token; 0 for the iterate itself.
     """
 
     prompt_ids: tuple[int, ...]
     opponent: int
     key: int
     cap: int
+    token_alpha: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

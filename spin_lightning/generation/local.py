@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +50,14 @@ class LocalGenerator(Generator):
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
         """Sample one response per request, iterate by iterate, longest prompts first."""
         responses: dict[int, Response] = {}
-        by_opponent = sorted(range(len(requests)), key=lambda i: (requests[i].opponent, i))
-        for opponent, group in groupby(by_opponent, key=lambda i: requests[i].opponent):
+
+        def acting(i: int) -> tuple[int, float]:
+            return requests[i].opponent, requests[i].token_alpha
+
+        by_opponent = sorted(range(len(requests)), key=lambda i: (*acting(i), i))
+        for opponent, group in groupby(by_opponent, key=acting):
             indices = list(group)
-            with policy.at(opponent):
+            with policy.at(*opponent):
                 for batch in self._batches([requests[i] for i in indices]):
                     decoded = self._decode(policy, [requests[indices[i]] for i in batch])
                     responses.update(zip((indices[i] for i in batch), decoded, strict=True))
@@ -99,7 +104,7 @@ class LocalGenerator(Generator):
                 rows = rows[keep]
                 keep = keep.to(device)
                 tokens, mask = tokens[keep], mask[keep]
-                cache.batch_select_indices(keep)
+                cache.batch_select_indices(_copies(keep, len(alive), cache))
             input_ids = tokens[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
         return [Response(tuple(ids), done) for ids, done in zip(written, finished, strict=True)]
@@ -127,6 +132,13 @@ class LocalGenerator(Generator):
         if settings.top_p < 1.0:
             warpers.append(TopPLogitsWarper(settings.top_p))
         return warpers
+
+
+def _copies(keep: Tensor, rows: int, cache: DynamicCache) -> Tensor:
+    """Which rows of the cache to keep: a mixture with the base caches every row twice."""
+    layer: Any = cache.layers[0]
+    copies = len(layer.keys) // rows
+    return torch.cat([keep + copy * rows for copy in range(copies)])
 
 
 def default_batch_tokens(config: PretrainedConfig) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -21,7 +21,7 @@ from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import folder_hashes
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
-from spin_lightning.mixtures import Mixture
+from spin_lightning.mixtures import Geometric, Mixture, Reference, rows_per_sample
 from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.lora import LoraPolicy, LoraSettings, check_adapter
@@ -67,6 +67,12 @@ class SelfPlayModule(L.LightningModule, ABC):
         weight_decay: Weight decay of the adapter.
         schedule: Course of the learning rate after the warm-up.
         warmup_ratio: Share of the schedule's steps that warm up.
+        real_nll_weight: Weight of an anchor that is added to the objective: the negative
+            log-likelihood per token of the real responses, averaged over examples; 0 for none.
+        rows: draw: one row per example, its opponent drawn from the mixture; union: one row per
+            example and member of the mixture.
+        refresh: all: the rows of every iterate are made anew; reservoir: rows of earlier iterates
+            are kept as far as the opponent's weights allow.
         epochs_per_iterate: Passes over an iterate's rows.
         schedule_epochs: Epochs that the schedule is spread over; epochs_per_iterate if nothing is
             said. SPIN's published "2 of 6 epochs" is 2 and 6.
@@ -76,6 +82,12 @@ class SelfPlayModule(L.LightningModule, ABC):
     Raises:
         SettingError: A value is out of range, or lora_* is given together with initial_adapter.
     """
+
+    # Settings that may be a list, with one value per iterate.
+    per_iterate: ClassVar[tuple[str, ...]] = ("beta", "learning_rate")
+    # Whether the objective is a function of the margin alone, in which a reference's normaliser,
+    # the same for both responses, cancels.
+    normaliser_cancels: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -96,6 +108,9 @@ class SelfPlayModule(L.LightningModule, ABC):
         weight_decay: float = 0.0,
         schedule: ScheduleName = "linear",
         warmup_ratio: float = 0.1,
+        real_nll_weight: float | None = 0.0,
+        rows: Literal["draw", "union"] = "draw",
+        refresh: Literal["all", "reservoir"] = "all",
         epochs_per_iterate: int = 1,
         schedule_epochs: int | None = None,
         activation_checkpointing: bool = False,
@@ -107,7 +122,8 @@ class SelfPlayModule(L.LightningModule, ABC):
             generation = GenerationSettings.of(generation or {})
         # Plain values only: anything else breaks a weights_only resume. What a variant fixes to
         # None is no setting of it.
-        fixed = [n for n, v in {"beta": beta, "loss": loss}.items() if v is None]
+        fixable = {"beta": beta, "loss": loss, "real_nll_weight": real_nll_weight}
+        fixed = [name for name, value in fixable.items() if value is None]
         self.save_hyperparameters(ignore=["generation", *fixed])
         self.save_hyperparameters({"generation": asdict(generation)})
         self.base = BaseModel(model, revision, quantization, compute_dtype, trust_remote_code)
@@ -122,6 +138,9 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio
+        self.real_nll_weight = real_nll_weight or 0.0
+        self.rows = rows
+        self.refresh = refresh
         self.epochs_per_iterate = epochs_per_iterate
         self.schedule_epochs = schedule_epochs or epochs_per_iterate
         self.activation_checkpointing = activation_checkpointing
@@ -137,7 +156,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Who writes the generated responses while p_{t+1} is trained; None: nobody does."""
 
     @abstractmethod
-    def reference(self, t: int) -> Mixture:
+    def reference(self, t: int) -> Reference:
         """What log-ratios are taken against while p_{t+1} is trained."""
 
     def objective(self, logps: PairLogps) -> Tensor:
@@ -145,20 +164,32 @@ class SelfPlayModule(L.LightningModule, ABC):
         assert self.loss is not None
         return losses.by_name(self.loss)(logps.margin, self.reward_scale).mean()
 
+    def anchored_objective(self, logps: PairLogps) -> Tensor:
+        """The objective and, where it has weight, the anchor on the real responses."""
+        loss = self.objective(logps)
+        if not self.real_nll_weight:
+            return loss
+        return loss + self.real_nll_weight * losses.real_nll(logps.policy_real, logps.real_lengths)
+
     # ------------------------------------------------------------------ what the loop asks
 
     @property
     def reward_scale(self) -> float:
         """beta of the iterate that is being trained; 1 for a variant without beta."""
-        return 1.0 if self.beta is None else _at(self.beta, self.iterate)
+        return 1.0 if self.beta is None else at_iterate(self.beta, self.iterate)
+
+    def rows_per_sample(self, t: int) -> int:
+        """Rows that one sample of an example has while p_{t+1} is trained."""
+        return rows_per_sample(self.opponent(t), union=self.rows == "union")
 
     def check_iterates(self, iterates: int) -> None:
-        """Check that lists with one value per iterate have as many as there are iterates.
+        """Check what is said per iterate against the number of iterates.
 
         Raises:
-            SettingError: A list has another length.
+            SettingError: A list has another length, the reference's normaliser does not cancel, or
+                rows that another opponent drew would be kept.
         """
-        for name in ("beta", "learning_rate"):
+        for name in self.per_iterate:
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != iterates:
                 raise SettingError(
@@ -168,6 +199,25 @@ class SelfPlayModule(L.LightningModule, ABC):
                     f"(max_epochs / epochs_per_iterate)",
                     fix=f"give one value, or a list of {iterates}",
                 )
+        references = [self.reference(t) for t in range(iterates)]
+        unknown = [r for r in references if isinstance(r, Geometric) and not r.is_normalised]
+        if unknown and not self.normaliser_cancels:
+            raise SettingError(
+                "mixture",
+                "sequence",
+                f"{type(self).__name__} looks at each response by itself, and the geometric mixture"
+                f" {unknown[0]} of whole responses is known only up to a factor per prompt",
+                fix="set mixture: token, which is normalised, or alpha: 0",
+            )
+        alphas = {o.token_alpha for t in range(1, iterates) if (o := self.opponent(t)) is not None}
+        if self.refresh == "reservoir" and len(alphas) > 1:
+            raise SettingError(
+                "refresh",
+                self.refresh,
+                "a token-level alpha that changes makes the rows of earlier iterates those of "
+                "another opponent",
+                fix="set refresh: all, or give one alpha",
+            )
 
     def check_model(self) -> None:
         """Check what can be checked about model and adapter before weights are read.
@@ -206,8 +256,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         return settings | {
             "variant": f"{type(self).__module__}.{type(self).__qualname__}",
             "compute_dtype": str(self.base.dtype).removeprefix("torch."),
-            "beta": None if self.beta is None else [_at(self.beta, i) for i in range(t)],
-            "learning_rate": [_at(self.learning_rate, i) for i in range(t)],
+            **{name: self._values(name, t) for name in self.per_iterate},
             "base_files": pretrained.content_hashes(self.base),
             "initial_adapter": self.initial_adapter
             and folder_hashes(Path(self.initial_adapter), (".safetensors", ".json")),
@@ -245,7 +294,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         optimizer = make_optimizer(
             self.optimizer_name,
             [parameter for _, parameter in self.policy.trainable()],
-            _at(self.learning_rate, self.iterate),
+            at_iterate(self.learning_rate, self.iterate),
             self.weight_decay,
         )
         steps = self._steps_per_epoch() * self.schedule_epochs
@@ -267,7 +316,7 @@ class SelfPlayModule(L.LightningModule, ABC):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """One step on a batch of pairs."""
         logps = self.pair_logps(batch)
-        loss = self.objective(logps)
+        loss = self.anchored_objective(logps)
         statistics = {n: s.mean for n, s in pair_statistics(logps, self.reward_scale).items()}
         statistics["loss"] = loss.detach()
         self.log_dict({f"train/{name}": v for name, v in statistics.items()}, batch_size=len(batch))
@@ -280,7 +329,7 @@ class SelfPlayModule(L.LightningModule, ABC):
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch of held-out pairs to the validation metrics."""
         logps = self.pair_logps(batch)
-        self.val_metrics.update(logps, self.reward_scale, self.objective(logps))
+        self.val_metrics.update(logps, self.reward_scale, self.anchored_objective(logps))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
@@ -301,7 +350,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> NamedTuple:
+    ) -> Any:
         """Load the trained adapter, which is all that a checkpoint holds.
 
         Raises:
@@ -314,16 +363,20 @@ class SelfPlayModule(L.LightningModule, ABC):
                 f"differ, such as {min(trained ^ set(state_dict))}",
                 fix="use the model and the lora_* settings that the checkpoint was made with",
             )
-        keys: NamedTuple = super().load_state_dict(state_dict, strict=False, assign=assign)
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
         # The base's keys are not missing: they come from its own files.
         return type(keys)([], [])
 
     # ------------------------------------------------------------------ details
 
+    def _values(self, name: str, t: int) -> list[float] | None:
+        value = getattr(self, name)
+        return None if value is None else [at_iterate(value, i) for i in range(t)]
+
     def _steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch, from numbers alone: there are no rows yet to ask for."""
         trainer: Any = self.trainer
-        batches = trainer.datamodule.batches_per_epoch(trainer.world_size)
+        batches = trainer.datamodule.batches_per_epoch(self.iterate, trainer.world_size)
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
@@ -333,9 +386,9 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def _log_first_margin(self, logps: PairLogps) -> None:
         """Log how far the first margin is from 0, which it is where policy and reference agree."""
-        if logps.policy_generated is None or self.reference(self.iterate).members != (
-            self.iterate,
-        ):
+        reference = self.reference(self.iterate)
+        agree = reference.plain_members == (self.iterate,) and not reference.token_members
+        if logps.policy_generated is None or not agree:
             return
         assert logps.generated_lengths is not None
         margin = logps.margin.detach().abs()
@@ -367,13 +420,14 @@ class SelfPlayModule(L.LightningModule, ABC):
                 f"at least epochs_per_iterate ({self.epochs_per_iterate})",
             ),
             "weight_decay": (self.weight_decay >= 0, "a number >= 0"),
+            "real_nll_weight": (self.real_nll_weight >= 0, "a number >= 0; 0 for no anchor"),
         }
         for name, (valid, fix) in checks.items():
             if not valid:
                 raise SettingError(name, getattr(self, name), "out of range", fix=f"give {fix}")
 
 
-def _at(value: float | list[float], t: int) -> float:
+def at_iterate(value: float | list[float], t: int) -> float:
     """The value for training p_{t+1}; a finished run may ask for one more than there are."""
     return value[min(t, len(value) - 1)] if isinstance(value, list) else value
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spin_lightning import losses
 from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.types import PairLogps
@@ -19,12 +20,12 @@ class SFT(SelfPlayModule):
     and scored as they are for self-play, so that every validation metric compares. Rewards are
     log-ratios to the last iterate, with beta = 1.
 
-    Takes every argument of `SelfPlayModule` but `beta` and `loss`.
+    Takes every argument of `SelfPlayModule` but `beta`, `loss` and `real_nll_weight`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         """Keep the settings."""
-        super().__init__(beta=None, loss=None, **kwargs)
+        super().__init__(beta=None, loss=None, real_nll_weight=None, **kwargs)
 
     def opponent(self, t: int) -> None:
         """Nobody: training looks at real responses alone."""
@@ -36,4 +37,4 @@ class SFT(SelfPlayModule):
 
     def objective(self, logps: PairLogps) -> Tensor:
         """Mean negative log-likelihood per token of the real responses."""
-        return -(logps.policy_real / logps.real_lengths).mean()
+        return losses.real_nll(logps.policy_real, logps.real_lengths)

@@ -33,8 +33,11 @@ class Policy(nn.Module, ABC):
         """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
 
     @abstractmethod
-    def at(self, iterate: int) -> AbstractContextManager[None]:
+    def at(self, iterate: int, token_alpha: float = 0.0) -> AbstractContextManager[None]:
         """Act as a frozen iterate inside the block: eval mode, no gradients.
+
+        With a `token_alpha` > 0, act as g_i, whose next token follows
+        softmax((1 - token_alpha) log p_i + token_alpha log p_0).
 
         Which adapter was active, `requires_grad` of every parameter and the mode of every module
         are as before when the block is left, also by an exception.

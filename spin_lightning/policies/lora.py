@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from spin_lightning.policies.pretrained import (
     load_config,
     skeleton,
 )
+from spin_lightning.policies.token_mixture import BARE, pulled_to_base
 from spin_lightning.run_folder import write_json
 from spin_lightning.types import SequenceBatch
 
@@ -141,8 +142,11 @@ class LoraPolicy(Policy):
                 self.model.delete_adapter(name)
 
     @contextmanager
-    def at(self, iterate: int) -> Iterator[None]:
-        """Act as a frozen iterate inside the block; everything is put back on leaving it."""
+    def at(self, iterate: int, token_alpha: float = 0.0) -> Iterator[None]:
+        """Act as a frozen iterate, or its token-level mixture with the base, inside the block.
+
+        Everything is put back on leaving it.
+        """
         if self._acting is not None:
             raise RuntimeError(f"already acting as iterate {self._acting}; leave that block first")
         # Before loading: PEFT puts the whole model into eval mode when it loads an adapter.
@@ -151,12 +155,13 @@ class LoraPolicy(Policy):
         self._acting = iterate
         try:
             adapter = self._load(iterate)
+            # Iterate 0 is the base, whatever it is mixed with the base by.
+            mixed = token_alpha > 0 and iterate != 0
+            base_adapter = (self._load(0) or BARE) if mixed else None
             self.eval()
             if adapter is not None:
                 self.model.set_adapter(adapter)
-            # Never get_base_model(): the adapter stays active in it.
-            disabled = self.model.disable_adapter() if adapter is None else nullcontext()
-            with disabled, torch.no_grad():
+            with torch.no_grad(), self._acting_as(adapter, base_adapter, token_alpha):
                 yield
         finally:
             self._acting = None
@@ -165,6 +170,17 @@ class LoraPolicy(Policy):
                 parameter.requires_grad_(requires_grad)
             for module, training in modes:
                 module.training = training
+
+    def _acting_as(
+        self, adapter: str | None, base_adapter: str | None, token_alpha: float
+    ) -> AbstractContextManager[Any]:
+        if adapter is None:
+            # Never get_base_model(): the adapter stays active in it.
+            disabled: AbstractContextManager[Any] = self.model.disable_adapter()
+            return disabled
+        if base_adapter is not None:
+            return pulled_to_base(self.model, adapter, base_adapter, token_alpha)
+        return nullcontext()
 
     def _load(self, iterate: int) -> str | None:
         """Bring an iterate into memory; return its adapter name, None for the bare base."""

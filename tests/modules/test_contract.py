@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -21,9 +22,17 @@ MODULES = [
 ]
 
 
+# What has no default.
+REQUIRED = {"AlphaSPIN": {"alpha": 0.3}}
+
+
 @pytest.fixture(params=MODULES, ids=lambda module: module.__name__)
 def variant(request: pytest.FixtureRequest) -> type[SelfPlayModule]:
     return request.param
+
+
+def build(variant: type[SelfPlayModule], model: object, **settings: Any) -> SelfPlayModule:
+    return variant(model=str(model), **REQUIRED.get(variant.__name__, {}), **settings)
 
 
 def a_batch(module: SelfPlayModule) -> PairBatch:
@@ -40,17 +49,31 @@ def a_batch(module: SelfPlayModule) -> PairBatch:
 
 
 def test_modules_exported_are_found():
-    assert {module.__name__ for module in MODULES} >= {"SPIN", "SFT"}
+    assert {module.__name__ for module in MODULES} == {
+        "SPIN",
+        "MixtureSPIN",
+        "FictitiousSPIN",
+        "AlphaSPIN",
+        "SPACE",
+        "SFT",
+    }
 
 
 def test_hyper_parameters_are_plain_values(variant, tiny_model_dir):
-    module = variant(model=str(tiny_model_dir))
+    module = build(variant, tiny_model_dir)
     assert json.loads(json.dumps(dict(module.hparams))) == dict(module.hparams)
 
 
 def test_checkpoint_round_trip_gives_the_same_policy_and_iterate(variant, tiny_model_dir, tmp_path):
     data = write_examples(tmp_path / "data.jsonl", 60)
-    module, _, trainer = play(tmp_path / "run", tiny_model_dir, data, variant=variant, epochs=1)
+    module, _, trainer = play(
+        tmp_path / "run",
+        tiny_model_dir,
+        data,
+        variant=variant,
+        epochs=1,
+        settings=REQUIRED.get(variant.__name__),
+    )
     trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
     again = variant.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
     assert again.iterate == module.iterate == 1
@@ -62,7 +85,7 @@ def test_checkpoint_round_trip_gives_the_same_policy_and_iterate(variant, tiny_m
 
 
 def test_margin_where_policy_is_the_reference_is_zero(variant, tiny_model_dir):
-    module = variant(model=str(tiny_model_dir))
+    module = build(variant, tiny_model_dir)
     module.configure_model()
     margin = module.pair_logps(a_batch(module)).margin
     assert margin.abs().max() < 1e-6
@@ -70,7 +93,7 @@ def test_margin_where_policy_is_the_reference_is_zero(variant, tiny_model_dir):
 
 def test_one_step_lowers_the_loss(variant, tiny_model_dir):
     L.seed_everything(0, verbose=False)
-    module = variant(model=str(tiny_model_dir))
+    module = build(variant, tiny_model_dir)
     module.configure_model()
     batch = a_batch(module)
     optimizer = torch.optim.SGD([p for _, p in module.policy.trainable()], lr=0.01)
@@ -81,7 +104,7 @@ def test_one_step_lowers_the_loss(variant, tiny_model_dir):
 
 
 def test_gradient_reaches_the_adapter_alone(variant, tiny_model_dir):
-    module = variant(model=str(tiny_model_dir))
+    module = build(variant, tiny_model_dir)
     module.configure_model()
     module.objective(module.pair_logps(a_batch(module))).backward()
     with_gradient = {name for name, p in module.policy.named_parameters() if p.grad is not None}
@@ -89,7 +112,7 @@ def test_gradient_reaches_the_adapter_alone(variant, tiny_model_dir):
 
 
 def test_configure_model_twice_loads_once(variant, tiny_model_dir):
-    module = variant(model=str(tiny_model_dir))
+    module = build(variant, tiny_model_dir)
     module.configure_model()
     policy = module.policy
     module.configure_model()
@@ -111,7 +134,7 @@ def test_configure_model_twice_loads_once(variant, tiny_model_dir):
 )
 def test_setting_out_of_range_is_refused_by_name_with_the_fix(settings, message, variant):
     with pytest.raises(SettingError, match=message):
-        variant(model="anything", **settings)
+        build(variant, "anything", **settings)
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, [0.1, 0.0]])

@@ -1,0 +1,72 @@
+"""A model that acts as an iterate pulled towards the base at every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What PEFT calls the model without any adapter, in a batch of several.
+BARE = "__base__"
+
+
+@contextmanager
+def pulled_to_base(
+    model: nn.Module, adapter: str, base_adapter: str, alpha: float
+) -> Iterator[None]:
+    """Make a model's logits those of softmax((1 - alpha) log p_i + alpha log p_0) in the block.
+
+    The batch is doubled on its way in: one half is read by p_i, the other by p_0. The halves meet
+    before the head where it is one frozen linear map for both, since W((1 - alpha) h_i + alpha h_0)
+    costs one product instead of two; else they meet at the logits. Caches hold both halves.
+
+    Args:
+        model: A PEFT model in eval mode, with both adapters loaded.
+        adapter: Adapter of iterate i.
+        base_adapter: Adapter of iterate 0, or `BARE`.
+        alpha: Weight of the base.
+    """
+
+    def double(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = len(kwargs["input_ids"])
+        doubled = {
+            name: torch.cat([value, value]) if isinstance(value, Tensor) else value
+            for name, value in kwargs.items()
+        }
+        return args, {**doubled, "adapter_names": [adapter] * rows + [base_adapter] * rows}
+
+    def meet(halves: Tensor) -> Tensor:
+        acting, base = halves.chunk(2)
+        return (1 - alpha) * acting + alpha * base
+
+    def meet_before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (meet(args[0]), *args[1:])
+
+    def meet_at_logits(_: nn.Module, __: Any, output: Any) -> Any:
+        output.logits = meet(output.logits)
+        return output
+
+    head = _linear_head(model)
+    with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(double, with_kwargs=True).remove)
+        meeting = (
+            model.register_forward_hook(meet_at_logits)
+            if head is None
+            else head.register_forward_pre_hook(meet_before_head)
+        )
+        hooks.callback(meeting.remove)
+        yield
+
+
+def _linear_head(model: Any) -> nn.Linear | None:
+    """The head, if logits are one affine function of hidden states, the same for every adapter."""
+    capped = any(
+        value and "soft" in name and "cap" in name and "attn" not in name
+        for name, value in model.config.get_text_config().to_dict().items()
+    )
+    head = model.get_output_embeddings()
+    # Exactly nn.Linear: with an adapter on it, or quantised, it is another class.
+    return head if type(head) is nn.Linear and not capped else None
