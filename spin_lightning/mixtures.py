@@ -60,7 +60,7 @@ class Mixture:
         total = math.fsum(weights.values())
         if not total > 0:
             raise SettingError(
-                "mixture weights", dict(weights), "they sum to 0", fix="give some iterate weight"
+                "mixture weights", dict(weights), f"they sum to {total}", fix="give weights > 0"
             )
         return cls({member: weight / total for member, weight in weights.items()})
 
@@ -81,7 +81,8 @@ class Mixture:
     def logps(self, member_logps: Mapping[int, Tensor]) -> Tensor:
         """Return log mu(y|x) from log p_i(y|x) of each member, all of shape [...]."""
         stacked = torch.stack([member_logps[i] for i in self.members], dim=-1)
-        return mixture_logps(stacked, torch.tensor(list(self.weights.values())))
+        weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        return mixture_logps(stacked, weights)
 
     def __str__(self) -> str:
         """Name the iterates; a range where consecutive ones weigh the same."""

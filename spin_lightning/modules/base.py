@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -22,6 +22,7 @@ from spin_lightning.fingerprint import folder_hashes
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
 from spin_lightning.mixtures import Mixture
+from spin_lightning.modules.requirements import iterates_to_play
 from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.lora import LoraPolicy, LoraSettings, check_adapter
@@ -77,6 +78,9 @@ class SelfPlayModule(L.LightningModule, ABC):
         SettingError: A value is out of range, or lora_* is given together with initial_adapter.
     """
 
+    # Settings that a variant fixes to None, since it has no use for them.
+    without: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(
         self,
         model: str,
@@ -105,10 +109,8 @@ class SelfPlayModule(L.LightningModule, ABC):
         super().__init__()
         if not isinstance(generation, GenerationSettings):
             generation = GenerationSettings.of(generation or {})
-        # Plain values only: anything else breaks a weights_only resume. What a variant fixes to
-        # None is no setting of it.
-        fixed = [n for n, v in {"beta": beta, "loss": loss}.items() if v is None]
-        self.save_hyperparameters(ignore=["generation", *fixed])
+        # Plain values only: anything else breaks a weights_only resume.
+        self.save_hyperparameters(ignore=["generation", *self.without])
         self.save_hyperparameters({"generation": asdict(generation)})
         self.base = BaseModel(model, revision, quantization, compute_dtype, trust_remote_code)
         self.lora = _lora_settings(
@@ -152,12 +154,17 @@ class SelfPlayModule(L.LightningModule, ABC):
         """beta of the iterate that is being trained; 1 for a variant without beta."""
         return 1.0 if self.beta is None else _at(self.beta, self.iterate)
 
-    def check_iterates(self, iterates: int) -> None:
-        """Check that lists with one value per iterate have as many as there are iterates.
+    def check_trainer(self) -> int:
+        """Check what is said per iterate, and what self-play needs of the Trainer.
+
+        Returns:
+            The number of iterates that are to be played.
 
         Raises:
-            SettingError: A list has another length.
+            SettingError: A trainer setting under which iterates cannot be played, or a list with
+                another number of values than there are iterates.
         """
+        iterates = iterates_to_play(self.trainer, self.epochs_per_iterate)
         for name in ("beta", "learning_rate"):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != iterates:
@@ -168,6 +175,7 @@ class SelfPlayModule(L.LightningModule, ABC):
                     f"(max_epochs / epochs_per_iterate)",
                     fix=f"give one value, or a list of {iterates}",
                 )
+        return iterates
 
     def check_model(self) -> None:
         """Check what can be checked about model and adapter before weights are read.
@@ -176,7 +184,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             SettingError: No such model, one that cannot be quantised, or an adapter that does not
                 fit.
         """
-        pretrained.load_config(self.base)
+        pretrained.check_playable(self.base)
         pretrained.check_quantizable(self.base)
         check_adapter(self.base, self.lora, self.initial_adapter)
 
@@ -184,6 +192,11 @@ class SelfPlayModule(L.LightningModule, ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return pretrained.load_tokenizer(self.base)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids that the model has embeddings for."""
+        return int(pretrained.load_config(self.base).get_text_config().vocab_size)
 
     @property
     def context_length(self) -> int:
@@ -301,7 +314,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> NamedTuple:
+    ) -> Any:
         """Load the trained adapter, which is all that a checkpoint holds.
 
         Raises:
@@ -314,7 +327,7 @@ class SelfPlayModule(L.LightningModule, ABC):
                 f"differ, such as {min(trained ^ set(state_dict))}",
                 fix="use the model and the lora_* settings that the checkpoint was made with",
             )
-        keys: NamedTuple = super().load_state_dict(state_dict, strict=False, assign=assign)
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
         # The base's keys are not missing: they come from its own files.
         return type(keys)([], [])
 
@@ -357,9 +370,20 @@ class SelfPlayModule(L.LightningModule, ABC):
         def every(value: float | list[float] | None) -> list[float]:
             return value if isinstance(value, list) else [] if value is None else [value]
 
+        for name in ("beta", "loss"):
+            if getattr(self, name) is None and name not in self.without:
+                raise SettingError(
+                    name,
+                    None,
+                    f"{type(self).__name__} needs one",
+                    fix="give a value, or leave it out",
+                )
         checks = {
-            "beta": (all(b > 0 for b in every(self.beta)), "values > 0; 0.1 is SPIN's"),
-            "learning_rate": (all(r > 0 for r in every(self.learning_rate)), "values > 0"),
+            "beta": (all(0 < b < math.inf for b in every(self.beta)), "values > 0; 0.1 is SPIN's"),
+            "learning_rate": (
+                all(0 < rate < math.inf for rate in every(self.learning_rate)),
+                "values > 0",
+            ),
             "warmup_ratio": (0 <= self.warmup_ratio <= 1, "a share between 0 and 1"),
             "epochs_per_iterate": (self.epochs_per_iterate >= 1, "a whole number >= 1"),
             "schedule_epochs": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ class SFT(SelfPlayModule):
 
     Takes every argument of `SelfPlayModule` but `beta` and `loss`.
     """
+
+    without: ClassVar[frozenset[str]] = frozenset({"beta", "loss"})
 
     def __init__(self, **kwargs: Any) -> None:
         """Keep the settings."""
