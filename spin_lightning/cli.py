@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from spin_lightning.callbacks.console import console, show_table
 from spin_lightning.callbacks.requirements import new_run
@@ -26,6 +28,11 @@ from spin_lightning.policies.saved import export_iterate
 from spin_lightning.run_folder import RunFolder
 from spin_lightning.testbed import ensure, train_base
 
+# What Lightning and PEFT call that torch and transformers are about to rename.
+_NOT_THE_USERS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "`is_gradient_checkpointing` is deprecated",
+)
 # `--model.model testbed --data.data testbed` stand for the embedded language and its base model.
 _EMBEDDED = "testbed"
 
@@ -120,6 +127,8 @@ class SpinCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2."""
     arguments = list(sys.argv[1:] if args is None else args)
+    for message in _NOT_THE_USERS:
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     # So that --model my_variants.MySPIN finds my_variants.py, as `python -m` would.
     sys.path.insert(0, "")
     try:
@@ -129,9 +138,21 @@ def main(args: Sequence[str] | None = None) -> None:
             SpinCLI(args)
     except DryRunFinished:
         console.print("Dry run: nothing was trained. What was made is kept and used by `fit`.")
-    except SpinError as error:
-        console.print(f"Error: {error}", style="red", markup=False)
+    except (ValueError, MisconfigurationException) as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        console.print(f"Error: {mistake}", style="red", markup=False)
         sys.exit(2)
+
+
+def _mistake(error: BaseException | None) -> Exception | None:
+    """The user's mistake behind an error: jsonargparse wraps what a class raises in its own."""
+    while error is not None:
+        if isinstance(error, SpinError | MisconfigurationException):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _export(args: list[str]) -> None:
@@ -221,6 +242,11 @@ def _checkpoint(run: RunFolder, given: str | None, resume: str) -> str | None:
             fix="set resume: auto, or name a new folder with --trainer.default_root_dir",
         )
     if given not in (None, "last"):
+        if not Path(given).is_file():
+            raise RunFolderError(
+                f"ckpt_path={given!r}: there is no such file",
+                fix="name a checkpoint of the run, or leave it out: resume: auto finds the last",
+            )
         return given
     if last.exists():
         return str(last)

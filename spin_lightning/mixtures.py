@@ -81,7 +81,7 @@ class Mixture:
         total = math.fsum(weights.values())
         if not total > 0:
             raise SettingError(
-                "mixture weights", dict(weights), "they sum to 0", fix="give some iterate weight"
+                "mixture weights", dict(weights), f"they sum to {total}", fix="give weights > 0"
             )
         return cls({member: weight / total for member, weight in weights.items()})
 

@@ -116,6 +116,15 @@ def replace_synced(temporary: Path, path: Path) -> None:
     for file in files:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    old = path.with_name(f".{path.name}.old")
     if path.is_dir():
-        shutil.rmtree(path)
+        # A folder cannot be replaced in one step; what is there moves aside first.
+        shutil.rmtree(old, ignore_errors=True)
+        path.replace(old)
     temporary.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -39,7 +40,10 @@ class GenerationSettings:
                 "a number > 0, or null",
             ),
             "unit_size": (self.unit_size > 0, "a number of rows > 0"),
-            "temperature": (self.temperature > 0, "a number > 0; 1 is what self-play assumes"),
+            "temperature": (
+                0 < self.temperature < math.inf,
+                "a number > 0; 1 is what self-play assumes",
+            ),
             "top_p": (0 < self.top_p <= 1, "a number in (0, 1]; 1 is what self-play assumes"),
             "top_k": (self.top_k >= 0, "a number >= 0; 0 keeps every token"),
         }

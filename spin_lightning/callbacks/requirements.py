@@ -1,4 +1,4 @@
-"""What self-play needs of the Trainer and of the run folder, checked before anything expensive."""
+"""What self-play needs of the run folder, checked before anything expensive."""
 
 from __future__ import annotations
 
@@ -8,53 +8,10 @@ from typing import Any
 
 import lightning as L
 
-from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.errors import RunFolderError
 from spin_lightning.fingerprint import differences
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run_folder import RunFolder
-
-# What Lightning fills in when nobody says how long to train.
-_LIGHTNINGS_DEFAULT_EPOCHS = 1000
-
-
-def check_trainer(trainer: L.Trainer, module: SelfPlayModule) -> None:
-    """Refuse trainer settings under which iterates cannot be played.
-
-    Raises:
-        SettingError: No number of epochs, one that is no whole number of iterates, or a setting
-            that cuts epochs short or repeats batches.
-    """
-    epochs, per_iterate = trainer.max_epochs, module.epochs_per_iterate
-    if epochs in (None, -1, _LIGHTNINGS_DEFAULT_EPOCHS):
-        raise SettingError(
-            "trainer.max_epochs",
-            epochs,
-            "self-play has to know how many iterates to play (1000 is what Lightning fills in "
-            "when nothing is said)",
-            fix="set max_epochs to iterates x epochs_per_iterate, such as 4",
-        )
-    if epochs % per_iterate:
-        raise SettingError(
-            "trainer.max_epochs",
-            epochs,
-            f"it is no multiple of epochs_per_iterate ({per_iterate})",
-            fix=f"set it to {epochs - epochs % per_iterate + per_iterate}",
-        )
-    settings: Any = trainer
-    unwanted = {
-        "max_steps": (trainer.max_steps, -1, "an iterate could end unfinished"),
-        "overfit_batches": (settings.overfit_batches, 0.0, "every epoch would see the same rows"),
-        "fast_dev_run": (settings.fast_dev_run, False, "iterates would end after one batch"),
-    }
-    for name, (value, wanted, problem) in unwanted.items():
-        if value != wanted:
-            raise SettingError(
-                f"trainer.{name}",
-                value,
-                problem,
-                fix=f"leave it out, and use data.max_examples or dry_run for a quick look "
-                f"(needed: {wanted})",
-            )
 
 
 def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) -> None:

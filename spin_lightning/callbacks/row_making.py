@@ -165,8 +165,7 @@ class RowMaker:
         generator = LocalGenerator(
             config, text_format.stop_ids, text_format.pad_id, module.generation
         )
-        vocabulary = config.get_text_config().vocab_size
-        return Synthesis(module.policy, generator, text_format.pad_id, vocabulary)
+        return Synthesis(module.policy, generator, text_format.pad_id, module.vocabulary)
 
     def _announce(self, plan: RowPlan, rows: int) -> None:
         """Say how long the run will take, from its first work unit; a dry run ends here."""

@@ -17,7 +17,6 @@ from spin_lightning.callbacks.measure import measure_iterate
 from spin_lightning.callbacks.requirements import (
     check_lineage,
     check_start,
-    check_trainer,
     run_root,
 )
 from spin_lightning.callbacks.row_making import RowMaker
@@ -54,6 +53,7 @@ class SelfPlay(Callback):
         self.pairs_shown = pairs_shown
         self.run: RunFolder | None = None
         self._iterates = 0
+        self._limit: int | float | None = None
         self._iterate_step = 0
         self._training_since = 0.0
         self._maker: RowMaker | None = None
@@ -68,12 +68,11 @@ class SelfPlay(Callback):
         data.run_folder = self.run
         if stage != "fit":
             return
-        check_trainer(trainer, module)
-        assert trainer.max_epochs is not None
+        self._iterates = module.check_trainer()
         # (mypy does not see what Lightning's connectors set.)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        self._iterates = trainer.max_epochs // module.epochs_per_iterate
-        module.check_iterates(self._iterates)
+        if not data.val:
+            trainer.limit_val_batches = 0
         check_lineage(self.run, lambda t: _fields(trainer, module, data, t))
         if not module.generation.is_exact:
             rank_zero_info(
@@ -99,7 +98,8 @@ class SelfPlay(Callback):
         trainer.strategy.barrier()
         self._prepare(trainer, module, data)
         if module.iterate >= self._iterates:
-            trainer.limit_train_batches = 0  # the run is finished, and has no rows to train on
+            # The run is finished, and has no rows to train on.
+            self._limit, trainer.limit_train_batches = trainer.limit_train_batches, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate iterate 0; after a resume, go on from where the checkpoint was taken."""
@@ -121,7 +121,11 @@ class SelfPlay(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the curves over the iterates."""
         self._catch_up(trainer, *_parts(trainer, pl_module))
-        if trainer.is_global_zero:
+        if self._limit is not None:
+            trainer.limit_train_batches = self._limit
+            self._limit = None
+        measured = any(self._run.read_iterate(t).get("metrics") for t in self._run.known_iterates())
+        if trainer.is_global_zero and measured:
             picture = draw_iterates([self._run], self._run.report / "iterates.png")
             console.print(f"Picture: {picture}")
 
@@ -200,22 +204,26 @@ class SelfPlay(Callback):
         assert self._maker is not None, "on_fit_start() made it"
         fields = _fields(trainer, module, data, t)
         manifest = {"fingerprint": fingerprint(fields), "fingerprint_fields": fields}
-        if data.val and not self.dry_run:
-            self._maker.make_val(manifest)
-            self._measure(trainer, module)
+        if not self.dry_run:
+            if data.val:
+                self._maker.make_val(manifest)
+            self._measure(trainer, module, data)
         if t < self._iterates:
             self._maker.make_train(manifest)
         module.policy.evict()
         self._training_since = time.perf_counter()
 
-    def _measure(self, trainer: L.Trainer, module: SelfPlayModule) -> None:
+    def _measure(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> None:
         """Measure the iterate at hand once: log it, keep it with the iterate, show it."""
         if not trainer.is_global_zero:
             return
         t, run = module.iterate, self._run
-        table, record = read_rows(run.val_rows(t)), run.read_iterate(t)
+        record = run.read_iterate(t)
+        table = read_rows(run.val_rows(t)) if data.val else None
         if "metrics" not in record:
-            metrics = measure_iterate(table, t)
+            metrics = {} if table is None else measure_iterate(table, t)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, IterateEvaluator):
                     metrics |= callback.evaluate_iterate(module, t)
@@ -224,7 +232,8 @@ class SelfPlay(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({**metrics, "iterate": t}, step=record["step"])
         show_iterates([run.read_iterate(i) for i in range(t + 1)])
-        show_samples(sample_pairs(table, module.tokenizer, self.pairs_shown))
+        if table is not None:
+            show_samples(sample_pairs(table, module.tokenizer, self.pairs_shown))
 
     def _training_record(
         self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule

@@ -106,16 +106,19 @@ class SelfPlayDataModule(L.LightningDataModule):
         if self.format is not None:
             return
         module = self._module
+        if stage == "fit":
+            module.check_trainer()
         module.check_model()
         text_format = PromptFormat.of(module.tokenizer, module.generation_stop_ids)
         examples = self._read(self.data, "data", text_format, self.max_examples)
         if self.val_data is not None:
             self.train = examples
-            limit = self.val_examples or _MOST_VAL_EXAMPLES
+            limit = _MOST_VAL_EXAMPLES if self.val_examples is None else self.val_examples
             self.val = self._read(self.val_data, "val_data", text_format, limit)
             held_out = f"{len(self.val)} examples of {self.val_data}"
         else:
             self.train, self.val, held_out = hold_out(examples, self._val_count(len(examples)))
+        _check_ids([*self.train, *self.val], text_format, module.vocabulary)
         self.format = text_format
         self._hashes = {"data": content_hash(self.train), "val_data": content_hash(self.val)}
         rank_zero_info(f"Data: {len(self.train)} examples to play on, held out {held_out}.")
@@ -215,7 +218,7 @@ class SelfPlayDataModule(L.LightningDataModule):
     def _read(
         self, source: str, setting: str, text_format: PromptFormat, limit: int | None
     ) -> list[Example]:
-        conversations, bad = read_conversations(source, self.columns)
+        conversations, bad = read_conversations(source, self.columns, setting)
         total = len(conversations) + len(bad)
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
@@ -227,7 +230,8 @@ class SelfPlayDataModule(L.LightningDataModule):
                 f"{setting}={source!r}: {describe_bad_rows(bad, total)}",
                 fix="mend these rows, or leave them out with data.bad_rows: skip"
                 if examples
-                else "mend the rows, or raise data.max_prompt_tokens if it is the prompts' length",
+                else "mend the rows; where prompts are too long, raise data.max_prompt_tokens, or "
+                "take a model with a longer context",
             )
         if bad:
             rank_zero_info(f"{source}: left out {describe_bad_rows(bad, total)}")
@@ -275,6 +279,10 @@ class SelfPlayDataModule(L.LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"data.{name}", value, "out of range", fix="give 1 or more")
+        for name in ("val_examples", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise SettingError(f"data.{name}", value, "out of range", fix="give 0 or more")
         if not 0 <= self.val_fraction < 1:
             raise SettingError(
                 "data.val_fraction", self.val_fraction, "out of range", fix="give a share in [0, 1)"
@@ -282,13 +290,13 @@ class SelfPlayDataModule(L.LightningDataModule):
 
 
 def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example], str]:
-    """Split off about `count` examples: whole prompts, or responses where there are few prompts.
+    """Split off at most `count` examples: whole prompts, or responses where there are few prompts.
 
     Which ones depends on the seed. A prompt that occurs several times goes to one side whole.
 
     Args:
         examples: All examples.
-        count: How many to hold out.
+        count: How many to hold out; less where no prompt has few enough responses.
 
     Returns:
         The examples to train on, those held out, and a phrase that says what was held out.
@@ -302,9 +310,9 @@ def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], li
     order = keyed.epoch_order(keyed.row_key(seed, -1, 0, 0), 0, len(clusters))
     held: set[int] = set()
     for cluster in order:
-        if len(held) >= count:
-            break
-        held.update(clusters[cluster])
+        # A prompt with more responses than are still wanted stays, and a smaller one is looked for.
+        if len(held) + len(clusters[cluster]) <= count:
+            held.update(clusters[cluster])
     train = [example for i, example in enumerate(examples) if i not in held]
     val = [example for i, example in enumerate(examples) if i in held]
     if by_prompt:
@@ -314,6 +322,22 @@ def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], li
         val,
         (f"{len(val)} responses (not prompts: the data has only {len(groups)} different prompts)"),
     )
+
+
+def _check_ids(examples: Sequence[Example], text_format: PromptFormat, vocabulary: int) -> None:
+    """Refuse a tokenizer that writes ids which the model has no embedding for."""
+    largest = max(
+        text_format.pad_id,
+        *text_format.stop_ids,
+        *(max(*example.prompt_ids, *example.real_ids) for example in examples),
+    )
+    if largest >= vocabulary:
+        raise SettingError(
+            "model",
+            text_format.tokenizer.name_or_path,
+            f"its tokenizer writes the id {largest}, and it has {vocabulary} embeddings",
+            fix="use the tokenizer that the model was trained with",
+        )
 
 
 def content_hash(examples: Sequence[Example]) -> str:

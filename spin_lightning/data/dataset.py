@@ -131,4 +131,4 @@ class RowLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next iteration at the saved position."""
-        self._batches.start = state["position"]
+        self._batches.start = self._position = state["position"]

@@ -37,7 +37,7 @@ class _Unusable(ValueError):
 
 
 def read_conversations(
-    source: str, columns: Mapping[str, str] | None = None
+    source: str, columns: Mapping[str, str] | None = None, setting: str = "data"
 ) -> tuple[list[Conversation], list[BadRow]]:
     """Read a data set as prompts with one response each.
 
@@ -55,6 +55,7 @@ def read_conversations(
             folder of them, read in the order of their names, or a hub id
             `owner/name[/configuration][:split]`.
         columns: Our names (`messages`, or `prompt` and `response`) to the columns of the file.
+        setting: Which setting named the source, for messages.
 
     Returns:
         The conversations, and the rows that hold none with the reason.
@@ -62,13 +63,14 @@ def read_conversations(
     Raises:
         DataError: No such data, data that cannot be read, no rows, or no usable columns.
     """
-    rows = _load(source)
+    rows = _load(source, setting)
     if not rows:
         raise DataError(
-            f"data={source!r} is empty, it has no rows", fix="give data with at least one example"
+            f"{setting}={source!r} is empty, it has no rows",
+            fix="give data with at least one example",
         )
     present = list(dict.fromkeys(name for row in rows for name in row))
-    read_row = _row_reader(source, present, columns or {})
+    read_row = _row_reader(f"{setting}={source!r}", present, columns or {})
     conversations, bad = [], []
     for example_id, row in enumerate(rows):
         try:
@@ -103,20 +105,20 @@ def describe_bad_rows(bad: Sequence[BadRow], total: int) -> str:
 # ---------------------------------------------------------------------------- where rows come from
 
 
-def _load(source: str) -> list[_Row]:
+def _load(source: str, setting: str) -> list[_Row]:
     path = Path(source).expanduser()
     if path.exists():
-        return [row for file in _files(path) for row in _read_file(file)]
+        return [row for file in _files(path, setting) for row in _read_file(file, setting)]
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None or path.suffix.lower() in _READERS:
         raise DataError(
-            f"data={source!r}: there is no such file",
+            f"{setting}={source!r}: there is no such file",
             fix="check the path, or give a hub id owner/name[/configuration][:split]",
         )
-    return _read_hub(source, hub_id)
+    return _read_hub(source, hub_id, setting)
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, setting: str) -> list[Path]:
     candidates = [path] if path.is_file() else sorted(path.iterdir())
     files = [
         file
@@ -126,19 +128,19 @@ def _files(path: Path) -> list[Path]:
     if not files:
         what = "is" if path.is_file() else "holds"
         raise DataError(
-            f"data={str(path)!r} {what} no {', '.join(_READERS)} file",
+            f"{setting}={str(path)!r} {what} no {', '.join(_READERS)} file",
             fix="give a file of one of these kinds, or a folder of them",
         )
     return files
 
 
-def _read_file(file: Path) -> Sequence[_Row]:
+def _read_file(file: Path, setting: str) -> Sequence[_Row]:
     try:
         return _READERS[file.suffix.lower()](file)
     # A broken json, text that is not UTF-8 and most of what Arrow complains about: ValueError.
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise DataError(
-            f"data={str(file)!r} cannot be read ({_first_line(error)})",
+            f"{setting}={str(file)!r} cannot be read ({_first_line(error)})",
             fix="check that the file is whole and of the kind its name says (json: a list of "
             "objects, or one object a line)",
         ) from error
@@ -190,7 +192,7 @@ _READERS: Mapping[str, Callable[[Path], list[_Row]]] = {
 }
 
 
-def _read_hub(source: str, hub_id: re.Match[str]) -> list[_Row]:
+def _read_hub(source: str, hub_id: re.Match[str], setting: str) -> list[_Row]:
     import datasets
     import huggingface_hub
 
@@ -206,7 +208,7 @@ def _read_hub(source: str, hub_id: re.Match[str]) -> list[_Row]:
     # Whatever a client of the network raises: its errors have no base class in common.
     except Exception as error:
         raise DataError(
-            f"data={source!r} is no file, and reading it from the hub failed "
+            f"{setting}={source!r} is no file, and reading it from the hub failed "
             f"({_first_line(error.__cause__ or error)})",
             fix="check the path or the hub id owner/name[/configuration][:split]; without a "
             "network give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before",
@@ -236,7 +238,7 @@ def _row_reader(source: str, present: Sequence[str], columns: Mapping[str, str])
     if not columns and {"real", "generated"} <= set(present):
         return lambda row: _from_messages(row.get("real"))
     raise DataError(
-        f"data={source!r} has no columns that are recognised; it has {', '.join(present)}",
+        f"{source} has no columns that are recognised; it has {', '.join(present)}",
         fix="name them, such as --data.columns '{prompt: instruction, response: output}'",
     )
 

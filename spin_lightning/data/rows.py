@@ -120,11 +120,16 @@ def write_part(folder: Path, unit: int, rows: Sequence[Row]) -> None:
 
 
 def part_matches(folder: Path, unit: int, keys: Sequence[int]) -> bool:
-    """Whether a unit's part is there with just the rows of these keys."""
+    """Whether a unit's part is there, whole, with just the rows of these keys."""
     path = part_path(folder, unit)
     if not path.exists():
         return False
-    return pq.read_table(path, columns=["seed"])["seed"].to_pylist() == list(keys)
+    try:
+        # All of it, since a part may be torn anywhere.
+        seeds = pq.read_table(path, schema=SCHEMA)["seed"]
+    except (pa.ArrowException, OSError):
+        return False
+    return bool(seeds.to_pylist() == list(keys))
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -142,7 +147,8 @@ def read_rows(folder: Path) -> RowTable:
     """Read all rows of a finished folder.
 
     Raises:
-        RunFolderError: The folder has no manifest, so its rows are not all there.
+        RunFolderError: The folder has no manifest, so its rows are not all there, or its rows are
+            damaged or of another schema.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -150,8 +156,14 @@ def read_rows(folder: Path) -> RowTable:
             f"the rows in {folder} are not finished: there is no {MANIFEST}",
             fix="start the run again in the same folder; it makes the rows that are missing",
         )
-    parts = [part_path(folder, unit) for unit in range(manifest["units"])]
-    table = pa.concat_tables([pq.read_table(p, schema=SCHEMA) for p in parts]).combine_chunks()
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise RunFolderError(
+            f"the rows in {folder} are of schema version {manifest['schema_version']}, this "
+            f"version of spin-lightning reads {SCHEMA_VERSION}",
+            fix="use the version that made the run, or start a new run",
+        )
+    parts = [_read_part(folder, unit) for unit in range(manifest["units"])]
+    table = pa.concat_tables(parts).combine_chunks()
     if len(table) != manifest["rows"]:
         raise RunFolderError(
             f"{folder} has {len(table)} rows, its manifest says {manifest['rows']}",
@@ -176,6 +188,17 @@ def read_rows(folder: Path) -> RowTable:
         token_generated_logps=_by_member(table, "token_generated_logps", token_members),
         seed=_flat(table, "seed"),
     )
+
+
+def _read_part(folder: Path, unit: int) -> pa.Table:
+    path = part_path(folder, unit)
+    try:
+        return pq.read_table(path, schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise RunFolderError(
+            f"{path} is missing or damaged ({error})",
+            fix=f"delete {folder / MANIFEST} and start the run again: it makes the part anew",
+        ) from error
 
 
 def _flat(table: pa.Table, name: str) -> NDArray[Any]:

@@ -63,9 +63,17 @@ def draw_iterates(runs: Sequence[RunFolder], path: Path) -> Path:
 
     Returns:
         The picture's path.
+
+    Raises:
+        RunFolderError: A folder holds no iterates, or there is nothing to draw.
     """
     histories = {run.root.name: iterate_records(run) for run in runs}
     curves = [c for c in _CURVES if any(_points(h, c.metric) for h in histories.values())]
+    if not curves:
+        raise RunFolderError(
+            f"{', '.join(histories)} has no metrics to draw, since nothing was held out",
+            fix="hold examples out with data.val_examples",
+        )
     figure = Figure(figsize=(10, 3.2 * ((len(curves) + 1) // 2)), layout="constrained")
     for place, curve in enumerate(curves, start=1):
         axes = figure.add_subplot((len(curves) + 1) // 2, 2, place)

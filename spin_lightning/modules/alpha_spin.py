@@ -14,7 +14,8 @@ from spin_lightning.mixtures import (
     referenced,
     window,
 )
-from spin_lightning.modules.base import SelfPlayModule, at_iterate
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.modules.settings import at_iterate
 
 
 class AlphaSPIN(SelfPlayModule):

@@ -21,10 +21,12 @@ from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import folder_hashes
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
-from spin_lightning.mixtures import Geometric, Mixture, Reference, rows_per_sample
+from spin_lightning.mixtures import Mixture, Reference, rows_per_sample
+from spin_lightning.modules.requirements import check_opponents, iterates_to_play
+from spin_lightning.modules.settings import at_iterate, lora_settings
 from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings, check_adapter
+from spin_lightning.policies.lora import LoraPolicy, check_adapter
 from spin_lightning.policies.optimizers import (
     OptimizerName,
     ScheduleName,
@@ -88,6 +90,8 @@ class SelfPlayModule(L.LightningModule, ABC):
     # Whether the objective is a function of the margin alone, in which a reference's normaliser,
     # the same for both responses, cancels.
     normaliser_cancels: ClassVar[bool] = True
+    # Settings that a variant fixes to None, since it has no use for them.
+    without: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -120,14 +124,11 @@ class SelfPlayModule(L.LightningModule, ABC):
         super().__init__()
         if not isinstance(generation, GenerationSettings):
             generation = GenerationSettings.of(generation or {})
-        # Plain values only: anything else breaks a weights_only resume. What a variant fixes to
-        # None is no setting of it.
-        fixable = {"beta": beta, "loss": loss, "real_nll_weight": real_nll_weight}
-        fixed = [name for name, value in fixable.items() if value is None]
-        self.save_hyperparameters(ignore=["generation", *fixed])
+        # Plain values only: anything else breaks a weights_only resume.
+        self.save_hyperparameters(ignore=["generation", *self.without])
         self.save_hyperparameters({"generation": asdict(generation)})
         self.base = BaseModel(model, revision, quantization, compute_dtype, trust_remote_code)
-        self.lora = _lora_settings(
+        self.lora = lora_settings(
             lora_r, lora_alpha, lora_dropout, lora_target_modules, initial_adapter
         )
         self.initial_adapter = initial_adapter
@@ -182,13 +183,18 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Rows that one sample of an example has while p_{t+1} is trained."""
         return rows_per_sample(self.opponent(t), union=self.rows == "union")
 
-    def check_iterates(self, iterates: int) -> None:
-        """Check what is said per iterate against the number of iterates.
+    def check_trainer(self) -> int:
+        """Check what is said per iterate, and what self-play needs of the Trainer.
+
+        Returns:
+            The number of iterates that are to be played.
 
         Raises:
-            SettingError: A list has another length, the reference's normaliser does not cancel, or
-                rows that another opponent drew would be kept.
+            SettingError: A trainer setting under which iterates cannot be played, a list with
+                another number of values than there are iterates, a reference whose normaliser does
+                not cancel, or rows that would be kept though another opponent drew them.
         """
+        iterates = iterates_to_play(self.trainer, self.epochs_per_iterate)
         for name in self.per_iterate:
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != iterates:
@@ -199,25 +205,14 @@ class SelfPlayModule(L.LightningModule, ABC):
                     f"(max_epochs / epochs_per_iterate)",
                     fix=f"give one value, or a list of {iterates}",
                 )
-        references = [self.reference(t) for t in range(iterates)]
-        unknown = [r for r in references if isinstance(r, Geometric) and not r.is_normalised]
-        if unknown and not self.normaliser_cancels:
-            raise SettingError(
-                "mixture",
-                "sequence",
-                f"{type(self).__name__} looks at each response by itself, and the geometric mixture"
-                f" {unknown[0]} of whole responses is known only up to a factor per prompt",
-                fix="set mixture: token, which is normalised, or alpha: 0",
-            )
-        alphas = {o.token_alpha for t in range(1, iterates) if (o := self.opponent(t)) is not None}
-        if self.refresh == "reservoir" and len(alphas) > 1:
-            raise SettingError(
-                "refresh",
-                self.refresh,
-                "a token-level alpha that changes makes the rows of earlier iterates those of "
-                "another opponent",
-                fix="set refresh: all, or give one alpha",
-            )
+        check_opponents(
+            type(self).__name__,
+            [self.opponent(t) for t in range(iterates)],
+            [self.reference(t) for t in range(iterates)],
+            normaliser_cancels=self.normaliser_cancels,
+            keeps_rows=self.refresh == "reservoir",
+        )
+        return iterates
 
     def check_model(self) -> None:
         """Check what can be checked about model and adapter before weights are read.
@@ -226,7 +221,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             SettingError: No such model, one that cannot be quantised, or an adapter that does not
                 fit.
         """
-        pretrained.load_config(self.base)
+        pretrained.check_playable(self.base)
         pretrained.check_quantizable(self.base)
         check_adapter(self.base, self.lora, self.initial_adapter)
 
@@ -234,6 +229,11 @@ class SelfPlayModule(L.LightningModule, ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return pretrained.load_tokenizer(self.base)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids that the model has embeddings for."""
+        return int(pretrained.load_config(self.base).get_text_config().vocab_size)
 
     @property
     def context_length(self) -> int:
@@ -410,9 +410,20 @@ class SelfPlayModule(L.LightningModule, ABC):
         def every(value: float | list[float] | None) -> list[float]:
             return value if isinstance(value, list) else [] if value is None else [value]
 
+        for name in ("beta", "loss"):
+            if getattr(self, name) is None and name not in self.without:
+                raise SettingError(
+                    name,
+                    None,
+                    f"{type(self).__name__} needs one",
+                    fix="give a value, or leave it out",
+                )
         checks = {
-            "beta": (all(b > 0 for b in every(self.beta)), "values > 0; 0.1 is SPIN's"),
-            "learning_rate": (all(r > 0 for r in every(self.learning_rate)), "values > 0"),
+            "beta": (all(0 < b < math.inf for b in every(self.beta)), "values > 0; 0.1 is SPIN's"),
+            "learning_rate": (
+                all(0 < rate < math.inf for rate in every(self.learning_rate)),
+                "values > 0",
+            ),
             "warmup_ratio": (0 <= self.warmup_ratio <= 1, "a share between 0 and 1"),
             "epochs_per_iterate": (self.epochs_per_iterate >= 1, "a whole number >= 1"),
             "schedule_epochs": (
@@ -425,38 +436,3 @@ class SelfPlayModule(L.LightningModule, ABC):
         for name, (valid, fix) in checks.items():
             if not valid:
                 raise SettingError(name, getattr(self, name), "out of range", fix=f"give {fix}")
-
-
-def at_iterate(value: float | list[float], t: int) -> float:
-    """The value for training p_{t+1}; a finished run may ask for one more than there are."""
-    return value[min(t, len(value) - 1)] if isinstance(value, list) else value
-
-
-def _lora_settings(
-    r: int | None,
-    alpha: int | None,
-    dropout: float | None,
-    target_modules: str | list[str] | None,
-    initial_adapter: str | None,
-) -> LoraSettings:
-    targets = tuple(target_modules) if isinstance(target_modules, list) else target_modules
-    settings: dict[str, Any] = {
-        "r": r,
-        "alpha": alpha,
-        "dropout": dropout,
-        "target_modules": targets,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    if given and initial_adapter is not None:
-        raise SettingError(
-            "initial_adapter",
-            initial_adapter,
-            f"its own config says what {', '.join(f'lora_{name}' for name in given)} would",
-            fix="leave the lora_* settings out, or start without initial_adapter",
-        )
-    lora = LoraSettings(**given)
-    if lora.r < 1 or lora.alpha <= 0 or not 0 <= lora.dropout < 1:
-        raise SettingError(
-            "lora_*", given, "out of range", fix="give r >= 1, alpha > 0 and dropout in [0, 1)"
-        )
-    return lora

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ class SFT(SelfPlayModule):
 
     Takes every argument of `SelfPlayModule` but `beta`, `loss` and `real_nll_weight`.
     """
+
+    without: ClassVar[frozenset[str]] = frozenset({"beta", "loss", "real_nll_weight"})
 
     def __init__(self, **kwargs: Any) -> None:
         """Keep the settings."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from spin_lightning import losses
 from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import Geometric, Level, Mixture, Reference, latest, pulled_to_base
-from spin_lightning.modules.base import SelfPlayModule, at_iterate
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.modules.settings import at_iterate
 from spin_lightning.types import PairLogps
 
 
@@ -36,6 +37,7 @@ class SPACE(SelfPlayModule):
 
     per_iterate: ClassVar[tuple[str, ...]] = (*SelfPlayModule.per_iterate, "alpha")
     normaliser_cancels: ClassVar[bool] = False
+    without: ClassVar[frozenset[str]] = frozenset({"beta", "loss"})
 
     def __init__(
         self,

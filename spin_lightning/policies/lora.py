@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,9 +13,11 @@ from typing import Any
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import file_hash
@@ -22,6 +26,7 @@ from spin_lightning.policies.base import Policy
 from spin_lightning.policies.pretrained import (
     BaseModel,
     check_quantizable,
+    first_line,
     load_config,
     skeleton,
 )
@@ -54,6 +59,71 @@ class LoraSettings:
             task_type="CAUSAL_LM",
             base_model_name_or_path=base.name,
             revision=base.revision,
+        )
+
+
+def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | None) -> None:
+    """Refuse, before weights are read, an adapter that cannot be put on the base.
+
+    Raises:
+        SettingError: A target module matches nothing, or the initial adapter is not there, is none
+            of LoRA, is damaged, or was made for another model.
+    """
+    model = copy.deepcopy(skeleton(base))
+    if initial_adapter is None:
+        _check_targets(base, model, lora)
+        return
+
+    def refusal(problem: str) -> SettingError:
+        return SettingError(
+            "initial_adapter",
+            initial_adapter,
+            problem,
+            fix="give the folder of a PEFT LoRA adapter of this model, as PEFT saves it",
+        )
+
+    folder = Path(initial_adapter)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise refusal(f"there is no {name} in it")
+    try:
+        config = peft.PeftConfig.from_pretrained(initial_adapter)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            given = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise refusal(f"it cannot be read ({first_line(error)})") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise refusal(f"it is a {config.peft_type} adapter")
+    try:
+        wanted = get_peft_model_state_dict(peft.get_peft_model(model, config))
+    except ValueError as error:
+        raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
+    if given != {name: list(weight.shape) for name, weight in wanted.items()}:
+        raise refusal(f"its weights do not have the shapes of {base.name}")
+
+
+def _check_targets(base: BaseModel, model: nn.Module, lora: LoraSettings) -> None:
+    targets = lora.target_modules
+    if targets == "all-linear":
+        return
+    kinds = nn.Linear | nn.Embedding | Conv1D
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if isinstance(targets, str):
+        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if unmatched:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise SettingError(
+            "lora_target_modules",
+            unmatched[0],
+            f"no layer of {base.name} has this name"
+            + (
+                ": without a list it is a pattern for full names"
+                if isinstance(targets, str)
+                else ""
+            ),
+            fix=f"choose from {', '.join(leaves)}, or give all-linear",
         )
 
 
@@ -202,48 +272,32 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
     """Load the frozen base, quantised as it says, in eval mode and without gradients.
 
     Raises:
-        SettingError: bitsandbytes cannot quantise this model.
+        SettingError: bitsandbytes cannot quantise this model, or its weights cannot be read.
     """
     check_quantizable(base)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base.name,
-        config=load_config(base),
-        dtype=base.dtype,
-        quantization_config=_quantization_config(base),
-        device_map={"": str(device)},
-        **base.source,
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base.name,
+            config=load_config(base),
+            dtype=base.dtype,
+            quantization_config=_quantization_config(base),
+            device_map={"": str(device)},
+            **base.source,
+        )
+    except (OSError, SafetensorError) as error:
+        raise SettingError(
+            "model",
+            base.name,
+            f"its weights cannot be read ({first_line(error)})",
+            fix="copy the model folder anew, with its *.safetensors files",
+        ) from error
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in eval mode, in place, for a
+        # kernel that has no gradient and computes in bfloat16; training would go on with them.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.requires_grad_(False)
     return model.eval()
-
-
-def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | None) -> None:
-    """Refuse, before weights are read, an adapter that cannot be put on the base.
-
-    Raises:
-        SettingError: A target module matches nothing, or the initial adapter is not there.
-    """
-    if initial_adapter is not None:
-        if not (Path(initial_adapter) / ADAPTER_CONFIG).is_file():
-            raise SettingError(
-                "initial_adapter",
-                initial_adapter,
-                f"there is no {ADAPTER_CONFIG} in it",
-                fix="give the folder of a PEFT LoRA adapter, as save_pretrained writes it",
-            )
-        return
-    if isinstance(lora.target_modules, str):
-        return
-    linear = {name for name, m in skeleton(base).named_modules() if not list(m.children())}
-    for target in lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in linear if name})
-            raise SettingError(
-                "lora_target_modules",
-                target,
-                f"no layer of {base.name} has this name",
-                fix=f"choose from {', '.join(leaves)}, or use all-linear",
-            )
 
 
 def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:

@@ -16,8 +16,10 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.errors import SettingError
@@ -27,6 +29,8 @@ Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _UNKNOWN_CONTEXT = 2048
+# Weights that share a scale in NF4.
+_NF4_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def load_config(base: BaseModel) -> PretrainedConfig:
         raise SettingError(
             "model",
             base.name,
-            f"no causal language model can be read there ({_first_line(error)})",
+            f"no causal language model can be read there ({_reading_problem(base, error)})",
             fix="give a folder with a config.json, or a hub id that this machine can reach",
         ) from error
     # A reference that drops units is another distribution than the one that was sampled.
@@ -97,7 +101,7 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
         raise SettingError(
             "model",
             base.name,
-            f"its tokenizer cannot be read ({_first_line(error)})",
+            f"its tokenizer cannot be read ({first_line(error)})",
             fix="save the tokenizer into the model folder with tokenizer.save_pretrained",
         ) from error
 
@@ -129,14 +133,38 @@ def content_hashes(base: BaseModel) -> dict[str, str]:
 
 
 @cache
-def skeleton(base: BaseModel) -> nn.Module:
+def skeleton(base: BaseModel) -> PreTrainedModel:
     """The model without weights (on the meta device), to check names and sizes before loading."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about initialising what is never initialised
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             load_config(base), trust_remote_code=base.trust_remote_code
         )
     return model
+
+
+def check_playable(base: BaseModel) -> None:
+    """Refuse, before weights are read, a model that cannot play.
+
+    Raises:
+        SettingError: It is no causal language model, or keeps no keys and values to decode with.
+    """
+    config = load_config(base)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not base.trust_remote_code:
+        raise SettingError(
+            "model",
+            base.name,
+            f"its type {config.model_type!r} is no causal language model",
+            fix="give a decoder-only model, one that AutoModelForCausalLM loads",
+        )
+    if not hasattr(config.get_text_config(), "num_attention_heads"):
+        raise SettingError(
+            "model",
+            base.name,
+            f"its type {config.model_type!r} has no attention, whose keys and values the decoder "
+            "keeps",
+            fix="give a transformer",
+        )
 
 
 def check_quantizable(base: BaseModel) -> None:
@@ -167,7 +195,38 @@ def check_quantizable(base: BaseModel) -> None:
             f"model type {config.model_type!r} are in such layers",
             fix="set quantization: none for this model",
         )
+    # bitsandbytes 0.50 de-quantises such layers wrongly on a CPU: 4 times the rounding error.
+    odd = [
+        name
+        for name, m in model.named_modules()
+        if m is not model.get_output_embeddings()  # which stays as it is
+        and _input_width(m) % _NF4_BLOCK
+    ]
+    if odd and base.quantization == "nf4" and not torch.cuda.is_available():
+        raise SettingError(
+            "quantization",
+            base.quantization,
+            f"bitsandbytes' CPU kernels take layers whose input width is a multiple of {_NF4_BLOCK}"
+            f", and {len(odd)} layers have another, such as {odd[0]}",
+            fix="set quantization: none, or use a GPU",
+        )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _input_width(module: nn.Module) -> int:
+    """Number of inputs of a linear layer, 0 for any other."""
+    if isinstance(module, Conv1D):
+        return int(module.nx)
+    return module.in_features if isinstance(module, nn.Linear) else 0
+
+
+def _reading_problem(base: BaseModel, error: Exception) -> str:
+    """What went wrong; a path that is not there makes the hub complain about ids."""
+    is_path = base.name.startswith((".", "/", "~")) or base.name.count("/") > 1
+    return (
+        "there is no such folder" if is_path and not Path(base.name).exists() else first_line(error)
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -145,7 +145,6 @@ def test_first_margin_of_every_spin_iterate_is_zero_and_loss_log_two(
         epochs=3,
         callbacks=[FirstLoss()],
         settings={"beta": 1.0},
-        trainer_settings={"logger": None} and {},
     )
     assert losses == pytest.approx([math.log(2)] * 3, abs=1e-5)
 

@@ -139,7 +139,7 @@ def test_setting_out_of_range_is_refused_by_name_with_the_fix(settings, message,
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, [0.1, 0.0]])
 def test_beta_not_positive_is_refused(beta):
-    with pytest.raises(SettingError, match="beta=.*give values > 0; 0.1 is SPIN's"):
+    with pytest.raises(SettingError, match=r"beta=.*give values > 0; 0\.1 is SPIN's"):
         spin_lightning.SPIN(model="anything", beta=beta)
 
 

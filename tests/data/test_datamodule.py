@@ -1,0 +1,380 @@
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spin_lightning import SPIN, SelfPlayDataModule
+from spin_lightning.data.datamodule import content_hash, hold_out
+from spin_lightning.data.dataset import EpochBatches
+from spin_lightning.errors import DataError, RunFolderError, SettingError
+from spin_lightning.run_folder import RunFolder
+from spin_lightning.types import Example
+from tests.data.toy_rows import ROW, write_rows
+
+CONTEXT = 64  # of the tiny model
+
+SetUp = Callable[..., SelfPlayDataModule]
+WriteData = Callable[..., str]
+
+
+def word(i: int) -> str:
+    return f"w{i // 10} w{i % 10}"
+
+
+def pairs(count: int, prompts: int | None = None) -> list[dict[str, str]]:
+    """As many different responses, to as many different prompts or to a few."""
+    return [
+        {"prompt": word(i % (prompts or count)), "response": f"{word(i)} w{i % 7}"}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> WriteData:
+    def write_data(rows: Sequence[dict[str, str]], name: str = "data.jsonl") -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    return write_data
+
+
+@pytest.fixture
+def set_up(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
+    """A data module that has read its data, attached to a trainer with the tiny model."""
+
+    def set_up_data(
+        data: str, *, seed: int = 0, trainer: dict[str, Any] | None = None, **settings: Any
+    ) -> SelfPlayDataModule:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        module = SelfPlayDataModule(data, **settings)
+        place = {"current_epoch": 0, "global_rank": 0, "world_size": 1, **(trainer or {})}
+        attached: Any = SimpleNamespace(lightning_module=SPIN(model=str(tiny_model_dir)), **place)
+        module.trainer = attached
+        module.setup("validate")  # any stage reads the same; "fit" asks for a real trainer too
+        return module
+
+    return set_up_data
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
+    """What the data module told the user."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger.name)
+    yield lambda: "\n".join(record.getMessage() for record in caplog.records)
+    logger.removeHandler(caplog.handler)
+
+
+def ids(examples: Sequence[Example]) -> list[int]:
+    return [example.example_id for example in examples]
+
+
+def examples(*prompts: int) -> list[Example]:
+    """One example for each prompt, told apart by their responses."""
+    return [Example(i, (1, prompt), (i, 2), real_finished=True) for i, prompt in enumerate(prompts)]
+
+
+def prompts_of(made: Sequence[Example]) -> set[tuple[int, ...]]:
+    return {example.prompt_ids for example in made}
+
+
+# ------------------------------------------------------------------------ holding out
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 99])
+def test_hold_out_with_many_prompts_takes_whole_prompts(count):
+    train, val, what = hold_out(examples(*range(100)), count)
+    assert len(val) == count
+    assert sorted(ids(train) + ids(val)) == list(range(100))
+    assert what == f"{count} examples with prompts of their own"
+
+
+def test_hold_out_repeated_prompts_stay_on_one_side():
+    data = examples(*(i % 70 for i in range(210)))
+    train, val, _ = hold_out(data, 30)
+    assert len(val) == 30
+    assert not prompts_of(train) & prompts_of(val)
+    assert set(Counter(e.prompt_ids for e in val).values()) == {3}
+
+
+def test_hold_out_with_few_prompts_takes_responses_and_says_so():
+    data = examples(*(i % 8 for i in range(200)))
+    train, val, what = hold_out(data, 50)
+    assert len(val) == 50
+    assert sorted(ids(train) + ids(val)) == list(range(200))
+    assert prompts_of(train) == prompts_of(val) == prompts_of(data)
+    assert "50 responses" in what
+    assert "only 8 different prompts" in what
+
+
+@pytest.mark.parametrize(("prompts", "by_prompt"), [(63, False), (64, True)])
+def test_hold_out_asks_for_64_prompts_to_hold_prompts_out(prompts, by_prompt):
+    what = hold_out(examples(*range(prompts)), 5)[2]
+    assert ("prompts of their own" in what) is by_prompt
+
+
+def test_hold_out_depends_on_the_seed_alone(monkeypatch):
+    def held(seed: int) -> tuple[int, ...]:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        return tuple(ids(hold_out(examples(*range(100)), 10)[1]))
+
+    assert held(0) == held(0)
+    assert len({held(0), held(1), held(2)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 5),
+        ({"val_fraction": 0.2}, 20),
+        ({"val_fraction": 0.0}, 0),
+        ({"val_examples": 7}, 7),
+        ({"val_examples": 7, "val_fraction": 0.5}, 7),
+        ({"val_examples": 0}, 0),
+        ({"max_examples": 80}, 4),
+    ],
+)
+def test_held_out_number_is_the_share_or_the_number_given(settings, count, set_up, write):
+    data = set_up(write(pairs(100)), **settings)
+    assert len(data.val) == count
+    assert len(data.train) == settings.get("max_examples", 100) - count
+
+
+def test_held_out_share_is_at_most_256(set_up, write):
+    rows = [{"prompt": word(i % 100), "response": word(i // 100)} for i in range(1000)]
+    assert len(set_up(write(rows), val_fraction=0.9).val) == pytest.approx(256, abs=9)
+
+
+@pytest.mark.parametrize("count", [100, 101])
+def test_held_out_all_is_refused(count, set_up, write):
+    with pytest.raises(SettingError, match=f"data.val_examples={count}.*only 100.*Fix: hold out"):
+        set_up(write(pairs(100)), val_examples=count)
+
+
+def test_val_data_is_held_out_and_data_is_played_whole(set_up, write, said):
+    other = write(pairs(30)[::-1], "other.jsonl")
+    data = set_up(write(pairs(100)), val_data=other)
+    assert (len(data.train), len(data.val)) == (100, 30)
+    assert data.val[0].prompt_ids == data.train[29].prompt_ids
+    assert f"held out 30 examples of {other}" in said()
+
+
+def test_val_data_with_val_examples_takes_as_many_of_it(set_up, write):
+    other = write(pairs(30), "other.jsonl")
+    data = set_up(write(pairs(100)), val_data=other, val_examples=12)
+    assert (len(data.train), len(data.val)) == (100, 12)
+
+
+# ------------------------------------------------------------------------ picks
+
+
+def test_max_examples_picks_by_the_seed(set_up, write):
+    source = write(pairs(100))
+
+    def picked(seed: int) -> list[int]:
+        data = set_up(source, seed=seed, max_examples=40)
+        return sorted(ids(data.train) + ids(data.val))
+
+    assert picked(1) == picked(1) != picked(2)
+    assert len(set(picked(1))) == 40
+
+
+def test_prompts_per_iterate_picks_anew_for_each_iterate_and_alike_in_each_run(set_up, write):
+    source = write(pairs(100))
+    data, again = (set_up(source, prompts_per_iterate=30) for _ in range(2))
+    picks = [ids(data.iterate_examples(t)) for t in range(4)]
+    assert picks == [ids(again.iterate_examples(t)) for t in range(4)]
+    assert len({tuple(pick) for pick in picks}) == 4
+    assert all(len(set(pick)) == 30 and set(pick) <= set(ids(data.train)) for pick in picks)
+    other_seed = set_up(source, seed=1, prompts_per_iterate=30)
+    assert ids(other_seed.iterate_examples(0)) != picks[0]
+
+
+@pytest.mark.parametrize("count", [None, 95, 1000])
+def test_prompts_per_iterate_of_all_is_all(count, set_up, write):
+    data = set_up(write(pairs(100)), prompts_per_iterate=count)
+    assert data.iterate_examples(0) == data.iterate_examples(3) == data.train
+    assert data.rows_per_iterate == 95
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "batches", "batches_on_two"),
+    [
+        ({}, 95, 12, 6),
+        ({"samples_per_prompt": 3}, 285, 36, 18),
+        ({"prompts_per_iterate": 30, "batch_size": 7}, 30, 5, 3),
+    ],
+)
+def test_rows_of_an_iterate_are_counted_before_they_are_made(
+    settings, rows, batches, batches_on_two, set_up, write
+):
+    data = set_up(write(pairs(100)), **settings)
+    assert data.rows_per_iterate == rows
+    assert data.batches_per_epoch(1) == batches
+    assert data.batches_per_epoch(2) == batches_on_two
+
+
+# ------------------------------------------------------------------------ bad rows
+
+BAD = [{"prompt": " ", "response": "w1"}, {"prompt": "w1", "response": ""}]
+LONG = {"prompt": " ".join(["w1"] * CONTEXT), "response": "w1"}
+
+
+def test_bad_rows_skipped_are_left_out_and_counted(set_up, write, said):
+    data = set_up(write([*BAD, *pairs(98)]), val_examples=0)
+    assert ids(data.train) == list(range(2, 100))
+    assert "left out 2 of 100 rows" in said()
+    assert "an empty prompt: 1 (row 0)" in said()
+    assert "an empty response: 1 (row 1)" in said()
+
+
+@pytest.mark.parametrize("rows", [BAD[:1], BAD[1:], [LONG]])
+def test_bad_rows_refused_name_setting_file_and_row(rows, set_up, write):
+    source = write([*pairs(9), *rows])
+    with pytest.raises(DataError, match=r"data='.*data.jsonl': 1 of 10 .*\(row 9.*Fix: mend these"):
+        set_up(source, bad_rows="refuse")
+
+
+def test_bad_rows_of_val_data_name_val_data(set_up, write):
+    other = write(BAD, "other.jsonl")
+    with pytest.raises(DataError, match=r"val_data='.*other.jsonl': 2 of 2 rows"):
+        set_up(write(pairs(10)), val_data=other)
+
+
+def test_bad_rows_alone_are_refused_even_where_they_are_skipped(set_up, write):
+    with pytest.raises(DataError, match=r"2 of 2 rows.*Fix: mend the rows"):
+        set_up(write(BAD))
+
+
+def test_prompts_that_fill_the_context_are_left_out(set_up, write, said):
+    data = set_up(write([LONG, *pairs(99)]), max_prompt_tokens=None, val_examples=0)
+    assert len(data.train) == 99
+    assert f"fills the model's context of {CONTEXT} tokens: 1 (row 0: 65 tokens)" in said()
+
+
+def test_prompts_all_over_their_cap_are_refused_with_the_setting_to_raise(set_up, write):
+    with pytest.raises(
+        DataError, match=r"max_prompt_tokens=2.*Fix: .*raise data.max_prompt_tokens"
+    ):
+        set_up(write(pairs(10)), max_prompt_tokens=2)
+
+
+# ------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_examples", 0),
+        ("prompts_per_iterate", 0),
+        ("samples_per_prompt", 0),
+        ("max_prompt_tokens", 0),
+        ("max_response_tokens", 0),
+        ("batch_size", -1),
+        ("val_fraction", 1.0),
+        ("val_fraction", -0.1),
+        ("val_examples", -1),
+        ("num_workers", -1),
+    ],
+)
+def test_setting_out_of_range_is_refused_by_name_with_the_fix(name, value):
+    with pytest.raises(SettingError, match=f"data.{name}={value}: out of range. Fix: give"):
+        SelfPlayDataModule("anything", **{name: value})
+
+
+# ------------------------------------------------------------------------ loaders
+
+
+def with_rows(data: SelfPlayDataModule, root: Path, rows: int = 9) -> SelfPlayDataModule:
+    """Give the data module a run folder, as SelfPlay does, with rows of iterate 0."""
+    run = data.run_folder = RunFolder(root)
+    write_rows(run.rows(0), [replace(ROW, prompt_ids=(i, 4), members=(0, 2)) for i in range(rows)])
+    write_rows(run.val_rows(0), [replace(ROW, prompt_ids=(i, 5)) for i in range(20, 23)])
+    return data
+
+
+def rows_of(loader: Any) -> list[list[int]]:
+    return [batch.real.input_ids[:, 0].tolist() for batch in loader]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_train_loader_serves_the_rows_in_the_order_of_the_epoch(epoch, set_up, write, tmp_path):
+    data = set_up(write(pairs(20)), seed=5, batch_size=4, trainer={"current_epoch": epoch})
+    with_rows(data, tmp_path / "run")
+    assert rows_of(data.train_dataloader()) == list(EpochBatches(9, 4, seed=5, epoch=epoch))
+
+
+def test_val_loader_keeps_the_order_of_the_rows(set_up, write, tmp_path):
+    data = with_rows(set_up(write(pairs(20)), batch_size=2), tmp_path / "run")
+    assert rows_of(data.val_dataloader()) == [[20, 21], [22]]
+
+
+def test_train_loaders_of_two_ranks_share_the_rows(set_up, write, tmp_path):
+    places = [{"global_rank": rank, "world_size": 2} for rank in range(2)]
+    shares = [
+        list(chain(*rows_of(with_rows(data, tmp_path / "run", 10).train_dataloader())))
+        for data in (set_up(write(pairs(20)), batch_size=2, trainer=place) for place in places)
+    ]
+    assert sorted(chain(*shares)) == list(range(10))
+    assert all(shares)
+
+
+def test_val_loader_without_held_out_examples_is_none(set_up, write):
+    assert set_up(write(pairs(20)), val_examples=0).val_dataloader() == []
+
+
+def test_train_loader_before_rows_are_made_says_who_makes_them(set_up, write, tmp_path):
+    data = set_up(write(pairs(20)))
+    with pytest.raises(RunFolderError, match="Fix: train with the SelfPlay callback"):
+        data.train_dataloader()
+    data.run_folder = RunFolder(tmp_path / "run")
+    with pytest.raises(RunFolderError, match=r"not finished"):
+        data.train_dataloader()
+
+
+def test_data_module_without_a_trainer_says_to_pass_it_to_fit():
+    with pytest.raises(RunFolderError, match=r"Fix: pass it to Trainer.fit"):
+        SelfPlayDataModule("anything").setup("fit")
+
+
+# ------------------------------------------------------------------------ fingerprint
+
+EXAMPLE = Example(0, (1, 4, 5), (6, 2), real_finished=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param([replace(EXAMPLE, prompt_ids=(1, 4, 6))], id="prompt"),
+        pytest.param([replace(EXAMPLE, real_ids=(7, 2))], id="response"),
+        pytest.param([replace(EXAMPLE, example_id=1)], id="example"),
+        pytest.param([Example(0, (1, 4), (5, 6, 2), real_finished=True)], id="boundary"),
+        pytest.param([EXAMPLE, EXAMPLE], id="repeated"),
+        pytest.param([], id="none"),
+    ],
+)
+def test_content_hash_changes_with_any_id(other):
+    assert content_hash(other) != content_hash([EXAMPLE])
+
+
+def test_content_hash_depends_on_the_order_and_on_nothing_else():
+    first, second = examples(4, 5)
+    assert content_hash([first, second]) != content_hash([second, first])
+    assert content_hash([first, second]) == content_hash([replace(first), replace(second)])
+
+
+def test_fingerprint_of_other_data_with_the_same_number_of_rows_differs(set_up, write):
+    rows = pairs(100)
+    same, again = (set_up(write(rows)).fingerprint_fields() for _ in range(2))
+    assert same == again
+    rows[3]["response"] += " w1"
+    changed = set_up(write(rows)).fingerprint_fields()
+    assert {name for name in same if same[name] != changed[name]} == {"data"}

@@ -1,0 +1,89 @@
+"""Iterates of a run folder, loaded and exported."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.saved import export_iterate, load_iterate
+from spin_lightning.run_folder import RunFolder
+from tests.toy_adapters import logits, plain_logits, write_adapter, write_wide_model
+
+
+def write_run(root: Path, model: Path, quantization: str) -> RunFolder:
+    """A run of two iterates: the bare base and an adapter."""
+    run = RunFolder(root)
+    base = BaseModel(str(model), quantization=quantization, compute_dtype="float32")
+    for t in (0, 1):
+        if t:
+            write_adapter(model, run.iterate(t), seed=t)
+        run.write_iterate(t, {"index": t, "base": asdict(base)})
+    AutoTokenizer.from_pretrained(model).save_pretrained(run.tokenizer)
+    return run
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def run(request, tiny_model_dir, tmp_path_factory) -> RunFolder:
+    model = write_wide_model(tiny_model_dir, tmp_path_factory.mktemp("wide"))
+    return write_run(tmp_path_factory.mktemp("run"), model, request.param)
+
+
+def wanted_logits(run: RunFolder, t: int) -> torch.Tensor:
+    base = run.read_iterate(t)["base"]
+    return plain_logits(base["name"], run.iterate(t) if t else None, base["quantization"])
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_load_iterate_is_what_transformers_and_peft_load_by_hand(t, run):
+    model, tokenizer = load_iterate(run.root, t)
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), wanted_logits(run, t), atol=1e-4, rtol=0)
+    assert tokenizer("w3 w4")["input_ids"] == [1, 7, 8]
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_export_iterate_merged_is_a_plain_model_that_needs_neither_run_nor_peft(t, run, tmp_path):
+    wanted = wanted_logits(run, t)
+    out = export_iterate(run.root, t, tmp_path / "out", merge=True)
+    assert not (out / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model.eval()), wanted, atol=1e-4, rtol=0)
+    assert AutoTokenizer.from_pretrained(out)("w3 w4")["input_ids"] == [1, 7, 8]
+
+
+def test_export_iterate_is_a_peft_adapter_that_does_not_need_the_run(tiny_model_dir, tmp_path):
+    run = write_run(tmp_path / "run", tiny_model_dir, "none")
+    wanted = wanted_logits(run, 1)
+    out = export_iterate(run.root, 1, tmp_path / "new" / "out")
+    shutil.rmtree(run.root)
+    assert not (out / "iterate.json").exists()
+    torch.testing.assert_close(plain_logits(tiny_model_dir, out), wanted, atol=0, rtol=0)
+    assert AutoTokenizer.from_pretrained(out)("w3 w4")["input_ids"] == [1, 7, 8]
+
+
+def test_export_iterate_into_a_folder_with_content_is_refused(run, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SettingError, match=r"out=.*not empty.*Fix: name a new folder"):
+        export_iterate(run.root, 1, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_export_iterate_that_is_the_bare_base_is_refused_unless_merged(run, tmp_path):
+    with pytest.raises(SettingError, match=r"iterate=0: it is the base model.*--merge"):
+        export_iterate(run.root, 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("act", [load_iterate, lambda root, t: export_iterate(root, t, root / "x")])
+def test_iterate_that_the_run_does_not_have_is_named(act, run):
+    with pytest.raises(RunFolderError, match=r"has no iterate 5; it has \[0, 1\]"):
+        act(run.root, 5)

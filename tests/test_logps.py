@@ -1,0 +1,189 @@
+"""Log-probs of responses: a batch equals a loop over single tokens without padding."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from spin_lightning.logps import response_logps, response_token_logps
+from spin_lightning.packing import pack_padded
+
+SIZES = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LAYERS = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, **LAYERS),
+    "gpt2": GPT2Config(
+        **SIZES, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3
+    ),
+    "qwen2": Qwen2Config(**SIZES, **LAYERS, tie_word_embeddings=True),
+    # Soft caps that bite, and a window shorter than the sequences.
+    "gemma2": Gemma2Config(
+        **SIZES,
+        **LAYERS,
+        head_dim=8,
+        sliding_window=4,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=2.0,
+    ),
+}
+
+# Prompt and response: both long, either of one token, both of one token.
+PAIRS = [
+    ((1, 5, 6, 7, 8, 9, 10), (11, 12, 2)),
+    ((1,), (13, 14, 15, 16, 17, 2)),
+    ((1, 20, 21, 22), (2,)),
+    ((3,), (4,)),
+    ((1, 9, 9), (9, 9, 9, 9, 9)),
+]
+
+
+def build(config: PretrainedConfig) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build(CONFIGS["llama"])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return pack_padded(*zip(*PAIRS, strict=True), pad_id=0)
+
+
+def token_by_token(model: nn.Module, prompt: tuple[int, ...], response: tuple[int, ...]):
+    """log p(y|x) by one forward per token, without padding or mask."""
+    ids, total = list(prompt), torch.zeros((), dtype=torch.float64)
+    for token in response:
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double()
+        total = total + logits[token] - logits.logsumexp(dim=0)
+        ids.append(token)
+    return total
+
+
+def gradients(model: nn.Module, total: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, [*model.parameters()])])
+
+
+# ------------------------------------------------------------------------------ every architecture
+
+
+def test_response_logps_equal_a_loop_over_single_tokens(model, batch):
+    with torch.no_grad():
+        logps = response_logps(model, batch)
+        by_hand = torch.stack([token_by_token(model, *pair) for pair in PAIRS])
+    assert logps.dtype == torch.float64
+    torch.testing.assert_close(logps, by_hand, atol=1e-5, rtol=0)
+
+
+def test_response_logps_have_the_gradient_of_the_loop(model, batch):
+    weights = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5])
+    batched = gradients(model, (weights * response_logps(model, batch)).sum())
+    by_hand = gradients(
+        model, sum(w * token_by_token(model, *pair) for w, pair in zip(weights, PAIRS, strict=True))
+    )
+    torch.testing.assert_close(batched, by_hand, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_response_logps_of_a_pair_do_not_depend_on_its_company(model, batch, pair):
+    prompt, response = pair
+    with torch.no_grad():
+        alone = response_logps(model, pack_padded([prompt], [response], pad_id=0))
+        together = response_logps(model, batch)[PAIRS.index(pair)]
+    assert alone.item() == pytest.approx(together.item(), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- details
+
+
+def test_response_logps_do_not_depend_on_the_pad_id(llama, batch):
+    other = pack_padded(*zip(*PAIRS, strict=True), pad_id=31)
+    with torch.no_grad():
+        assert torch.equal(response_logps(llama, batch), response_logps(llama, other))
+
+
+def test_response_token_logps_mask_the_last_columns_of_each_response(llama, batch):
+    with torch.no_grad():
+        token_logps, mask = response_token_logps(llama, batch)
+    lengths = [len(response) for _, response in PAIRS]
+    assert token_logps.shape == mask.shape == (5, 6)
+    assert mask.tolist() == [[False] * (6 - n) + [True] * n for n in lengths]
+
+
+def test_response_logps_ask_the_head_for_the_columns_of_responses_only(llama, batch):
+    """Six columns for the longest response and the one that predicts its first token."""
+    shapes = []
+    hook = llama.lm_head.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
+    with torch.no_grad():
+        response_logps(llama, batch)
+    hook.remove()
+    assert shapes == [(5, 7, 16)]
+
+
+class Bigrams(nn.Module):
+    """Logits of the next id from the last one by a table; takes what every model takes, no more."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return SimpleNamespace(logits=self.logits[input_ids])
+
+
+def test_response_logps_of_a_table_equal_the_hand_values():
+    """From 1 to 2 with 3/4, from 2 to 2 with 1/4; the prompt's own ids do not count."""
+    table = Bigrams(
+        torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.5, 0.25, 0.25]]).log()
+    )
+    batch = pack_padded([(1,), (0, 0, 1)], [(2, 2, 2), (2,)], pad_id=0)
+    by_hand = [math.log(3 / 4) + 2 * math.log(1 / 4), math.log(3 / 4)]
+    assert response_logps(table, batch).tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_response_logps_of_a_bfloat16_model_are_summed_in_double_precision():
+    """2000 tokens of probability 1/4: bfloat16 has no -log 4, and sums of it get stuck."""
+    table = Bigrams(torch.zeros(4, 4, dtype=torch.bfloat16))
+    logps = response_logps(table, pack_padded([(1,)], [(2,) * 2000], pad_id=0))
+    assert logps.item() == pytest.approx(-2000 * math.log(4), abs=1e-3)
+
+
+def test_response_logps_of_a_bfloat16_llama_are_those_of_its_own_logits(batch):
+    model = build(CONFIGS["llama"]).bfloat16()
+    with torch.no_grad():
+        logps = response_logps(model, batch)
+        positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
+        logits = model(batch.input_ids, batch.attention_mask, position_ids=positions).logits
+    table = logits.double().log_softmax(-1)
+    by_hand = [
+        sum(table[i, -n - 1 + s, token] for s, token in enumerate(response)).item()
+        for i, (_, response) in enumerate(PAIRS)
+        for n in [len(response)]
+    ]
+    assert logits.dtype == torch.bfloat16
+    assert logps.tolist() == pytest.approx(by_hand, abs=1e-5)

@@ -1,0 +1,87 @@
+"""Padding on the left, and batches within a budget."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_lightning.packing import group_by_length, pack_padded, pad_left
+
+quick = settings(deadline=None, database=None, derandomize=True)
+LENGTHS = st.lists(st.integers(1, 40), max_size=30)
+IDS = st.lists(st.integers(0, 50_000), min_size=1, max_size=8)
+
+
+def test_pack_padded_ends_every_response_in_the_last_column():
+    batch = pack_padded([(1, 5), (1, 6, 7), (1,)], [(8, 2), (9, 3, 2), (2,)], pad_id=4)
+    assert batch.input_ids.tolist() == [
+        [4, 4, 1, 5, 8, 2],
+        [1, 6, 7, 9, 3, 2],
+        [4, 4, 4, 4, 1, 2],
+    ]
+    assert batch.attention_mask.tolist() == [
+        [0, 0, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+    ]
+    assert batch.response_lengths.tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda ids: np.array(ids, dtype=np.int32)])
+def test_pack_padded_takes_ids_of_any_kind_and_gives_int64(kind):
+    batch = pack_padded([kind([1, 5])], [kind([8])], pad_id=0)
+    assert batch.input_ids.tolist() == [[1, 5, 8]]
+    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+
+
+def test_pack_padded_of_unequal_counts_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        pack_padded([(1,), (2,)], [(3,)], pad_id=0)
+
+
+@quick
+@given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=5), st.integers(0, 9))
+def test_pack_padded_gives_prompt_and_response_back_and_pads_the_rest(pairs, pad_id):
+    batch = pack_padded(*zip(*pairs, strict=True), pad_id=pad_id)
+    rows = zip(batch.input_ids, batch.attention_mask.bool(), batch.response_lengths, strict=True)
+    assert batch.input_ids.shape[1] == max(
+        len(prompt) + len(response) for prompt, response in pairs
+    )
+    for (prompt, response), (ids, mask, length) in zip(pairs, rows, strict=True):
+        assert ids[mask].tolist() == prompt + response
+        assert ids[-length:].tolist() == response
+        assert set(ids[~mask].tolist()) <= {pad_id}
+
+
+def test_pad_left_puts_the_padding_first():
+    ids, mask = pad_left([(7,), (8, 9)], pad_id=3)
+    assert ids.tolist() == [[3, 7], [8, 9]]
+    assert mask.tolist() == [[0, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "groups"),
+    [
+        ([3, 1, 5, 2], 6, [[2], [0, 3], [1]]),
+        ([2, 2, 2, 2, 2], 4, [[0, 1], [2, 3], [4]]),
+        ([9, 1, 1], 4, [[0], [1, 2]]),
+        ([], 4, []),
+    ],
+)
+def test_group_by_length_equals_the_hand_split(lengths, max_tokens, groups):
+    assert list(group_by_length(lengths, max_tokens)) == groups
+
+
+@quick
+@given(LENGTHS, st.integers(1, 100))
+def test_group_by_length_holds_every_index_once_within_the_budget(lengths, max_tokens):
+    groups = list(group_by_length(lengths, max_tokens))
+    flat = [i for group in groups for i in group]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
+    for group in groups:
+        longest = lengths[group[0]]
+        assert len(group) == 1 or len(group) * longest <= max_tokens
+        full = (len(group) + 1) * longest > max_tokens
+        assert full or group is groups[-1], "room for one more was left"

@@ -1,0 +1,234 @@
+"""Rows in work units: which there are, whose bytes they have, and what their scores are."""
+
+import hashlib
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from scipy import stats
+
+from spin_lightning.data.rows import read_manifest, read_rows
+from spin_lightning.errors import SpinError
+from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.mixtures import Mixture
+from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.pretrained import load_config
+from spin_lightning.sampling import GenerationSettings
+from spin_lightning.synthesis import RowPlan, Synthesis, Timing, draw_row, finish, unit_count, units
+from spin_lightning.types import Example
+from tests.toy_adapters import plain_model, write_adapter
+
+STOP = 2
+PLAN = RowPlan(
+    iterate=2,
+    opponent=Mixture({0: 0.5, 1: 0.25, 2: 0.25}),
+    members=(1, 2),
+    seed=11,
+    samples=2,
+    unit_size=16,
+    cap=6,
+    context=64,
+)
+
+
+def some_examples(count: int = 35) -> list[Example]:
+    draw = random.Random(5)
+
+    def words(most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 24) for _ in range(draw.randrange(most)))
+
+    # Ids with gaps: examples that did not fit were left out.
+    return [Example(3 * i, (1, *words(8)), (*words(6), STOP), True) for i in range(count)]
+
+
+EXAMPLES = some_examples()
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {t: write_adapter(tiny_model_dir, root / str(t), seed=t) for t in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def synthesis(tiny_base, adapters, tmp_path_factory) -> Synthesis:
+    policy = LoraPolicy(tiny_base, LoraSettings(r=2))
+    policy.use_bank({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
+    generator = LocalGenerator(load_config(tiny_base), (STOP,), 0, GenerationSettings())
+    return Synthesis(policy, generator, pad_id=0, vocabulary=24)
+
+
+@pytest.fixture(scope="module")
+def whole(synthesis, tmp_path_factory) -> Path:
+    """All rows of `PLAN`, made in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert list(synthesis.make(PLAN, EXAMPLES, folder, Timing())) == [0, 1, 2, 3, 4]
+    return folder
+
+
+def rows_in(folder: Path) -> list[dict]:
+    parts = sorted(folder.glob("part-*.parquet"))
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def key_by_hand(plan: RowPlan, example_id: int, sample: int) -> int:
+    text = f"{plan.seed}/{plan.iterate}/{example_id}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
+
+
+@pytest.mark.parametrize(
+    ("unit_size", "sizes"), [(16, [16, 16, 16, 16, 6]), (35, [35, 35]), (999, [70])]
+)
+def test_units_hold_every_sample_of_every_example_once(unit_size, sizes):
+    plan = replace(PLAN, unit_size=unit_size)
+    made = list(units(plan, EXAMPLES))
+    assert [len(unit) for unit in made] == sizes
+    assert unit_count(plan, EXAMPLES) == len(sizes)
+    assert [(draw.example, draw.sample) for unit in made for draw in unit] == [
+        (example, sample) for example in EXAMPLES for sample in (0, 1)
+    ]
+
+
+def test_draw_row_key_and_opponent_depend_on_seed_iterate_example_and_sample_alone():
+    draw = draw_row(PLAN, EXAMPLES[7], 1)
+    assert draw.key == key_by_hand(PLAN, 21, 1)
+    assert draw == draw_row(replace(PLAN, unit_size=3, samples=9), EXAMPLES[7], 1)
+    others = [
+        draw_row(replace(PLAN, seed=12), EXAMPLES[7], 1),
+        draw_row(replace(PLAN, iterate=1), EXAMPLES[7], 1),
+        draw_row(PLAN, EXAMPLES[8], 1),
+        draw_row(PLAN, EXAMPLES[7], 0),
+    ]
+    assert len({draw.key, *(other.key for other in others)}) == 5
+
+
+def test_draw_row_opponents_have_the_weights_of_the_mixture():
+    drawn = Counter(draw_row(PLAN, EXAMPLES[0], sample).opponent for sample in range(4000))
+    assert stats.chisquare([drawn[0], drawn[1], drawn[2]], [2000, 1000, 1000]).pvalue > 0.001
+
+
+def test_make_rows_say_where_they_come_from(whole):
+    rows = rows_in(whole)
+    assert len(rows) == 70
+    for row, (example, sample) in zip(
+        rows, ((e, s) for e in EXAMPLES for s in (0, 1)), strict=True
+    ):
+        assert (row["example_id"], row["sample"]) == (example.example_id, sample)
+        assert row["seed"] == key_by_hand(PLAN, example.example_id, sample)
+        assert row["prompt_ids"] == list(example.prompt_ids)
+        assert row["real_ids"] == list(example.real_ids)
+        assert row["opponent"] == draw_row(PLAN, example, sample).opponent
+        assert row["members"] == [1, 2]
+        assert row["real_finished"]
+        assert row["finished"] == (row["generated_ids"][-1] == STOP)
+        assert 1 <= len(row["generated_ids"]) <= 6
+    assert {row["opponent"] for row in rows} == {0, 1, 2}
+    assert len({tuple(row["generated_ids"]) for row in rows}) > 50
+
+
+def test_make_scores_are_those_of_transformers_and_peft_alone(whole, tiny_model_dir, adapters):
+    models = {t: plain_model(tiny_model_dir, adapters[t]) for t in PLAN.members}
+    for row in rows_in(whole):
+        for side in ("real", "generated"):
+            ids = row["prompt_ids"] + row[f"{side}_ids"]
+            for member, found in zip(PLAN.members, row[f"member_{side}_logps"], strict=True):
+                with torch.no_grad():
+                    log_p = models[member](torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                places = range(len(row["prompt_ids"]), len(ids))
+                wanted = sum(float(log_p[s - 1, ids[s]]) for s in places)
+                assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_make_again_elsewhere_writes_the_same_bytes(synthesis, whole, tmp_path):
+    torch.manual_seed(99)
+    synthesis.policy.evict()
+    list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
+    assert bytes_in(tmp_path) == bytes_in(whole)
+
+
+def test_make_ranks_share_the_units_and_together_write_the_same_bytes(synthesis, whole, tmp_path):
+    ranks = {"rank": 1, "world_size": 2}, {"rank": 0, "world_size": 2}
+    made = [list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing(), **rank)) for rank in ranks]
+    assert made == [[1, 3], [0, 2, 4]]
+    assert bytes_in(tmp_path) == bytes_in(whole)
+
+
+def test_make_after_a_crash_makes_only_what_is_missing_or_of_other_rows(synthesis, whole, tmp_path):
+    later = synthesis.make(replace(PLAN, iterate=3), EXAMPLES, tmp_path, Timing())
+    next(later)  # another iterate's rows stand in part 0
+    crashed = synthesis.make(PLAN, EXAMPLES, tmp_path, Timing(), rank=1, world_size=2)
+    list(crashed)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("part-0000[13]*")}
+    assert len(kept) == 2
+    timing = Timing()
+    list(synthesis.make(PLAN, EXAMPLES, tmp_path, timing))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert timing.rows == 16 + 16 + 6
+    assert bytes_in(tmp_path) == bytes_in(whole)
+
+
+def test_make_in_other_units_changes_almost_no_ids(synthesis, tmp_path):
+    """Only where rounding moves a boundary of the cumulative distribution past a uniform."""
+    examples = some_examples(150)
+    found = []
+    for unit_size in (64, 7):
+        folder = tmp_path / str(unit_size)
+        list(synthesis.make(replace(PLAN, unit_size=unit_size), examples, folder, Timing()))
+        found.append({row["seed"]: row["generated_ids"] for row in rows_in(folder)})
+    assert found[0].keys() == found[1].keys()
+    assert sum(found[0][key] != found[1][key] for key in found[0]) <= 0.02 * 300
+
+
+def test_make_caps_a_response_to_what_the_context_leaves(synthesis, tmp_path):
+    prompts = [(1, *[7] * n) for n in (4, 58, 61, 62)]
+    examples = [Example(i, prompt, (STOP,), True) for i, prompt in enumerate(prompts)]
+    list(synthesis.make(replace(PLAN, samples=8), examples, tmp_path, Timing()))
+    longest = Counter()
+    for row in rows_in(tmp_path):
+        longest[row["example_id"]] = max(longest[row["example_id"]], len(row["generated_ids"]))
+    assert longest == {0: 6, 1: 5, 2: 2, 3: 1}
+
+
+def test_make_without_an_opponent_scores_real_responses_alone(synthesis, whole, tmp_path):
+    plan = replace(PLAN, opponent=None)
+    list(synthesis.make(plan, EXAMPLES, tmp_path, Timing()))
+    for row, other in zip(rows_in(tmp_path), rows_in(whole), strict=True):
+        assert row["generated_ids"] == []
+        assert row["opponent"] is None
+        assert not row["finished"]
+        assert row["member_generated_logps"] == [0.0, 0.0]
+        assert row["member_real_logps"] == pytest.approx(other["member_real_logps"], abs=1e-4)
+
+
+def test_finish_makes_the_rows_readable_and_says_what_they_are(synthesis, tmp_path):
+    list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
+    assert read_manifest(tmp_path) is None
+    finish(PLAN, EXAMPLES, tmp_path, {"variant": "Mine"})
+    assert read_manifest(tmp_path) == {
+        "schema_version": 1,
+        "variant": "Mine",
+        "iterate": 2,
+        "opponent": {"0": 0.5, "1": 0.25, "2": 0.25},
+        "members": [1, 2],
+        "rows": 70,
+        "units": 5,
+        "unit_size": 16,
+        "cap": 6,
+    }
+    table = read_rows(tmp_path)
+    assert table.example_id.tolist() == [e.example_id for e in EXAMPLES for _ in (0, 1)]
+    assert table.members == (1, 2)
+
+
+def test_finish_without_examples_is_an_error_and_leaves_no_manifest(tmp_path):
+    with pytest.raises(SpinError, match=r"no examples to make rows of.*Fix: give more data"):
+        finish(PLAN, [], tmp_path, {})
+    assert read_manifest(tmp_path) is None

@@ -1,0 +1,39 @@
+"""The values that travel: they move as a whole, and what is missing stays missing."""
+
+import pytest
+import torch
+
+from spin_lightning.packing import pack_padded
+from spin_lightning.types import PairBatch, PairLogps
+
+REAL = pack_padded([(1, 2), (3,)], [(4,), (5, 6)], pad_id=0)
+REFERENCE = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+
+
+def test_pair_batch_moves_with_all_its_tensors():
+    there = PairBatch(REAL, REAL, REFERENCE, REFERENCE).to("meta")
+    tensors = [*vars(there.real).values(), *vars(there.generated).values()]
+    tensors += [there.reference_real, there.reference_generated]
+    assert len(tensors) == 8
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert len(there) == 2
+
+
+def test_pair_batch_without_generated_responses_moves_and_has_none():
+    there = PairBatch(REAL, None, REFERENCE, None).to("meta")
+    assert there.reference_real.device.type == "meta"
+    assert there.generated is there.reference_generated is None
+    assert len(there) == 2
+
+
+def test_pair_logps_margin_is_the_difference_of_the_log_ratios():
+    """(-2 - -5) - (-7 - -6) = 3 - -1 = 4."""
+    logps = PairLogps(*(torch.tensor([x]) for x in (-2.0, -7.0, -5.0, -6.0, 3, 4)))
+    ratios = logps.real_log_ratio, logps.generated_log_ratio, logps.margin
+    assert torch.cat(ratios).tolist() == [3.0, -1.0, 4.0]
+
+
+def test_pair_logps_without_generated_responses_has_no_margin():
+    logps = PairLogps(REFERENCE, None, REFERENCE, None, REAL.response_lengths, None)
+    with pytest.raises(TypeError, match="no generated responses"):
+        _ = logps.margin
