@@ -127,8 +127,11 @@ class EarlierRows:
         return known | {(i, table.token_alpha): float(v[row]) for i, v in token.items() if i}
 
 
+NO_ROWS = EarlierRows()
+
+
 def units(
-    plan: RowPlan, examples: Sequence[Example], earlier: EarlierRows
+    plan: RowPlan, examples: Sequence[Example], earlier: EarlierRows = NO_ROWS
 ) -> Iterator[list[RowDraw]]:
     """The work units of a plan: which rows, drawn against whom, in which order."""
     draws = [draw for example in examples for draw in draws_of(plan, example, earlier)]
@@ -140,7 +143,7 @@ def unit_count(plan: RowPlan, examples: Sequence[Example]) -> int:
     return -(-len(examples) * plan.rows_per_example // plan.unit_size)
 
 
-def draws_of(plan: RowPlan, example: Example, earlier: EarlierRows) -> Iterator[RowDraw]:
+def draws_of(plan: RowPlan, example: Example, earlier: EarlierRows = NO_ROWS) -> Iterator[RowDraw]:
     """The rows of one example."""
     for sample in range(plan.samples):
         if plan.opponent is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spin_lightning.data.rows import part_matches, write_manifest, write_part
-from spin_lightning.drawing import EarlierRows, RowDraw, RowPlan, Scorer, unit_count, units
+from spin_lightning.drawing import NO_ROWS, EarlierRows, RowDraw, RowPlan, Scorer, unit_count, units
 from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.packing import group_by_length, pack_padded
@@ -82,7 +82,7 @@ class Synthesis:
         folder: Path,
         report: Reporter,
         *,
-        earlier: EarlierRows | None = None,
+        earlier: EarlierRows = NO_ROWS,
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[int]:
@@ -101,7 +101,6 @@ class Synthesis:
             The index of each unit once its part is on disk. The manifest is left to `finish`, when
             all ranks are through.
         """
-        earlier = earlier or EarlierRows()
         for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:
                 continue

@@ -1,7 +1,5 @@
 """Rows in work units: which there are, whose bytes they have, and what their scores are."""
 
-import hashlib
-import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,41 +7,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from scipy import stats
 
 from spin_lightning.data.rows import read_manifest, read_rows
 from spin_lightning.errors import SpinError
 from spin_lightning.generation.local import LocalGenerator
-from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.lora import LoraPolicy, LoraSettings
 from spin_lightning.policies.pretrained import load_config
 from spin_lightning.sampling import GenerationSettings
-from spin_lightning.synthesis import RowPlan, Synthesis, Timing, draw_row, finish, unit_count, units
+from spin_lightning.synthesis import Synthesis, Timing, finish
 from spin_lightning.types import Example
 from tests.toy_adapters import plain_model, write_adapter
-
-STOP = 2
-PLAN = RowPlan(
-    iterate=2,
-    opponent=Mixture({0: 0.5, 1: 0.25, 2: 0.25}),
-    members=(1, 2),
-    seed=11,
-    samples=2,
-    unit_size=16,
-    cap=6,
-    context=64,
-)
-
-
-def some_examples(count: int = 35) -> list[Example]:
-    draw = random.Random(5)
-
-    def words(most: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(3, 24) for _ in range(draw.randrange(most)))
-
-    # Ids with gaps: examples that did not fit were left out.
-    return [Example(3 * i, (1, *words(8)), (*words(6), STOP), True) for i in range(count)]
-
+from tests.toy_plans import PLAN, STOP, draw_row, key_by_hand, some_examples
 
 EXAMPLES = some_examples()
 
@@ -77,42 +51,6 @@ def rows_in(folder: Path) -> list[dict]:
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def key_by_hand(plan: RowPlan, example_id: int, sample: int) -> int:
-    text = f"{plan.seed}/{plan.iterate}/{example_id}/{sample}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
-
-
-@pytest.mark.parametrize(
-    ("unit_size", "sizes"), [(16, [16, 16, 16, 16, 6]), (35, [35, 35]), (999, [70])]
-)
-def test_units_hold_every_sample_of_every_example_once(unit_size, sizes):
-    plan = replace(PLAN, unit_size=unit_size)
-    made = list(units(plan, EXAMPLES))
-    assert [len(unit) for unit in made] == sizes
-    assert unit_count(plan, EXAMPLES) == len(sizes)
-    assert [(draw.example, draw.sample) for unit in made for draw in unit] == [
-        (example, sample) for example in EXAMPLES for sample in (0, 1)
-    ]
-
-
-def test_draw_row_key_and_opponent_depend_on_seed_iterate_example_and_sample_alone():
-    draw = draw_row(PLAN, EXAMPLES[7], 1)
-    assert draw.key == key_by_hand(PLAN, 21, 1)
-    assert draw == draw_row(replace(PLAN, unit_size=3, samples=9), EXAMPLES[7], 1)
-    others = [
-        draw_row(replace(PLAN, seed=12), EXAMPLES[7], 1),
-        draw_row(replace(PLAN, iterate=1), EXAMPLES[7], 1),
-        draw_row(PLAN, EXAMPLES[8], 1),
-        draw_row(PLAN, EXAMPLES[7], 0),
-    ]
-    assert len({draw.key, *(other.key for other in others)}) == 5
-
-
-def test_draw_row_opponents_have_the_weights_of_the_mixture():
-    drawn = Counter(draw_row(PLAN, EXAMPLES[0], sample).opponent for sample in range(4000))
-    assert stats.chisquare([drawn[0], drawn[1], drawn[2]], [2000, 1000, 1000]).pvalue > 0.001
 
 
 def test_make_rows_say_where_they_come_from(whole):
@@ -218,6 +156,8 @@ def test_finish_makes_the_rows_readable_and_says_what_they_are(synthesis, tmp_pa
         "iterate": 2,
         "opponent": {"0": 0.5, "1": 0.25, "2": 0.25},
         "members": [1, 2],
+        "token_alpha": None,
+        "token_members": [],
         "rows": 70,
         "units": 5,
         "unit_size": 16,

@@ -12,7 +12,7 @@ import lightning as L
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.data.rows import read_manifest, read_rows
-from spin_lightning.drawing import EarlierRows, RowPlan
+from spin_lightning.drawing import NO_ROWS, EarlierRows, RowPlan
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.mixtures import Coupling, Mixture, latest
 from spin_lightning.modules.base import SelfPlayModule
@@ -134,9 +134,9 @@ class RowMaker:
         folder = folder_of(plan.iterate)
         if read_manifest(folder) is not None:
             return
-        before = folder_of(plan.iterate - 1) if plan.iterate else None
-        known = before is not None and (plan.coupling or read_manifest(before))
-        earlier = EarlierRows(read_rows(before) if before and known else None)
+        before = folder_of(plan.iterate - 1)
+        is_there = plan.iterate > 0 and (plan.coupling or read_manifest(before))
+        earlier = EarlierRows(read_rows(before)) if is_there else NO_ROWS
         trainer, rows = self.trainer, len(examples) * plan.rows_per_example
         title = f"iterate {plan.iterate} {what}"
         with RowProgress(title, rows, visible=trainer.is_global_zero) as progress:

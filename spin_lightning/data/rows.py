@@ -169,7 +169,7 @@ def read_rows(folder: Path) -> RowTable:
             f"{folder} has {len(table)} rows, its manifest says {manifest['rows']}",
             fix=f"delete {folder / MANIFEST} and start the run again",
         )
-    members, token_members = tuple(manifest["members"]), tuple(manifest["token_members"])
+    members, token_members = tuple(manifest["members"]), tuple(manifest.get("token_members", ()))
     return RowTable(
         example_id=_flat(table, "example_id"),
         sample=_flat(table, "sample"),
@@ -182,7 +182,7 @@ def read_rows(folder: Path) -> RowTable:
         members=members,
         real_logps=_by_member(table, "member_real_logps", members),
         generated_logps=_by_member(table, "member_generated_logps", members),
-        token_alpha=manifest["token_alpha"] or 0.0,
+        token_alpha=manifest.get("token_alpha") or 0.0,
         token_members=token_members,
         token_real_logps=_by_member(table, "token_real_logps", token_members),
         token_generated_logps=_by_member(table, "token_generated_logps", token_members),

@@ -202,7 +202,7 @@ def test_prompts_per_iterate_picks_anew_for_each_iterate_and_alike_in_each_run(s
 def test_prompts_per_iterate_of_all_is_all(count, set_up, write):
     data = set_up(write(pairs(100)), prompts_per_iterate=count)
     assert data.iterate_examples(0) == data.iterate_examples(3) == data.train
-    assert data.rows_per_iterate == 95
+    assert data.rows_at(0) == 95
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ def test_rows_of_an_iterate_are_counted_before_they_are_made(
     settings, rows, batches, batches_on_two, set_up, write
 ):
     data = set_up(write(pairs(100)), **settings)
-    assert data.rows_per_iterate == rows
-    assert data.batches_per_epoch(1) == batches
-    assert data.batches_per_epoch(2) == batches_on_two
+    assert data.rows_at(0) == rows
+    assert data.batches_per_epoch(0, 1) == batches
+    assert data.batches_per_epoch(0, 2) == batches_on_two
 
 
 # ------------------------------------------------------------------------ bad rows
