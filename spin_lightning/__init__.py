@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from spin_lightning import losses, mixtures
+from spin_lightning.callbacks.best_iterate import BestIterate
 from spin_lightning.callbacks.self_play import SelfPlay
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.mixtures import Geometric, Mixture, base, latest, uniform, window
@@ -13,13 +14,14 @@ from spin_lightning.modules.mixture_spin import MixtureSPIN
 from spin_lightning.modules.sft import SFT
 from spin_lightning.modules.space import SPACE
 from spin_lightning.modules.spin import SPIN
-from spin_lightning.policies.saved import load_iterate
+from spin_lightning.policies.saved import load_iterate, load_mixture
 
 __all__ = [
     "SFT",
     "SPACE",
     "SPIN",
     "AlphaSPIN",
+    "BestIterate",
     "FictitiousSPIN",
     "Geometric",
     "Mixture",
@@ -30,6 +32,7 @@ __all__ = [
     "base",
     "latest",
     "load_iterate",
+    "load_mixture",
     "losses",
     "mixtures",
     "uniform",

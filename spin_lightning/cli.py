@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from spin_lightning.callbacks.best_iterate import BestIterate
 from spin_lightning.callbacks.console import console, show_table
 from spin_lightning.callbacks.requirements import new_run
 from spin_lightning.callbacks.row_making import DryRunFinished
@@ -110,6 +111,8 @@ class SpinCLI(LightningCLI):
         callbacks.append(ConfigFile(root, self._config_text))
         if not any(isinstance(callback, SelfPlay) for callback in callbacks):
             callbacks.append(SelfPlay())
+        if not any(isinstance(callback, BestIterate) for callback in callbacks):
+            callbacks.append(BestIterate())
         for callback in callbacks:
             if isinstance(callback, SelfPlay):
                 callback.dry_run = self._get(self.config_init, "dry_run")
@@ -161,14 +164,19 @@ def _export(args: list[str]) -> None:
     parser.add_argument("run", help="the run folder")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument(
-        "--iterate", type=int, help="which iterate; the last one if nothing is said"
+        "--iterate",
+        type=int | Literal["best"] | None,
+        help="which iterate, by number or best; the last one if nothing is said",
     )
     parser.add_argument(
         "--merge", type=bool, default=False, help="write a full model, the adapter merged into it"
     )
     given = parser.parse_args(args)
-    known = RunFolder(Path(given.run)).known_iterates()
-    t = given.iterate if given.iterate is not None else max(known, default=0)
+    run = RunFolder(Path(given.run))
+    if given.iterate is None:
+        t = max(run.known_iterates(), default=0)
+    else:
+        t = run.best() if given.iterate == "best" else given.iterate
     console.print(f"Iterate {t}: {export_iterate(given.run, t, given.out, given.merge)}")
 
 

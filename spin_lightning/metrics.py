@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -126,3 +129,31 @@ def sampled_kl(
     gap = generated_logps[member] - generated_logps[other]
     mean, error = mean_and_error(gap)
     return {"": mean, "_error": error, "_per_token": float(gap.sum() / lengths.sum())}
+
+
+def distinct(ids: NDArray[np.integer], offsets: NDArray[np.integer], n: int) -> float:
+    """Distinct-n: different n-grams of tokens over all of them; nan where no response has n.
+
+    Args:
+        ids: Tokens of all responses, one after the other.
+        offsets: Where each response begins, and at last the end, shape [responses + 1].
+        n: Length of an n-gram, 1 to 3.
+
+    Reference: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models",
+    https://arxiv.org/abs/1510.03055.
+    """
+    starts = [np.arange(a, b - n + 1) for a, b in pairwise(offsets)]
+    begin = np.concatenate([np.empty(0, dtype=np.int64), *starts])
+    if not len(begin):
+        return math.nan
+    # One number per n-gram: comparing them one by one is many times faster than row by row.
+    vocabulary, grams = int(ids.max()) + 1, np.zeros(len(begin), dtype=np.int64)
+    for place in range(n):
+        grams = grams * vocabulary + ids[begin + place]
+    return len(np.unique(grams)) / len(grams)
+
+
+def duplicate_rate(sequences: Iterable[NDArray[np.integer]]) -> float:
+    """Share of responses that an earlier one already gave, token for token."""
+    seen = [sequence.tobytes() for sequence in sequences]
+    return 1 - len(set(seen)) / len(seen)

@@ -13,6 +13,7 @@ from typing import Any
 from spin_lightning.errors import RunFolderError
 
 ITERATE_FILE = "iterate.json"
+BEST_FILE = "best.json"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,24 @@ class RunFolder:
     def write_iterate(self, t: int, fields: Mapping[str, Any]) -> None:
         """Write what is known of iterate t beside its adapter."""
         write_json(self.iterate(t) / ITERATE_FILE, fields)
+
+    def write_best(self, t: int, metric: str, value: float) -> None:
+        """Say which iterate is the best, and by what."""
+        write_json(self.iterates / BEST_FILE, {"index": t, "metric": metric, "value": value})
+
+    def best(self) -> int:
+        """Index of the best iterate.
+
+        Raises:
+            RunFolderError: Nobody said which it is.
+        """
+        file = self.iterates / BEST_FILE
+        if not file.exists():
+            raise RunFolderError(
+                f"{self.root} has no {BEST_FILE}, since nothing was held out to rank iterates by",
+                fix="name the iterate by its number",
+            )
+        return int(json.loads(file.read_text())["index"])
 
     def staged_iterate(self, t: int) -> Path:
         """An empty folder in which iterate t is put together before `replace_synced`."""

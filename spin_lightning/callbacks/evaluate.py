@@ -1,12 +1,16 @@
-"""Evaluating iterates inside the run that makes them."""
+"""Callbacks that measure iterates inside the run that makes them, or act on what was measured."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.run_folder import RunFolder
 
 
 class IterateEvaluator(Callback, ABC):
@@ -26,4 +30,23 @@ class IterateEvaluator(Callback, ABC):
 
         Returns:
             Metrics by the names they are logged under.
+        """
+
+
+class IterateListener(Callback, ABC):
+    """A callback that is told when an iterate was measured, before the next one is played.
+
+    `SelfPlay` calls it on every rank, with the same records, also after a resume.
+    """
+
+    @abstractmethod
+    def on_iterate_measured(
+        self, trainer: L.Trainer, run: RunFolder, records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Act on the metrics; `trainer.should_stop = True` ends the run with this iterate.
+
+        Args:
+            trainer: The trainer.
+            run: The run folder.
+            records: What is known of each iterate up to the newest, its `metrics` among it.
         """

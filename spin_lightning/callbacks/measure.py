@@ -1,11 +1,12 @@
-"""What an iterate's held-out rows say about it."""
+"""What an iterate's rows say: held-out ones of the iterate, the others of its opponent."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from spin_lightning.data.rows import RowTable
-from spin_lightning.metrics import sampled_kl
+from spin_lightning.metrics import distinct, duplicate_rate, sampled_kl
 
 
 def measure_iterate(table: RowTable, t: int) -> dict[str, float]:
@@ -33,3 +34,31 @@ def measure_iterate(table: RowTable, t: int) -> dict[str, float]:
         estimate = sampled_kl(table.generated_logps, t, other, lengths)
         metrics |= {f"val/kl_{name}{part}": value for part, value in estimate.items()}
     return metrics
+
+
+def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
+    """Metrics of the rows that train the next iterate.
+
+    Args:
+        table: The rows, written by the opponent.
+        regenerated: Share of them that was generated now, and not kept from earlier iterates.
+
+    Returns:
+        Share of rows by opponent, log-prob of the real responses under each member in nats per
+        response, and how alike the generated responses are.
+    """
+    generated, rows = table.generated_ids, len(table)
+    metrics = {
+        f"rows/real_logps/p{i}": float(logps.mean()) for i, logps in table.real_logps.items()
+    }
+    opponents, counts = np.unique(table.opponent, return_counts=True)
+    if opponents[0] < 0:
+        return metrics
+    shares = zip(opponents.tolist(), counts.tolist(), strict=True)
+    return metrics | {
+        **{f"rows/opponent/p{i}": count / rows for i, count in shares},
+        "rows/regenerated": regenerated,
+        "rows/distinct_1": distinct(generated.values, generated.offsets, 1),
+        "rows/distinct_2": distinct(generated.values, generated.offsets, 2),
+        "rows/duplicates": duplicate_rate(generated[i] for i in range(rows)),
+    }

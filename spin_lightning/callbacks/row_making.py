@@ -60,11 +60,14 @@ class RowMaker:
         plan = self._plan(latest(t), also_scored_by={t, max(t - 1, 0), 0}, samples=1)
         self._make(plan, self.data.val, self.run.val_rows, fields, "held-out rows")
 
-    def make_train(self, fields: dict[str, Any]) -> None:
+    def make_train(self, fields: dict[str, Any]) -> RowPlan:
         """Make the rows that train the next iterate, and time it.
 
         Args:
             fields: What the manifest says besides the rows' own numbers.
+
+        Returns:
+            What rows they are.
 
         Raises:
             DryRunFinished: After the first work unit, when that is all that was asked for.
@@ -77,6 +80,7 @@ class RowMaker:
         )
         examples = self.data.iterate_examples(t)
         self._make(plan, examples, self.run.rows, fields, "rows", estimate=True)
+        return plan
 
     def cost(self) -> str:
         """Rows and tokens of an iterate, before anything is made."""

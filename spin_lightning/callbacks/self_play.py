@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
 from spin_lightning.callbacks.console import console, show_iterates, show_samples
-from spin_lightning.callbacks.evaluate import IterateEvaluator
-from spin_lightning.callbacks.measure import measure_iterate
+from spin_lightning.callbacks.evaluate import IterateEvaluator, IterateListener
+from spin_lightning.callbacks.measure import measure_iterate, measure_rows
 from spin_lightning.callbacks.requirements import (
     check_lineage,
     check_start,
@@ -23,6 +23,7 @@ from spin_lightning.callbacks.row_making import RowMaker
 from spin_lightning.callbacks.samples import sample_pairs
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.data.rows import read_rows
+from spin_lightning.drawing import RowPlan, redrawn
 from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.report import draw_iterates
 from spin_lightning.fingerprint import fingerprint
@@ -97,7 +98,7 @@ class SelfPlay(Callback):
                 console.print(self._maker.cost())
         trainer.strategy.barrier()
         self._prepare(trainer, module, data)
-        if module.iterate >= self._iterates:
+        if module.iterate >= self._iterates or trainer.should_stop:
             # The run is finished, and has no rows to train on.
             self._limit, trainer.limit_train_batches = trainer.limit_train_batches, 0
 
@@ -208,8 +209,12 @@ class SelfPlay(Callback):
             if data.val:
                 self._maker.make_val(manifest)
             self._measure(trainer, module, data)
-        if t < self._iterates:
-            self._maker.make_train(manifest)
+            trainer.strategy.barrier()
+            self._tell(trainer)
+        if t < self._iterates and not trainer.should_stop:
+            plan = self._maker.make_train(manifest)
+            if trainer.is_global_zero:
+                self._measure_rows(trainer, plan)
         module.policy.evict()
         self._training_since = time.perf_counter()
 
@@ -229,11 +234,33 @@ class SelfPlay(Callback):
                     metrics |= callback.evaluate_iterate(module, t)
             record["metrics"] = metrics
             run.write_iterate(t, record)
-            for logger in trainer.loggers:
-                logger.log_metrics({**metrics, "iterate": t}, step=record["step"])
+            self._log(trainer, {**metrics, "iterate": t}, record["step"])
         show_iterates([run.read_iterate(i) for i in range(t + 1)])
         if table is not None:
             show_samples(sample_pairs(table, module.tokenizer, self.pairs_shown))
+
+    def _measure_rows(self, trainer: L.Trainer, plan: RowPlan) -> None:
+        """Measure the rows of the iterate at hand once: log it, keep it with the iterate."""
+        run, t = self._run, plan.iterate
+        record = run.read_iterate(t)
+        if "rows" in record:
+            return
+        table = read_rows(run.rows(t))
+        record["rows"] = measure_rows(table, redrawn(plan, table))
+        run.write_iterate(t, record)
+        self._log(trainer, record["rows"], record["step"])
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """Tell who listens what is known of the iterates."""
+        run = self._run
+        records = [run.read_iterate(t) for t in run.known_iterates()]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, IterateListener):
+                callback.on_iterate_measured(trainer, run, records)
+
+    def _log(self, trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
 
     def _training_record(
         self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule

@@ -108,6 +108,13 @@ class SelfPlayDataModule(L.LightningDataModule):
         module = self._module
         if stage == "fit":
             module.check_trainer()
+        if module.refresh == "reservoir" and self.prompts_per_iterate is not None:
+            raise SettingError(
+                "data.prompts_per_iterate",
+                self.prompts_per_iterate,
+                "every iterate has other prompts, and refresh: reservoir keeps rows",
+                fix="set model.refresh: all, or play on all prompts",
+            )
         module.check_model()
         text_format = PromptFormat.of(module.tokenizer, module.generation_stop_ids)
         examples = self._read(self.data, "data", text_format, self.max_examples)

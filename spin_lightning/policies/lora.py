@@ -323,6 +323,34 @@ def load_with_adapter(
     return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
+def load_with_adapters(
+    base: BaseModel, adapters: Mapping[int, Path | None], device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Return the base with a frozen adapter per iterate on it, for `acting_as`."""
+    model: nn.Module = load_base(base, device)
+    for t, folder in adapters.items():
+        if folder is None:
+            continue
+        if isinstance(model, peft.PeftModel):
+            model.load_adapter(str(folder), adapter_name=_adapter_name(t), torch_device=str(device))
+        else:
+            model = peft.PeftModel.from_pretrained(
+                model, str(folder), adapter_name=_adapter_name(t)
+            )
+    return model.eval()
+
+
+def acting_as(model: nn.Module, t: int) -> AbstractContextManager[Any]:
+    """Make a model of `load_with_adapters` act as iterate t inside the block."""
+    if not isinstance(model, peft.PeftModel):
+        return nullcontext()
+    if _adapter_name(t) not in model.peft_config:
+        disabled: AbstractContextManager[Any] = model.disable_adapter()
+        return disabled
+    model.set_adapter(_adapter_name(t))
+    return nullcontext()
+
+
 def _quantization_config(base: BaseModel) -> BitsAndBytesConfig | None:
     if base.quantization == "nf4":
         return BitsAndBytesConfig(

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spin_lightning.errors import SettingError
+from spin_lightning.mixtures import Mixture, uniform
 from spin_lightning.policies.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     load_with_adapter,
+    load_with_adapters,
     merge_adapter,
 )
+from spin_lightning.policies.mixture_model import MixtureModel
 from spin_lightning.policies.pretrained import BaseModel
 from spin_lightning.run_folder import RunFolder
 
 
 def load_iterate(
-    run_dir: str | Path, t: int, device: torch.device | str = "cpu"
+    run_dir: str | Path, t: int | Literal["best"], device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load iterate t of a run, ready to generate from.
 
     Args:
         run_dir: The run folder.
-        t: Index of the iterate; 0 is the base.
+        t: Index of the iterate, 0 is the base; or the best one that the run knows of.
         device: Where to load it.
 
     Returns:
@@ -38,8 +43,35 @@ def load_iterate(
         RunFolderError: The run has no iterate t.
     """
     run = RunFolder(Path(run_dir))
-    base, adapter = _parts(run, t)
+    base, adapter = _parts(run, run.best() if t == "best" else t)
     return load_with_adapter(base, adapter, device), _tokenizer(run)
+
+
+def load_mixture(
+    run_dir: str | Path,
+    weights: Mapping[int, float] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[MixtureModel, PreTrainedTokenizerBase]:
+    """Load the mixture of a run's iterates, the policy that fictitious play is about.
+
+    Args:
+        run_dir: The run folder.
+        weights: Weight of each iterate, summing to 1; equal ones for all iterates if not said.
+        device: Where to load it.
+
+    Returns:
+        The mixture (`generate`, `response_logps`), quantised as the run was, and the tokenizer.
+
+    Raises:
+        RunFolderError: The run has no such iterate.
+        SettingError: Weights that do not sum to 1.
+    """
+    run = RunFolder(Path(run_dir))
+    mixture = uniform(run.known_iterates() or [0]) if weights is None else Mixture(weights)
+    parts = {t: _parts(run, t) for t in mixture.members}
+    base = next(base for base, _ in parts.values())
+    adapters = {t: adapter for t, (_, adapter) in parts.items()}
+    return MixtureModel(mixture, load_with_adapters(base, adapters, device)), _tokenizer(run)
 
 
 def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = False) -> Path:

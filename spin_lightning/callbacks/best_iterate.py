@@ -1,0 +1,81 @@
+"""The stability guard: which iterate is the best, and when it has stopped getting better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from spin_lightning.callbacks.evaluate import IterateListener
+from spin_lightning.errors import SettingError
+from spin_lightning.run_folder import RunFolder
+
+_DEFAULT_METRIC = "val/real_nll_per_token"
+
+
+class BestIterate(IterateListener):
+    """Keeps `iterates/best.json` ({index, metric, value}), and can stop a run that gets worse.
+
+    Self-play need not improve with every iterate. What is best is read off the records of the
+    iterates, so a resumed run comes to the same verdict.
+
+    Args:
+        metric: Which metric of the iterates decides; val/real_nll_per_token, where there are
+            held-out examples, if nothing is said.
+        mode: Whether smaller or larger is better.
+        patience: Stop when this many iterates in a row were no better than the best; never if
+            nothing is said.
+
+    Raises:
+        SettingError: A `patience` below 1, or a metric that the iterates do not have.
+    """
+
+    def __init__(
+        self,
+        metric: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int | None = None,
+    ) -> None:
+        """Keep the settings."""
+        if patience is not None and patience < 1:
+            raise SettingError(
+                "patience", patience, "out of range", fix="give 1 or more, or null to go on"
+            )
+        self.metric = metric
+        self.mode = mode
+        self.patience = patience
+
+    def on_iterate_measured(
+        self, trainer: L.Trainer, run: RunFolder, records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Write who is best; stop when it has been the same for too long."""
+        values = self._values(records)
+        if not values:
+            return
+        sign = 1 if self.mode == "min" else -1
+        best = min(values, key=lambda t: (sign * values[t], t))
+        if trainer.is_global_zero:
+            run.write_best(best, self.metric or _DEFAULT_METRIC, values[best])
+        newest = records[-1]["index"]
+        if self.patience is not None and newest - best >= self.patience:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"Stopped at iterate {newest}: {self.metric or _DEFAULT_METRIC} was best at "
+                f"iterate {best}, {newest - best} iterates ago (patience {self.patience})."
+            )
+
+    def _values(self, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+        metrics = {record["index"]: record.get("metrics", {}) for record in records}
+        name = self.metric or _DEFAULT_METRIC
+        values = {t: measured[name] for t, measured in metrics.items() if name in measured}
+        if self.metric is not None and not values:
+            known = sorted({name for measured in metrics.values() for name in measured})
+            raise SettingError(
+                "metric",
+                self.metric,
+                "the iterates have no such metric",
+                fix=f"choose from {', '.join(known) or 'none: hold examples out first'}",
+            )
+        return values
