@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
 from spin_lightning.callbacks.best_iterate import BestIterate
 from spin_lightning.callbacks.console import console, show_table
@@ -33,6 +35,16 @@ from spin_lightning.testbed import ensure, train_base
 _NOT_THE_USERS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "`is_gradient_checkpointing` is deprecated",
+)
+_TOLD_BY_THE_PARSER = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Given value type",
+    "Given value: NestedArg(",
+    "Given value: Namespace(",
+    "Given value: {",
 )
 # `--model.model testbed --data.data testbed` stand for the embedded language and its base model.
 _EMBEDDED = "testbed"
@@ -60,6 +72,8 @@ class SpinCLI(LightningCLI):
                 "prog": "spin-lightning",
                 "description": "Fine-tune a language model by self-play.",
                 "epilog": _other_commands(),
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in self.subcommands()},
             },
             args=None if args is None else list(args),
         )
@@ -141,21 +155,33 @@ def main(args: Sequence[str] | None = None) -> None:
             SpinCLI(args)
     except DryRunFinished:
         console.print("Dry run: nothing was trained. What was made is kept and used by `fit`.")
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, ArgumentError) as error:
         mistake = _mistake(error)
         if mistake is None:
             raise
-        console.print(f"Error: {mistake}", style="red", markup=False)
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
+        errors.print(f"Error: {mistake}", style="red", markup=False)
         sys.exit(2)
 
 
 def _mistake(error: BaseException | None) -> Exception | None:
     """The user's mistake behind an error: jsonargparse wraps what a class raises in its own."""
-    while error is not None:
-        if isinstance(error, SpinError | MisconfigurationException):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    cause = error
+    while cause is not None:
+        if isinstance(cause, SpinError | MisconfigurationException):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return _unread(error) if isinstance(error, ArgumentError) else None
+
+
+def _unread(error: ArgumentError) -> SpinError:
+    """What could not be read, without jsonargparse's account of every type that it tried."""
+    lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
+    told = [line for line in lines if line and not line.startswith(_TOLD_BY_THE_PARSER)]
+    return SpinError(
+        "; ".join(told).replace(":; ", ": "),
+        fix="see spin-lightning fit --help, and --model.help or --data.help with a class name",
+    )
 
 
 def _export(args: list[str]) -> None:

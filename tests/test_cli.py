@@ -125,14 +125,14 @@ def test_fit_resume_never_refuses_a_run_with_exit_code_two(finished, spin, capsy
     with pytest.raises(SystemExit) as end:
         spin("fit", "--config", finished / "config.yaml", "--resume", "never")
     assert end.value.code == 2
-    assert "already holds a run" in capsys.readouterr().out
+    assert "already holds a run" in capsys.readouterr().err
 
 
 def test_fit_ckpt_path_last_without_one_is_an_error(spin, tiny_model_dir, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         spin(*fit_arguments(tmp_path, tiny_model_dir, data), "--ckpt_path", "last")
     assert end.value.code == 2
-    assert "ckpt_path is last, and there is no" in capsys.readouterr().out
+    assert "ckpt_path is last, and there is no" in capsys.readouterr().err
 
 
 def test_fit_other_settings_in_the_same_folder_lists_each_difference(finished, spin, capsys):
@@ -143,7 +143,7 @@ def test_fit_other_settings_in_the_same_folder_lists_each_difference(finished, s
             *("--model.lora_r", 4, "--data.batch_size", 16, "--model.optimizer", "rmsprop"),
         )
     assert end.value.code == 2
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "batch_size: run has 32, you gave 16" in said
     assert "lora_r: run has None, you gave 4" in said
     assert "optimizer: run has 'adamw', you gave 'rmsprop'" in said
@@ -249,7 +249,7 @@ def test_command_on_what_is_not_there_says_what_to_do(
     with pytest.raises(SystemExit) as end:
         spin(*(argument.format(**places) for argument in arguments))
     assert end.value.code == 2
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
 
 
 def test_report_of_two_runs_makes_a_table_and_a_picture(finished, spin, tmp_path, capsys):

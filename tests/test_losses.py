@@ -1,4 +1,4 @@
-"""Losses of the margin: values and slopes by hand, at arguments that make them simple."""
+"""Losses: values and slopes by hand, at arguments that make them simple, and by differences."""
 
 from math import log
 from typing import get_args
@@ -56,3 +56,97 @@ def test_loss_of_a_batch_is_one_value_per_pair_in_its_dtype(name):
 @pytest.mark.parametrize("name", get_args(losses.LossName))
 def test_by_name_of_every_name_is_the_public_function(name):
     assert losses.by_name(name) is getattr(losses, name)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+@pytest.mark.parametrize("name", get_args(losses.LossName))
+def test_gradient_of_a_loss_is_that_of_finite_differences(name, beta):
+    margins = torch.tensor([-1.3, 0.2, 1.7], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: losses.by_name(name)(m, beta), margins)
+
+
+# ------------------------------------------------------------------------------------------- SPACE
+
+# Ratio mu, r of the real response, r' of the generated one, loss, slope in r, slope in r'.
+# s(z) = 1 / (1 + mu e^-z): the slopes are s(r) - 1 and mu s(r').
+SPACE_BY_HAND = [
+    # s = 1/2 on both sides.
+    (1.0, 0.0, 0.0, 2 * log(2), -1 / 2, 1 / 2),
+    # s(0) = 1/3.
+    (2.0, 0.0, 0.0, log(3) + 2 * log(3 / 2), -2 / 3, 2 / 3),
+    # s(0) = 2/3.
+    (0.5, 0.0, 0.0, log(3 / 2) + 0.5 * log(3), -1 / 3, 1 / 3),
+    # s(log 3) = 3/4, s(-log 3) = 1/4: both right.
+    (1.0, LOG_3, -LOG_3, 2 * log(4 / 3), -1 / 4, 1 / 4),
+    # s(log 3) = 3/4 on both sides: the generated one is wrong.
+    (1.0, LOG_3, LOG_3, log(4 / 3) + log(4), -1 / 4, 3 / 4),
+    # s(log 2) = 1/2 and s(log 6) = 3/4 at mu = 2.
+    (2.0, log(2), log(6), log(2) + 2 * log(4), -1 / 2, 3 / 2),
+    # Far out, where 1 - s rounds to 0 and a naive logarithm is infinite.
+    (2.0, -10_000.0, 10_000.0, 30_000.0 - log(2), -1.0, 2.0),
+    (2.0, 10_000.0, -10_000.0, 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("ratio", "real", "generated", "loss", "slope", "other"), SPACE_BY_HAND)
+def test_space_and_its_slopes_equal_the_hand_values(ratio, real, generated, loss, slope, other):
+    r = torch.tensor([real], dtype=torch.float64, requires_grad=True)
+    r_generated = torch.tensor([generated], dtype=torch.float64, requires_grad=True)
+    value = losses.space(r, r_generated, ratio)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
+    assert r.grad.item() == pytest.approx(slope, rel=1e-12, abs=1e-12)
+    assert r_generated.grad.item() == pytest.approx(other, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 4.0])
+def test_gradient_of_space_is_that_of_finite_differences(ratio):
+    real = torch.tensor([-2.0, 0.1, 3.0], dtype=torch.float64, requires_grad=True)
+    generated = torch.tensor([1.0, -0.4, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda r, g: losses.space(r, g, ratio), (real, generated))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 4.0])
+def test_space_over_a_language_is_least_where_the_log_ratio_is_that_of_data_to_reference(ratio):
+    """Pointwise: p_data (1 - s(r)) = mu R s(r) only at e^r = p_data / R; convex, so least."""
+    data = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    reference = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    zero = torch.zeros(3, dtype=torch.float64)
+
+    def slope(r: torch.Tensor) -> torch.Tensor:
+        r = r.requires_grad_()
+        real = (data * losses.space(r, zero, ratio)).sum()
+        generated = (reference * losses.space(zero, r, ratio)).sum()
+        return torch.autograd.grad(real + generated, r)[0]
+
+    best = (data / reference).log()
+    assert slope(best).abs().max() < 1e-12
+    assert (slope(best + 0.1) > 1e-3).all()
+    assert (slope(best - 0.1) < -1e-3).all()
+
+
+def test_space_of_a_batch_is_one_value_per_pair_in_its_dtype():
+    real, generated = torch.tensor([-1.5, 0.0, 2.0]), torch.tensor([0.5, -1.0, 3.0])
+    whole = losses.space(real, generated, 0.5)
+    assert whole.dtype == torch.float32
+    singly = [losses.space(r, g, 0.5).item() for r, g in zip(real, generated, strict=True)]
+    assert whole.tolist() == singly
+
+
+# --------------------------------------------------------------------------- the supervised anchor
+
+
+def test_real_nll_is_the_mean_over_examples_of_the_nll_per_token():
+    """6 nats in 2 tokens and 5 in 5: (3 + 1) / 2, where the mean over tokens is 11 / 7."""
+    logps = torch.tensor([-6.0, -5.0], dtype=torch.float64, requires_grad=True)
+    nll = losses.real_nll(logps, torch.tensor([2, 5]))
+    nll.backward()
+    assert nll.shape == ()
+    assert nll.item() == pytest.approx(2.0, abs=1e-12)
+    assert logps.grad.tolist() == pytest.approx([-1 / 4, -1 / 10], abs=1e-12)
+
+
+def test_gradient_of_real_nll_is_that_of_finite_differences():
+    logps = torch.tensor([-6.0, -5.0, -0.2], dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([2, 5, 1])
+    assert torch.autograd.gradcheck(lambda x: losses.real_nll(x, lengths), logps)

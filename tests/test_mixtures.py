@@ -1,4 +1,4 @@
-"""Mixtures: which iterates, how one is drawn, and the exact density of what it writes."""
+"""Mixtures: which iterates, how one is drawn, the density of what it writes, the base mixed in."""
 
 import itertools
 import math
@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from spin_lightning.errors import SettingError
-from spin_lightning.mixtures import Mixture, base, latest, mixture_logps, uniform, window
+from spin_lightning.mixtures import (
+    Coupling,
+    Geometric,
+    Mixture,
+    base,
+    latest,
+    mixture_logps,
+    pulled_to_base,
+    referenced,
+    rows_per_sample,
+    uniform,
+    window,
+)
 
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
 
@@ -159,3 +171,207 @@ def test_mixture_own_logps_pick_its_members_with_their_weights(language):
     by_hand = 0.25 * by_iterate[7].exp() + 0.75 * by_iterate[1].exp()
     torch.testing.assert_close(density.exp(), by_hand)
     assert torch.equal(latest(4).logps(by_iterate), by_iterate[4])
+
+
+# ------------------------------------------------------------- geometric mixture, whole responses
+
+
+@pytest.fixture
+def three_logps():
+    """Two responses: p_0 = (1/2, 1/8), p_1 = (1/4, 1/2), p_2 = (3/4, 1/4)."""
+    densities = {0: [1 / 2, 1 / 8], 1: [1 / 4, 1 / 2], 2: [3 / 4, 1 / 4]}
+    return {i: torch.tensor(p, dtype=torch.float64).log() for i, p in densities.items()}
+
+
+@pytest.mark.parametrize(
+    ("geometric", "density"),
+    [
+        # sqrt(1/4 * 1/2), sqrt(1/2 * 1/8)
+        (Geometric(latest(1), 0.5), [math.sqrt(1 / 8), 1 / 4]),
+        # mu = (1/2, 3/8); sqrt(1/2 * 1/2), sqrt(3/8 * 1/8)
+        (Geometric(window(2, 2), 0.5), [1 / 2, math.sqrt(3) / 8]),
+        # (1/4)^(1/4) (1/2)^(3/4), (1/2)^(1/4) (1/8)^(3/4) = 2^(-1/4 - 9/4)
+        (Geometric(latest(1), 0.75), [2 ** (-5 / 4), 2 ** (-5 / 2)]),
+        # The base in mu as well: mu = (3/8, 5/16).
+        (Geometric(window(1, None), 0.5), [math.sqrt(3 / 16), math.sqrt(5 / 128)]),
+        (Geometric(Mixture({1: 0.25, 2: 0.75}), 0.0), [5 / 8, 5 / 16]),
+        (Geometric(window(2, 2), 1.0), [1 / 2, 1 / 8]),
+        (Geometric(base(), 0.4), [1 / 2, 1 / 8]),
+    ],
+)
+def test_geometric_logps_equal_the_hand_values(geometric, density, three_logps):
+    assert geometric.logps(three_logps).exp().tolist() == pytest.approx(density, abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_geometric_at_its_limits_is_the_mixture_or_the_base_to_the_bit(alpha, three_logps):
+    limit = window(2, 2) if alpha == 0 else base()
+    found = Geometric(window(2, 2), alpha)
+    assert torch.equal(found.logps(three_logps), limit.logps(three_logps))
+    assert found.members == limit.members
+
+
+def test_geometric_needs_the_scores_of_its_members_alone(three_logps):
+    """One of zero weight is not scored, so it must not be asked for."""
+    Geometric(latest(2), 0.0).logps({2: three_logps[2]})
+    Geometric(latest(2), 1.0).logps({0: three_logps[0]})
+    Geometric(latest(2), 0.5).logps({0: three_logps[0], 2: three_logps[2]})
+
+
+@pytest.mark.parametrize(
+    ("geometric", "members", "is_normalised", "text"),
+    [
+        (Geometric(window(3, 2), 0.0), (2, 3), True, "(p2..p3)^1·p0^0"),
+        (Geometric(window(3, 2), 0.25), (0, 2, 3), False, "(p2..p3)^0.75·p0^0.25"),
+        (Geometric(window(1, None), 0.25), (0, 1), False, "(p0..p1)^0.75·p0^0.25"),
+        (Geometric(window(3, 2), 1.0), (0,), True, "(p2..p3)^0·p0^1"),
+        (Geometric(base(), 0.25), (0,), True, "(p0)^0.75·p0^0.25"),
+    ],
+)
+def test_geometric_says_who_it_is_made_of(geometric, members, is_normalised, text):
+    assert geometric.members == geometric.plain_members == members
+    assert geometric.token_members == ()
+    assert geometric.token_alpha == 0
+    assert geometric.is_normalised == is_normalised
+    assert str(geometric) == text
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_geometric_says_that_it_is_normalised_where_it_sums_to_one(alpha, language):
+    mixed = Geometric(latest(2), alpha)
+    total = mixed.logps(dict(enumerate(language.unbind(-1)))).exp().sum().item()
+    assert mixed.is_normalised == (abs(total - 1) < 1e-9)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, math.nan])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda alpha: Geometric(latest(1), alpha),
+        lambda alpha: pulled_to_base(latest(1), alpha),
+        lambda alpha: Mixture({1: 1.0}, token_alpha=alpha),
+    ],
+)
+def test_weight_of_the_base_out_of_range_is_refused(build, alpha):
+    with pytest.raises(SettingError, match=r"alpha=.*weight of the base.*from 0 .* to 1"):
+        build(alpha)
+
+
+def test_geometric_of_a_token_level_mixture_is_refused():
+    with pytest.raises(SettingError, match=r"mixed with the base already.*without token_alpha"):
+        Geometric(Mixture({1: 1.0}, token_alpha=0.5), 0.5)
+
+
+# ------------------------------------------------------------------------ the base in every token
+
+
+@pytest.mark.parametrize(
+    ("mixture", "alpha", "pulled"),
+    [
+        (window(3, 2), 0.0, window(3, 2)),
+        (window(3, 2), 1.0, base()),
+        (base(), 0.5, base()),
+        (window(3, 2), 0.25, Mixture({2: 0.5, 3: 0.5}, token_alpha=0.25)),
+        (window(1, None), 0.25, Mixture({0: 0.5, 1: 0.5}, token_alpha=0.25)),
+    ],
+)
+def test_pulled_to_base_is_plain_where_it_can_be(mixture, alpha, pulled):
+    assert pulled_to_base(mixture, alpha) == pulled
+
+
+def test_token_level_mixture_is_a_function_of_token_scores_alone(three_logps):
+    mixture = Mixture({1: 0.25, 2: 0.75}, token_alpha=0.5)
+    assert mixture.members == mixture.token_members == (1, 2)
+    assert mixture.plain_members == ()
+    density = mixture.logps({}, three_logps).exp()
+    assert density.tolist() == pytest.approx([5 / 8, 5 / 16], abs=1e-12)
+    plain = Mixture({1: 0.25, 2: 0.75})
+    assert plain.plain_members == (1, 2)
+    assert plain.token_members == ()
+    assert torch.equal(plain.logps(three_logps, {}).exp(), density)
+    assert mixture != plain
+
+
+def test_token_level_mixture_names_the_weight_of_the_base():
+    assert str(Mixture({2: 0.5, 3: 0.5}, token_alpha=0.25)) == "p2..p3 ~0.25·p0"
+
+
+@pytest.mark.parametrize(
+    ("against", "reference"), [("opponent", Mixture({1: 0.25, 3: 0.75})), ("previous", latest(3))]
+)
+def test_referenced_is_the_opponent_s_mixture_or_the_last_iterate(against, reference):
+    assert referenced(3, Mixture({1: 0.25, 3: 0.75}), against) == reference
+
+
+@pytest.mark.parametrize(
+    ("opponent", "union", "rows"),
+    [(window(3, 2), False, 1), (window(3, 2), True, 2), (window(0, 2), True, 1), (None, True, 1)],
+)
+def test_rows_per_sample_are_one_or_with_union_one_per_member(opponent, union, rows):
+    assert rows_per_sample(opponent, union=union) == rows
+
+
+# ------------------------------------------------------------------------------------------ coupling
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "keep", "gained"),
+    [
+        # SPIN: all are new.
+        (window(0, 1), window(1, 1), {0: 0.0}, {1: 1.0}),
+        # Fictitious play keeps t / (t + 1); a window that still grows does the same.
+        (window(0, None), window(1, None), {0: 1 / 2}, {1: 1.0}),
+        (window(2, None), window(3, None), {0: 3 / 4, 1: 3 / 4, 2: 3 / 4}, {3: 1.0}),
+        (window(1, 3), window(2, 3), {0: 2 / 3, 1: 2 / 3}, {2: 1.0}),
+        # A full one: those that left it, and no other.
+        (window(2, 3), window(3, 3), {0: 0.0, 1: 1.0, 2: 1.0}, {3: 1.0}),
+        # Halved weights: (1/3, 2/3) to (1/7, 2/7, 4/7).
+        (
+            Mixture({0: 1 / 3, 1: 2 / 3}),
+            Mixture({0: 1 / 7, 1: 2 / 7, 2: 4 / 7}),
+            {0: 3 / 7, 1: 3 / 7},
+            {2: 1.0},
+        ),
+        # Two that grow, by 1/4 and 1/8; one that shrinks from 1/2 to 1/8.
+        (
+            Mixture({0: 1 / 2, 1: 1 / 4, 2: 1 / 4}),
+            Mixture({0: 1 / 8, 1: 1 / 2, 2: 3 / 8}),
+            {0: 1 / 4, 1: 1.0, 2: 1.0},
+            {1: 2 / 3, 2: 1 / 3},
+        ),
+        # Nothing changes: nothing is drawn.
+        (window(3, 2), window(3, 2), {2: 1.0, 3: 1.0}, None),
+    ],
+)
+def test_coupling_keeps_and_draws_as_worked_out_by_hand(before, now, keep, gained):
+    coupling = Coupling.between(before, now)
+    assert coupling.keep == pytest.approx(keep, abs=1e-12)
+    found = None if coupling.gained is None else dict(coupling.gained.weights)
+    assert found == (gained if gained is None else pytest.approx(gained, abs=1e-12))
+
+
+def test_coupling_of_weights_that_differ_by_rounding_alone_draws_nothing():
+    before = Mixture({0: 0.1 + 0.2, 1: 0.7})
+    coupling = Coupling.between(before, Mixture({0: 0.3, 1: 0.7}))
+    assert before.weights[0] != 0.3
+    assert coupling == Coupling({0: 1.0, 1: 1.0}, None)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (window(2, 3), window(3, 3)),
+        (Mixture({0: 0.5, 1: 0.25, 2: 0.25}), Mixture({0: 0.125, 2: 0.375, 3: 0.5})),
+    ],
+)
+def test_coupling_gives_the_new_weights_and_redraws_only_what_must_change(before, now):
+    """w' = w keep + (1 - sum w keep) gained, with 1 - sum w keep = half the L1 distance."""
+    coupling = Coupling.between(before, now)
+    assert coupling.gained is not None
+    kept = {i: w * coupling.keep[i] for i, w in before.weights.items()}
+    redrawn = 1 - sum(kept.values())
+    indices = {*before.members, *now.members}
+    after = {i: kept.get(i, 0) + redrawn * coupling.gained.weights.get(i, 0) for i in indices}
+    apart = {i: now.weights.get(i, 0) - before.weights.get(i, 0) for i in indices}
+    assert redrawn == pytest.approx(sum(map(abs, apart.values())) / 2, abs=1e-12)
+    assert after == pytest.approx({i: now.weights.get(i, 0) for i in indices}, abs=1e-12)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from spin_lightning import SPIN, AlphaSPIN, FictitiousSPIN, MixtureSPIN, SelfPlayModule
@@ -28,13 +30,15 @@ from spin_lightning.policies.lora import LoraPolicy, LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
 from spin_lightning.sampling import GenerationSettings
 from spin_lightning.synthesis import Synthesis, Timing, finish
-from spin_lightning.testbed import Language, TestbedPaths
+from spin_lightning.testbed import Language
 from spin_lightning.types import Example
 from tests.testbed.chi_square import chi_square
 from tests.toy_adapters import plain_model, write_adapter
 
-LAST = 3  # Iterates 0 to 3 are there, 0 the base.
-DRAWS = 20_000
+# Iterates 0 to 3 are there, 0 the base.
+LAST = 3
+# 20,000 rows of each of two prompts.
+EXAMPLES, SAMPLES = 4_000, 10
 CAP = 6
 
 
@@ -50,124 +54,283 @@ class DecayingSPIN(SelfPlayModule):
 
 @dataclass(frozen=True)
 class Opponent:
-    """A module, and by hand what its opponent at iterate 3 is."""
+    """A module, and what its opponent at iterate 3 is, by hand."""
 
     variant: type[SelfPlayModule]
     weights: Mapping[int, float]
     token_alpha: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def module(self, base: BaseModel) -> SelfPlayModule:
-        return self.variant(model=base.name, **self.settings)
 
-
-def pulled(history: int) -> dict[str, Any]:
+def _pulled(history: int) -> dict[str, Any]:
     return {"alpha": 0.5, "mixture": "token", "history": history}
 
 
-LATEST = Opponent(SPIN, {3: 1.0})
-WINDOW = Opponent(MixtureSPIN, {1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, settings={"history": 3})
-ALL = Opponent(FictitiousSPIN, {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25})
-DECAYING = Opponent(DecayingSPIN, {0: 1 / 15, 1: 2 / 15, 2: 4 / 15, 3: 8 / 15})
-TOKEN = Opponent(AlphaSPIN, {3: 1.0}, 0.5, pulled(history=1))
-TOKEN_WINDOW = Opponent(AlphaSPIN, {2: 0.5, 3: 0.5}, 0.5, pulled(history=2))
 OPPONENTS = {
-    "spin": LATEST,
-    "window": WINDOW,
-    "fictitious": ALL,
-    "decaying": DECAYING,
-    "token": TOKEN,
-    "token-window": TOKEN_WINDOW,
+    "spin": Opponent(SPIN, {3: 1}),
+    "window": Opponent(MixtureSPIN, {1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, settings={"history": 3}),
+    "fictitious": Opponent(FictitiousSPIN, {0: 1 / 4, 1: 1 / 4, 2: 1 / 4, 3: 1 / 4}),
+    "decaying": Opponent(DecayingSPIN, {0: 1 / 15, 1: 2 / 15, 2: 4 / 15, 3: 8 / 15}),
+    "token": Opponent(AlphaSPIN, {3: 1}, 0.5, _pulled(history=1)),
+    "token-window": Opponent(AlphaSPIN, {2: 1 / 2, 3: 1 / 2}, 0.5, _pulled(history=2)),
 }
 
 
-# ------------------------------------------------------------------------ by transformers and peft
-
-
 class Enumeration:
-    """log p(y|x) of every response of the language to two prompts, under any iterate."""
+    """log p(y|x) of every response of the language to two prompts, without our code.
 
-    def __init__(self, paths: TestbedPaths, adapters: Mapping[int, Path]) -> None:
-        language = Language.load(paths.language)
-        tokenizer = AutoTokenizer.from_pretrained(paths.model)
-        stop = tokenizer.eos_token_id
+    Args:
+        base: Folder of the base model.
+        adapters: Folders of the iterates that are not the base.
+        language: Its texts.
+    """
 
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def __init__(self, base: Path, adapters: Mapping[int, Path], language: Language) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        texts = [language.prompts[x] for x in (0, 5)]  # of six words and of five
+        self.prompts = [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
+        spoken = tokenizer(list(language.responses), add_special_tokens=False)["input_ids"]
+        self.responses = [(*ids, tokenizer.eos_token_id) for ids in spoken]
+        self._models = {t: plain_model(base, adapters.get(t)) for t in range(LAST + 1)}
+        self._next_tokens = functools.cache(self._next_token_logps)
 
-        # One prompt of six words and one of five, so that rows are padded.
-        self.prompts = [tuple(tokenizer(language.prompts[x])["input_ids"]) for x in (0, 5)]
-        self.responses = [(*ids(text), stop) for text in language.responses]
-        self._place = {response: y for y, response in enumerate(self.responses)}
-        self._tokens = torch.nested.nested_tensor(
-            [torch.tensor(response) for response in self.responses]
-        ).to_padded_tensor(-1)
-        self._models = {t: plain_model(paths.model, adapters.get(t)) for t in range(LAST + 1)}
-
-    @functools.cache  # noqa: B019
     def _next_token_logps(self, t: int) -> Tensor:
         """log p_t(. | x, y_<s), shape [prompts, responses, positions, vocabulary]."""
-        count, longest = self._tokens.shape
+        # Padded on the right, where nothing that is read can see it.
+        after = pad_sequence([torch.tensor(y) for y in self.responses], batch_first=True)
         tables = []
-        for prompt in self.prompts:
-            before = torch.tensor(prompt).expand(count, -1)
+        for x in self.prompts:
+            ids = torch.cat([torch.tensor(x).expand(len(after), -1), after], dim=1)
             with torch.no_grad():
-                # What follows the stop id is never read.
-                logits = self._models[t](torch.cat([before, self._tokens.clamp_min(0)], 1)).logits
-            tables.append(logits[:, len(prompt) - 1 : -1].double().log_softmax(-1))
-        assert tables[0].shape[1] == longest
+                logits = self._models[t](ids).logits[:, len(x) - 1 : -1]
+            tables.append(logits.double().log_softmax(-1))
         return torch.stack(tables)
 
     def member(self, t: int, token_alpha: float = 0.0) -> Tensor:
-        """log p_t or log g_t, nats, shape [prompts, responses]."""
-        table = self._next_token_logps(t)
+        """log p_t, or log g_t, shape [prompts, responses]."""
+        table = self._next_tokens(t)
         if token_alpha:
-            mixed = (1 - token_alpha) * table + token_alpha * self._next_token_logps(0)
+            mixed = (1 - token_alpha) * table + token_alpha * self._next_tokens(0)
             table = mixed - mixed.logsumexp(-1, keepdim=True)
-        index = self._tokens.clamp_min(0).expand(len(self.prompts), -1, -1)
-        chosen = table.gather(-1, index[..., None]).squeeze(-1)
-        return torch.where(self._tokens >= 0, chosen, 0.0).sum(-1)
+        places = [(list(range(len(y))), list(y)) for y in self.responses]
+        return torch.stack([table[:, i, s, y].sum(-1) for i, (s, y) in enumerate(places)], dim=1)
 
     def density(self, weights: Mapping[int, float], token_alpha: float = 0.0) -> Tensor:
-        """log of the mixture, nats, shape [prompts, responses]."""
+        """log of the arithmetic mixture, shape [prompts, responses]."""
         each = [self.member(t, token_alpha) + math.log(w) for t, w in weights.items()]
         return torch.stack(each).logsumexp(0)
 
-    def of(self, opponent: Opponent) -> Tensor:
-        """log of the opponent's density, likewise."""
-        return self.density(opponent.weights, opponent.token_alpha)
-
-    def counts(self, table: RowTable, opponent: int | None = None) -> tuple[Tensor, Tensor]:
+    def counts(self, rows: RowTable, opponent: int | None = None) -> tuple[Tensor, Tensor]:
         """How often each response was drawn, and anything else; of one opponent or of all."""
-        inside = torch.zeros(len(self.prompts), len(self.responses))
-        outside = torch.zeros(len(self.prompts))
-        for row in range(len(table)):
-            if opponent is None or table.opponent[row] == opponent:
-                x = int(table.example_id[row])
-                y = self._place.get(tuple(table.generated_ids[row].tolist()))
-                if y is None:
-                    outside[x] += 1
-                else:
-                    inside[x, y] += 1
-        return inside, outside
+        of = range(len(rows)) if opponent is None else (rows.opponent == opponent).nonzero()[0]
+        seen = Counter((rows.example_id[n] % 2, tuple(rows.generated_ids[n].tolist())) for n in of)
+        inside = torch.tensor([[seen[x, y] for y in self.responses] for x in (0, 1)])
+        drawn = [sum(n for (x, _), n in seen.items() if x == prompt) for prompt in (0, 1)]
+        return inside, torch.tensor(drawn) - inside.sum(1)
 
-    def in_language(self, table: RowTable) -> list[tuple[int, int, int]]:
-        """Row, prompt and response of each row whose response is of the language."""
-        places = (self._place.get(tuple(ids.tolist())) for ids in map(
-            table.generated_ids.__getitem__, range(len(table))
-        ))
-        return [(n, int(table.example_id[n]), y) for n, y in enumerate(places) if y is not None]
+    def p_value(self, rows: RowTable, log_density: Tensor) -> float:
+        """Chi-square of all rows against a density over all responses."""
+        return chi_square(*self.counts(rows), log_density)
+
+    def p_value_within(self, rows: RowTable, log_density: Tensor) -> float:
+        """Chi-square of the rows that are of the language, against a density given that."""
+        inside, outside = self.counts(rows)
+        return chi_square(inside, torch.zeros_like(outside), log_density.log_softmax(1))
 
 
 @pytest.fixture(scope="module")
 def adapters(testbed_seed_0, tmp_path_factory) -> dict[int, Path]:
-    """Iterates 1 to 3: random, 0.1 to 0.5 nats from each other."""
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        t: write_adapter(testbed_seed_0.model, root / str(t), seed=t) for t in range(1, LAST + 1)
-    }
+    """Iterates 1 to 3: random, tenths of a nat apart, a fifth of what they say no language."""
+    root, model = tmp_path_factory.mktemp("adapters"), testbed_seed_0.model
+    return {t: write_adapter(model, root / str(t), seed=t, lora_alpha=6) for t in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
 def exact(testbed_seed_0, adapters) -> Enumeration:
-    return Enumeration(testbed_seed_0, adapters)
+    return Enumeration(testbed_seed_0.model, adapters, Language.load(testbed_seed_0.language))
+
+
+@pytest.fixture(scope="module")
+def base(testbed_seed_0) -> BaseModel:
+    return BaseModel(str(testbed_seed_0.model), compute_dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def draw(base, adapters, exact, tmp_path_factory) -> Callable[..., RowTable]:
+    """Rows of an iterate, made, written and read as a run does."""
+    policy = LoraPolicy(base, LoraSettings(r=2))
+    policy.use_bank({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
+    examples = [
+        Example(i, exact.prompts[i % 2], exact.responses[0], True) for i in range(EXAMPLES)
+    ]
+    stop = exact.responses[0][-1]
+
+    def draw(
+        opponent: Opponent, t: int = LAST, before: RowTable | None = None, **settings: Any
+    ) -> RowTable:
+        module = opponent.variant(model=base.name, **opponent.settings)
+        reference, now = module.reference(t), module.opponent(t)
+        assert now is not None
+        coupling = None
+        if before is not None:
+            coupling = Coupling.between(module.opponent(t - 1), now)
+        plan = RowPlan(
+            iterate=t,
+            opponent=now,
+            members=reference.plain_members,
+            token_alpha=reference.token_alpha,
+            token_members=reference.token_members,
+            seed=5,
+            samples=SAMPLES,
+            unit_size=4_000,
+            cap=CAP,
+            context=32,
+            coupling=coupling,
+        )
+        generator = LocalGenerator(load_config(base), (stop,), 0, GenerationSettings(**settings))
+        synthesis = Synthesis(policy, generator, pad_id=0, vocabulary=38)
+        folder = tmp_path_factory.mktemp("rows")
+        earlier = NO_ROWS if before is None else EarlierRows(before)
+        list(synthesis.make(plan, examples, folder, Timing(), earlier=earlier))
+        finish(plan, examples, folder, {})
+        return read_rows(folder)
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def drawn(draw) -> Callable[[str], RowTable]:
+    """Rows of each opponent at iterate 3, all of them drawn for it."""
+    return functools.cache(lambda name: draw(OPPONENTS[name]))
+
+
+@pytest.fixture(scope="module")
+def density(exact) -> Callable[[str], Tensor]:
+    """The density of each opponent at iterate 3."""
+    return functools.cache(
+        lambda name: exact.density(OPPONENTS[name].weights, OPPONENTS[name].token_alpha)
+    )
+
+
+def index_p_value(rows: RowTable, weights: Mapping[int, float]) -> float:
+    """Chi-square of the opponents' indices against their weights."""
+    seen = Counter(rows.opponent.tolist())
+    assert set(seen) == set(weights)
+    expected = [len(rows) * weight for weight in weights.values()]
+    return float(stats.chisquare([seen[i] for i in weights], expected).pvalue)
+
+
+def member_p_value(exact: Enumeration, rows: RowTable, opponent: Opponent) -> float:
+    """Chi-square of the rows of each index against that member, all members together."""
+    counts = [exact.counts(rows, t) for t in opponent.weights]
+    inside, outside = (torch.cat(parts) for parts in zip(*counts, strict=True))
+    log_probs = torch.cat([exact.member(t, opponent.token_alpha) for t in opponent.weights])
+    return chi_square(inside, outside, log_probs)
+
+
+def assert_scored_as(rows: RowTable, opponent: Opponent, exact: Enumeration) -> None:
+    """The log-probs that came with the rows are those of the members, for every response."""
+    stored = rows.token_generated_logps if opponent.token_alpha else rows.generated_logps
+    place = {y: i for i, y in enumerate(exact.responses)}
+    cells = [
+        (n, rows.example_id[n] % 2, place[y])
+        for n in range(len(rows))
+        if (y := tuple(rows.generated_ids[n].tolist())) in place
+    ]
+    n, x, y = (list(column) for column in zip(*cells, strict=True))
+    assert set(stored) == set(opponent.weights)
+    for t, found in stored.items():
+        wanted = exact.member(t, opponent.token_alpha)[x, y]
+        torch.testing.assert_close(found[n], wanted, atol=1e-4, rtol=0)
+
+
+# --------------------------------------------------------------------------------- all rows anew
+
+
+@pytest.mark.parametrize("name", OPPONENTS)
+def test_rows_of_an_opponent_are_samples_of_its_density(name, drawn, density, exact):
+    rows = drawn(name)
+    counts, outside = exact.counts(rows)
+    assert (counts.sum(1) + outside).tolist() == [20_000, 20_000]
+    p_value = exact.p_value(rows, density(name))
+    print(f"{name}: p = {p_value:.3g}")
+    assert p_value > 1e-4
+
+
+@pytest.mark.parametrize("name", OPPONENTS)
+def test_rows_are_scored_with_the_densities_they_are_samples_of(name, drawn, exact):
+    assert_scored_as(drawn(name), OPPONENTS[name], exact)
+
+
+@pytest.mark.parametrize("name", ["window", "fictitious", "decaying", "token-window"])
+def test_rows_of_an_index_are_samples_of_that_member(name, drawn, exact):
+    opponent = OPPONENTS[name]
+    p_values = [
+        index_p_value(drawn(name), opponent.weights),
+        member_p_value(exact, drawn(name), opponent),
+    ]
+    print(f"{name}: p = {p_values}")
+    assert min(p_values) > 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.95}, {"temperature": 0.9}], ids=str)
+@pytest.mark.parametrize("name", ["spin", "window", "token"])
+def test_rows_truncated_or_sharpened_are_rejected(name, settings, draw, density, exact):
+    assert exact.p_value(draw(OPPONENTS[name], **settings), density(name)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "token_alpha"),
+    [
+        ("spin", {2: 1}, 0.0),
+        ("window", {0: 1 / 3, 2: 1 / 3, 3: 1 / 3}, 0.0),
+        ("fictitious", {1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, 0.0),
+        ("decaying", {3: 1 / 15, 2: 2 / 15, 1: 4 / 15, 0: 8 / 15}, 0.0),
+        ("token", {2: 1}, 0.5),
+        ("token", {3: 1}, 0.0),
+        ("token", {3: 1}, 0.4),
+        ("token-window", {1: 1 / 2, 3: 1 / 2}, 0.5),
+    ],
+)
+def test_rows_of_another_member_weight_or_alpha_are_rejected(
+    name, wrong, token_alpha, drawn, exact
+):
+    assert exact.p_value(drawn(name), exact.density(wrong, token_alpha)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["token", "token-window"])
+def test_rows_of_a_token_mixture_are_no_samples_of_the_sequence_mixture(
+    name, drawn, density, exact
+):
+    """The sequence mixture is known on the language alone, so both are tested given that."""
+    weights, alpha = OPPONENTS[name].weights, OPPONENTS[name].token_alpha
+    sequence = (1 - alpha) * exact.density(weights) + alpha * exact.member(0)
+    assert exact.p_value_within(drawn(name), density(name)) > 1e-4
+    assert exact.p_value_within(drawn(name), sequence) < 1e-6
+
+
+# ------------------------------------------------------------------------ rows kept over iterates
+
+
+@pytest.mark.parametrize("name", ["spin", "window", "fictitious", "decaying", "token-window"])
+def test_rows_after_three_reservoir_refreshes_are_samples_of_the_density(
+    name, draw, density, exact
+):
+    """Of frozen iterates: scores, indices, the members given the index, and the mixture."""
+    opponent, rows = OPPONENTS[name], None
+    for t in range(LAST + 1):
+        before, rows = rows, draw(opponent, t, rows)
+    kept = (rows.seed == before.seed).mean()
+    assert kept == pytest.approx(KEPT[name], abs=0.01)
+    assert_scored_as(rows, opponent, exact)
+    p_values = {
+        "mixture": exact.p_value(rows, density(name)),
+        "members": member_p_value(exact, rows, opponent),
+        "indices": index_p_value(rows, opponent.weights),
+    }
+    print(f"{name}: {kept:.3f} kept, p = {p_values}")
+    assert min(v for v in p_values.values() if not math.isnan(v)) > 1e-4
+
+
+# Share of rows that iterate 3 keeps: what two successive weightings have in common.
+KEPT = {"spin": 0, "window": 2 / 3, "fictitious": 3 / 4, "decaying": 7 / 15, "token-window": 1 / 2}
