@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_lightning.data.rows import part_matches, write_manifest, write_part
+from spin_lightning.data.rows import part_matches, read_manifest, write_manifest, write_part
 from spin_lightning.drawing import NO_ROWS, EarlierRows, RowDraw, RowPlan, Scorer, unit_count, units
 from spin_lightning.errors import SpinError
+from spin_lightning.fingerprint import differences
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.packing import group_by_length, pack_padded
 from spin_lightning.policies.base import Policy
@@ -104,7 +105,7 @@ class Synthesis:
         for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:
                 continue
-            if part_matches(folder, unit, [draw.key for draw in draws]):
+            if part_matches(folder, unit, _known_before(plan, draws)):
                 report.advance("generating", len(draws), 0.0)
                 report.advance("scoring", len(draws), 0.0)
             else:
@@ -181,21 +182,43 @@ def finish(
     """
     if not examples:
         raise SpinError(f"there are no examples to make rows of in {folder}", fix="give more data")
-    write_manifest(
-        folder,
-        {
-            **fields,
-            "iterate": plan.iterate,
-            "opponent": None if plan.opponent is None else dict(plan.opponent.weights),
-            "members": plan.members,
-            "token_alpha": plan.token_alpha or None,
-            "token_members": plan.token_members,
-            "rows": len(examples) * plan.rows_per_example,
-            "units": unit_count(plan, examples),
-            "unit_size": plan.unit_size,
-            "cap": plan.cap,
-        },
-    )
+    write_manifest(folder, {**fields, **_manifest_of(plan, examples)})
+
+
+def is_finished(plan: RowPlan, examples: Sequence[Example], folder: Path) -> bool:
+    """Whether all rows of a plan are there, and no others."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    wanted = _manifest_of(plan, examples)
+    return not differences({name: manifest.get(name) for name in wanted}, wanted)
+
+
+def _manifest_of(plan: RowPlan, examples: Sequence[Example]) -> dict[str, Any]:
+    weights = {} if plan.opponent is None else plan.opponent.weights
+    return {
+        "iterate": plan.iterate,
+        "opponent": {str(i): weight for i, weight in weights.items()} or None,
+        "members": plan.members,
+        "token_alpha": plan.token_alpha or None,
+        "token_members": plan.token_members,
+        "rows": len(examples) * plan.rows_per_example,
+        "units": unit_count(plan, examples),
+        "unit_size": plan.unit_size,
+        "cap": plan.cap,
+    }
+
+
+def _known_before(plan: RowPlan, draws: Sequence[RowDraw]) -> dict[str, list[Any]]:
+    """The columns of a unit's rows that are known before any is made."""
+    rows = len(draws)
+    return {
+        "seed": [draw.key for draw in draws],
+        "opponent": [draw.opponent for draw in draws],
+        "members": [list(plan.members)] * rows,
+        "token_alpha": [plan.token_alpha or None] * rows,
+        "token_members": [list(plan.token_members)] * rows,
+    }
 
 
 def _row(

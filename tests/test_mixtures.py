@@ -311,7 +311,7 @@ def test_rows_per_sample_are_one_or_with_union_one_per_member(opponent, union, r
     assert rows_per_sample(opponent, union=union) == rows
 
 
-# ------------------------------------------------------------------------------------------ coupling
+# ----------------------------------------------------------------------------------------- coupling
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import lightning as L
 
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.data.rows import read_manifest, read_rows
+from spin_lightning.data.rows import MANIFEST, read_manifest, read_rows
 from spin_lightning.drawing import NO_ROWS, EarlierRows, RowPlan
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.mixtures import Coupling, Mixture, latest
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies import pretrained
 from spin_lightning.run_folder import RunFolder
-from spin_lightning.synthesis import Synthesis, Timing, finish
+from spin_lightning.synthesis import Synthesis, Timing, finish, is_finished
 from spin_lightning.types import Example
 
 
@@ -136,8 +136,10 @@ class RowMaker:
         estimate: bool = False,
     ) -> None:
         folder = folder_of(plan.iterate)
-        if read_manifest(folder) is not None:
+        if is_finished(plan, examples, folder):
             return
+        # Rows of another plan, of an alpha that was changed, say, are made anew.
+        (folder / MANIFEST).unlink(missing_ok=True)
         before = folder_of(plan.iterate - 1)
         is_there = plan.iterate > 0 and (plan.coupling or read_manifest(before))
         earlier = EarlierRows(read_rows(before)) if is_there else NO_ROWS

@@ -119,17 +119,17 @@ def write_part(folder: Path, unit: int, rows: Sequence[Row]) -> None:
     replace_synced(temporary, path)
 
 
-def part_matches(folder: Path, unit: int, keys: Sequence[int]) -> bool:
-    """Whether a unit's part is there, whole, with just the rows of these keys."""
+def part_matches(folder: Path, unit: int, expected: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether a unit's part is there, whole, with these values in some of its columns."""
     path = part_path(folder, unit)
     if not path.exists():
         return False
     try:
         # All of it, since a part may be torn anywhere.
-        seeds = pq.read_table(path, schema=SCHEMA)["seed"]
+        table = pq.read_table(path, schema=SCHEMA)
     except (pa.ArrowException, OSError):
         return False
-    return bool(seeds.to_pylist() == list(keys))
+    return all(table[name].to_pylist() == list(values) for name, values in expected.items())
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:

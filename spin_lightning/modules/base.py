@@ -430,8 +430,11 @@ class SelfPlayModule(L.LightningModule, ABC):
                 self.schedule_epochs >= self.epochs_per_iterate,
                 f"at least epochs_per_iterate ({self.epochs_per_iterate})",
             ),
-            "weight_decay": (self.weight_decay >= 0, "a number >= 0"),
-            "real_nll_weight": (self.real_nll_weight >= 0, "a number >= 0; 0 for no anchor"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a number >= 0"),
+            "real_nll_weight": (
+                0 <= self.real_nll_weight < math.inf,
+                "a number >= 0; 0 for no anchor",
+            ),
         }
         for name, (valid, fix) in checks.items():
             if not valid:

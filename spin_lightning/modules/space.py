@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -48,7 +49,7 @@ class SPACE(SelfPlayModule):
     ) -> None:
         """Keep the settings."""
         super().__init__(beta=None, loss=None, **kwargs)
-        if not ratio > 0:
+        if not 0 < ratio < math.inf:
             raise SettingError("ratio", ratio, "out of range", fix="give a number > 0")
         self.ratio = ratio
         self.alpha = alpha

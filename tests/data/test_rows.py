@@ -132,19 +132,19 @@ def test_part_alone_is_left_where_it_was_written(tmp_path):
 )
 def test_part_matches_just_its_own_keys_in_their_order(keys, matches, tmp_path):
     write_part(tmp_path, 0, keyed(5, -6))
-    assert part_matches(tmp_path, 0, keys) is matches
+    assert part_matches(tmp_path, 0, {"seed": keys}) is matches
 
 
 def test_part_that_is_not_there_matches_nothing(tmp_path):
     write_part(tmp_path, 0, keyed(5))
-    assert not part_matches(tmp_path, 1, [5])
+    assert not part_matches(tmp_path, 1, {"seed": [5]})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.002, 0.5, 0.99])
 def test_part_torn_counts_as_absent(share, tmp_path):
     write_part(tmp_path, 0, keyed(5, -6))
     torn(part_path(tmp_path, 0), share)
-    assert not part_matches(tmp_path, 0, [5, -6])
+    assert not part_matches(tmp_path, 0, {"seed": [5, -6]})
 
 
 # ------------------------------------------------------------------------ manifest

@@ -23,7 +23,6 @@ from tests.toy_policy import (
     RESPONSES,
     TOKENS,
     ToyPolicy,
-    language,
     make_batch,
     make_rows,
     over_language,
@@ -208,9 +207,7 @@ def test_variant_at_its_limit_is_another(one, other, reference, tmp_path):
 )
 def test_mixture_of_identical_iterates_is_the_single_iterate(variant, settings, loss, tmp_path):
     same = [ITERATES[1]] * (T + 1)
-    assert_same(
-        built(variant, same, loss=loss, **settings), built(SPIN, same, loss=loss), tmp_path
-    )
+    assert_same(built(variant, same, loss=loss, **settings), built(SPIN, same, loss=loss), tmp_path)
 
 
 @pytest.mark.parametrize("mixture", ["sequence", "token"])
@@ -280,9 +277,7 @@ def test_reference_previous_is_that_of_history_one_while_the_history_generates(
         (SPACE, {"alpha": 0.3}, lambda: mean_pulled_density([3], 0.3)),
     ],
 )
-def test_reference_is_the_brute_force_density_and_sums_to_one(
-    variant, settings, density, tmp_path
-):
+def test_reference_is_the_brute_force_density_and_sums_to_one(variant, settings, density, tmp_path):
     found = reference_over_language(make_batch(built(variant, **settings), tmp_path))
     assert_close(found, density(), **close)
     assert_close(found.exp().sum(-1), torch.ones(2, dtype=torch.float64), **close)
@@ -417,9 +412,7 @@ def test_ipo_is_least_at_a_margin_of_one_over_two_beta(beta):
 @pytest.mark.parametrize(
     ("variant", "settings"), [(SPIN, {}), (AlphaSPIN, {"alpha": 0.3, "history": 2})]
 )
-def test_gradient_is_that_of_finite_differences_of_the_objective(
-    variant, settings, loss, tmp_path
-):
+def test_gradient_is_that_of_finite_differences_of_the_objective(variant, settings, loss, tmp_path):
     policy = 0.1 * some_table(9) + 0.9 * ITERATES[T]  # near the reference: no kink of the hinge
     _, gradient = value_and_gradient(
         built(variant, policy=policy, loss=loss, **settings), tmp_path / "here"
