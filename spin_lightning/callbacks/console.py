@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,6 +46,20 @@ def show_iterates(records: Sequence[Mapping[str, Any]]) -> None:
     console.print(head, style="bold")
     for record in records[-_LINES_SHOWN:]:
         console.print(_line(record))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show nothing inside the block: many runs in a row have only their results to tell."""
+    log = logging.getLogger("lightning.pytorch")
+    shown, level = console.quiet, log.level
+    console.quiet = True
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        console.quiet = shown
+        log.setLevel(level)
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
