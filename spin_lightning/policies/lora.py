@@ -170,7 +170,7 @@ class LoraPolicy(Policy):
         self._mixed = False
         model = load_base(base, device)
         if activation_checkpointing:
-            model.gradient_checkpointing_enable(
+            model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": recomputing_alike(model.config)}
             )
         # The adapter's start depends on the seed alone, not on what was drawn before.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -20,11 +21,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from spin_lightning.errors import SettingError
 from spin_lightning.losses import logistic
-from spin_lightning.packing import pack_prompts
+from spin_lightning.packing import pack_prompts, pad_prompts
 from spin_lightning.policies.lora import LoraPolicy, LoraSettings
 from spin_lightning.policies.pretrained import BaseModel
-from spin_lightning.policies.shared_prefix import ARCHITECTURES
+from spin_lightning.policies.shared_prefix import ARCHITECTURES, shares_prefixes
 from spin_lightning.types import PromptBatch
 
 SIZES = {
@@ -147,3 +149,175 @@ def test_step_equals_the_padded_one_in_float32(name, folder_of):
     assert fast.shares_prompts
     assert not plain.shares_prompts
     assert_same_step(fast, plain, some_pairs(seed=3), within=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_step_equals_the_padded_one_for_random_lengths(seed, folder_of):
+    base = BaseModel(folder_of("llama_tied"), compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    assert_same_step(fast, plain, some_pairs(seed, count=5 + 3 * seed), within=1e-5)
+
+
+@pytest.mark.parametrize("name", NF4)
+def test_step_equals_the_padded_one_in_4_bits(name, folder_of):
+    base = BaseModel(folder_of(name), quantization="nf4", compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    assert_same_step(fast, plain, some_pairs(seed=3), within=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
+def test_step_in_bfloat16_is_as_near_to_the_exact_one_as_the_padded_is(name, folder_of):
+    """The same rounded weights in float32 are the measure."""
+    batch, found = some_pairs(seed=3), {}
+    for kind, dtype, settings in [
+        ("exact", torch.float32, {"packing": "padded", "fused": False}),
+        ("plain", torch.bfloat16, {"packing": "padded", "fused": False}),
+        ("fast", torch.bfloat16, {}),
+    ]:
+        policy = build(BaseModel(folder_of(name), compute_dtype="bfloat16"), **settings)
+        _, margins, gradients = step(policy.to(dtype) if kind == "exact" else policy, batch)
+        found[kind] = margins, torch.cat([g.float().flatten() for g in gradients.values()])
+    for part in (0, 1):
+        exact, plain, fast = (found[kind][part] for kind in ("exact", "plain", "fast"))
+        rounding = (plain - exact).norm()
+        assert 0 < rounding < 0.2 * exact.norm()
+        assert (fast - exact).norm() < 1.5 * rounding
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_step_with_recomputed_activations_is_the_same(name, folder_of):
+    base = BaseModel(folder_of(name), compute_dtype="float32")
+    batch = some_pairs(seed=3)
+    loss, _, gradients = step(build(base), batch)
+    again, _, recomputed = step(build(base, activation_checkpointing=True), batch)
+    assert torch.equal(loss, again)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-6)
+
+
+def test_recomputed_activations_save_memory(folder_of):
+    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    kept = [
+        saved_bytes(build(base, activation_checkpointing=on), some_pairs(3)) for on in (False, True)
+    ]
+    assert kept[1] < kept[0] / 2
+
+
+def test_memory_of_a_step_grows_with_the_number_of_pairs_alone(folder_of):
+    """What the backward pass needs at 4, 8, 16 and 32 pairs: the slopes are those of 4 to 8."""
+    policy = build(BaseModel(folder_of("mistral_window"), compute_dtype="float32"))
+    prompt, real, generated = ([5] * n for n in (20, 12, 9))
+    kept = [
+        saved_bytes(policy, pack_prompts([prompt] * n, [(real, generated)] * n))
+        for n in (4, 8, 16, 32)
+    ]
+    slopes = [(b - a) / n for a, b, n in zip(kept, kept[1:], (4, 8, 16), strict=False)]
+    assert max(slopes) < 1.15 * min(slopes)
+
+
+def saved_bytes(policy: LoraPolicy, batch: PromptBatch) -> int:
+    """Bytes that wait for the backward pass, each storage counted once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    sizes: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy.prompt_logps(batch)
+    return sum(sizes.values())
+
+
+# ------------------------------------------------------------------------------ any responses
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
+def test_prompts_with_any_number_of_responses_are_scored_as_each_response_alone(name, folder_of):
+    policy = build(BaseModel(folder_of(name), compute_dtype="float32"))
+    prompts = [[5, 6, 7], [8], [9] * 12]
+    responses = [[[11, 2]], [[12], [13, 14, 15], [12, 16, 2]], [[17] * 9, [18, 2]]]
+    with torch.no_grad():
+        together = policy.prompt_logps(pack_prompts(prompts, responses))
+        alone = [
+            policy.prompt_logps(pack_prompts([prompt], [[response]]))
+            for prompt, group in zip(prompts, responses, strict=True)
+            for response in group
+        ]
+    assert together.dtype == torch.float64
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def test_a_response_does_not_see_its_neighbour(folder_of):
+    policy = build(BaseModel(folder_of("llama"), compute_dtype="float32"))
+    with torch.no_grad():
+        first, second = (
+            policy.prompt_logps(pack_prompts([[5, 6]], [[[7, 8, 2], other]]))
+            for other in ([9, 10], [11, 12, 13])
+        )
+    assert first[0].item() == pytest.approx(second[0].item(), abs=1e-6)
+    assert first[1].item() != pytest.approx(second[1].item(), abs=1e-2)
+
+
+def test_model_attends_as_before_after_a_packed_pass_also_one_that_fails(folder_of):
+    policy = build(BaseModel(folder_of("llama"), compute_dtype="float32"))
+    policy.prompt_logps(some_pairs(3))
+    assert policy.model.config._attn_implementation == "sdpa"
+    with pytest.raises(IndexError):
+        policy.prompt_logps(pack_prompts([[5]], [[[999]]]))
+    assert policy.model.config._attn_implementation == "sdpa"
+
+
+# ------------------------------------------------------------------------------ heads
+
+
+@pytest.mark.parametrize("head", ["adapted", "trained"])
+def test_head_that_is_not_frozen_gets_its_gradient(head, folder_of):
+    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    settings = LoraSettings(r=4, target_modules=("q_proj", "lm_head"))
+    fast = build(base, settings if head == "adapted" else None)
+    plain = build(base, settings if head == "adapted" else None, packing="padded", fused=False)
+    if head == "trained":
+        for policy in (fast, plain):
+            policy.model.get_output_embeddings().weight.requires_grad_(True)
+    assert_same_step(fast, plain, some_pairs(3), within=1e-5)
+    weights = [policy.model.get_output_embeddings().weight.grad for policy in (fast, plain)]
+    if head == "trained":
+        torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------ the setting
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory) -> BaseModel:
+    """A model whose attention knows of no positions to restart."""
+    folder = tmp_path_factory.mktemp("bloom")
+    config = BloomConfig(vocab_size=96, hidden_size=64, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return BaseModel(str(folder), compute_dtype="float32")
+
+
+def test_packing_auto_pads_for_an_architecture_that_is_not_known(unknown):
+    policy = build(unknown, LoraSettings(r=2, target_modules=("query_key_value",)))
+    assert not policy.shares_prompts
+    batch = some_pairs(3)
+    torch.testing.assert_close(
+        policy.prompt_logps(batch), policy.logps(pad_prompts(batch)), atol=0, rtol=0
+    )
+
+
+def test_packing_shared_is_refused_for_an_architecture_that_is_not_known(unknown):
+    with pytest.raises(SettingError, match=r"packing='shared'.*'bloom'.*Fix: set packing: auto"):
+        shares_prefixes(unknown, "shared")
+
+
+@pytest.mark.parametrize(
+    ("packing", "shared"), [("auto", True), ("shared", True), ("padded", False)]
+)
+def test_packing_of_a_known_architecture_is_as_it_is_set(packing, shared, folder_of):
+    assert shares_prefixes(BaseModel(folder_of("gpt2")), packing) == shared
