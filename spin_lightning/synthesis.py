@@ -18,13 +18,15 @@ from spin_lightning.drawing import NO_ROWS, EarlierRows, RowDraw, RowPlan, Score
 from spin_lightning.errors import SpinError
 from spin_lightning.fingerprint import differences
 from spin_lightning.generation.base import Generator, Request, Response
-from spin_lightning.packing import group_by_length, pack_padded
+from spin_lightning.packing import group_by_length, pack_prompts
 from spin_lightning.policies.base import Policy
 from spin_lightning.types import Example, Row
 
-# The head's logits are the largest thing in a scoring pass: at most 2^27 floats of them at once.
+# The head's logits are the largest thing in a padded scoring pass: at most 2^27 floats of them at
+# once. With shared prompts they come in small chunks, and a batch only has to fill the device.
 _SCORING_LOGITS = 1 << 27
 _MOST_SCORING_TOKENS = 1 << 14
+_SHARED_TOKENS = 1 << 13
 
 
 class Reporter(Protocol):
@@ -67,13 +69,11 @@ class Synthesis:
     Attributes:
         policy: Whose iterates answer and score.
         generator: How responses are sampled.
-        pad_id: Any valid id; padded columns are masked.
         vocabulary: Size of the model's head, which bounds a scoring batch.
     """
 
     policy: Policy
     generator: Generator
-    pad_id: int
     vocabulary: int
 
     def make(
@@ -156,20 +156,37 @@ class Synthesis:
 
     def _score(self, scorers: Sequence[Scorer], sequences: Sequence[Scored]) -> None:
         """Fill in log p(response | prompt) under every scorer, where it is not known yet."""
-        budget = max(1, min(_MOST_SCORING_TOKENS, _SCORING_LOGITS // self.vocabulary))
         for scorer in scorers:
             unknown = [s for s in sequences if scorer not in s.logps]
-            if not unknown:
+            for s in unknown:
+                s.logps[scorer] = 0.0  # what a response without tokens keeps
+            written = [s for s in unknown if s.response_ids]
+            if not written:
                 continue
-            lengths = [len(s.prompt_ids) + len(s.response_ids) for s in unknown]
             with self.policy.at(*scorer):
-                for group in group_by_length(lengths, budget):
-                    batch = [unknown[i] for i in group]
-                    packed = pack_padded(
-                        [s.prompt_ids for s in batch], [s.response_ids for s in batch], self.pad_id
+                for groups in self._scoring_batches(written):
+                    packed = pack_prompts(
+                        [group[0].prompt_ids for group in groups],
+                        [[s.response_ids for s in group] for group in groups],
                     )
-                    for s, logp in zip(batch, self.policy.logps(packed).tolist(), strict=True):
+                    logps = self.policy.prompt_logps(packed).tolist()
+                    scored = (s for group in groups for s in group)
+                    for s, logp in zip(scored, logps, strict=True):
                         s.logps[scorer] = logp
+
+    def _scoring_batches(self, sequences: Sequence[Scored]) -> Iterator[list[list[Scored]]]:
+        """Responses grouped by their prompt where the policy can share it, in batches."""
+        if self.policy.shares_prompts:
+            by_prompt: dict[tuple[int, ...], list[Scored]] = {}
+            for s in sequences:
+                by_prompt.setdefault(s.prompt_ids, []).append(s)
+            groups, budget = list(by_prompt.values()), _SHARED_TOKENS
+        else:
+            groups = [[s] for s in sequences]
+            budget = max(1, min(_MOST_SCORING_TOKENS, _SCORING_LOGITS // self.vocabulary))
+        lengths = [len(g[0].prompt_ids) + sum(len(s.response_ids) for s in g) for g in groups]
+        for batch in group_by_length(lengths, budget):
+            yield [groups[i] for i in batch]
 
 
 def finish(

@@ -33,7 +33,7 @@ def synthesis(tiny_base, adapters, tmp_path_factory) -> Synthesis:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
     policy.use_bank({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
     generator = LocalGenerator(load_config(tiny_base), (STOP,), 0, GenerationSettings())
-    return Synthesis(policy, generator, pad_id=0, vocabulary=24)
+    return Synthesis(policy, generator, vocabulary=24)
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ class RowMaker:
         generator = LocalGenerator(
             config, text_format.stop_ids, text_format.pad_id, module.generation
         )
-        return Synthesis(module.policy, generator, text_format.pad_id, module.vocabulary)
+        return Synthesis(module.policy, generator, module.vocabulary)
 
     def _announce(self, plan: RowPlan, rows: int) -> None:
         """Say how long the run will take, from its first work unit; a dry run ends here."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.types import SequenceBatch
+from spin_lightning.packing import pad_prompts
+from spin_lightning.types import PromptBatch, SequenceBatch
 
 
 class Policy(nn.Module, ABC):
@@ -31,6 +32,18 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def logps(self, batch: SequenceBatch) -> Tensor:
         """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for all its responses by whoever acts now."""
+        return False
+
+    def prompt_logps(self, batch: PromptBatch) -> Tensor:
+        """log p(y|x) of each response under whoever acts now, nats, float64, shape [responses].
+
+        Plainly: every response as a padded sequence of its own.
+        """
+        return self.logps(pad_prompts(batch))
 
     @abstractmethod
     def at(self, iterate: int, token_alpha: float = 0.0) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import file_hash
 from spin_lightning.logps import response_logps
+from spin_lightning.policies import fused_lora, shared_prefix
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.pretrained import (
     BaseModel,
@@ -30,9 +31,10 @@ from spin_lightning.policies.pretrained import (
     load_config,
     skeleton,
 )
+from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
 from spin_lightning.run_folder import write_json
-from spin_lightning.types import SequenceBatch
+from spin_lightning.types import PromptBatch, SequenceBatch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -51,8 +53,10 @@ class LoraSettings:
     def peft_config(self, base: BaseModel) -> peft.LoraConfig:
         """The same as PEFT takes it."""
         targets = self.target_modules
+        turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
         return peft.LoraConfig(
             r=self.r,
+            fan_in_fan_out=turned,  # which PEFT would set by itself, with a warning
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
@@ -140,6 +144,8 @@ class LoraPolicy(Policy):
         activation_checkpointing: Recompute activations in the backward pass to save memory.
         device: Where to load the base.
         seed: Seed of a fresh adapter's random half.
+        packing: Whether a prompt is computed once for all its responses.
+        fused: Whether LoRA layers take the fused pass.
     """
 
     model: peft.PeftModel
@@ -152,15 +158,21 @@ class LoraPolicy(Policy):
         activation_checkpointing: bool = False,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        packing: Packing = "auto",
+        fused: bool = True,
     ) -> None:
         """Load the base and put the trained adapter on it."""
         super().__init__()
         self.base = base
+        self._shares_prefixes = shared_prefix.shares_prefixes(base, packing)
         self._bank: dict[int, Path] = {}
         self._acting: int | None = None
+        self._mixed = False
         model = load_base(base, device)
         if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": recomputing_alike(model.config)}
+            )
         # The adapter's start depends on the seed alone, not on what was drawn before.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -173,6 +185,8 @@ class LoraPolicy(Policy):
             )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(f".{_TRAINED}." in name)
+        if fused:
+            fused_lora.fuse(self.model, in_4_bits=base.quantization == "nf4")
         # Dropout of the base is off in its config, so this is about LoRA's dropout alone (and
         # checkpointing, which works in training mode only).
         self.train()
@@ -189,6 +203,19 @@ class LoraPolicy(Policy):
     def logps(self, batch: SequenceBatch) -> Tensor:
         """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
         return response_logps(self.model, batch.to(self.device))
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for all its responses by whoever acts now."""
+        # A token-level mixture doubles its batch on the way in and meets before the head.
+        return self._shares_prefixes and not self._mixed
+
+    def prompt_logps(self, batch: PromptBatch) -> Tensor:
+        """log p(y|x) of each response under whoever acts now, nats, float64, shape [responses]."""
+        if not self.shares_prompts:
+            return super().prompt_logps(batch)
+        # The adapter is part of the layers: PEFT's wrapper only adds what a mixed batch needs.
+        return shared_prefix.prompt_logps(self.model.get_base_model(), batch.to(self.device))
 
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained adapter as PEFT reads it; return the SHA-256 of each file."""
@@ -226,15 +253,15 @@ class LoraPolicy(Policy):
         try:
             adapter = self._load(iterate)
             # Iterate 0 is the base, whatever it is mixed with the base by.
-            mixed = token_alpha > 0 and iterate != 0
-            base_adapter = (self._load(0) or BARE) if mixed else None
+            self._mixed = token_alpha > 0 and iterate != 0
+            base_adapter = (self._load(0) or BARE) if self._mixed else None
             self.eval()
             if adapter is not None:
                 self.model.set_adapter(adapter)
             with torch.no_grad(), self._acting_as(adapter, base_adapter, token_alpha):
                 yield
         finally:
-            self._acting = None
+            self._acting, self._mixed = None, False
             self.model.set_adapter(_TRAINED)
             for parameter, requires_grad in grads:
                 parameter.requires_grad_(requires_grad)
