@@ -18,9 +18,6 @@ from spin_lightning.keyed import position_uniforms
 from spin_lightning.logps import forward_arguments
 from spin_lightning.policies.base import Seats
 
-# Finished rows are taken out of the batch when at most this share is still being written.
-_COMPACT_BELOW = 0.75
-
 
 class Written:
     """What n rows have written so far.
@@ -104,7 +101,7 @@ class Decoder:
             left = int(going_on.sum())
             if not left:
                 break
-            if left <= _COMPACT_BELOW * len(going_on) and not self.alike:
+            if left < len(going_on) and not self.alike:
                 batch.keep(going_on)
                 tokens = tokens[going_on]
             batch.step(tokens, self._next_logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -56,9 +57,10 @@ class PreallocatedLayer(DynamicLayer):
         return self._filled
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, at the front of the same memory."""
+        """Make some rows, each once, the rows of the cache; only those that move are copied."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)
         for memory in self._memory:
-            memory[: len(indices), :, : self._filled] = memory[indices, :, : self._filled]
+            memory[moved, :, : self._filled] = memory[indices[moved], :, : self._filled]
         self._rows = len(indices)
         self._show()
 

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.kv_cache import PreallocatedCache
 from spin_lightning.packing import group_by_length, pad_left
-from spin_lightning.policies.base import Actor, Seats
+from spin_lightning.policies.base import Seats
 
 # Logits after the last column, shape [n, vocabulary], from ids, mask, positions and a cache.
 NextLogits = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
@@ -28,9 +28,7 @@ class Batch:
 
     Attributes:
         seats: Who acts in which row.
-        actors: Who acts in each of k rows.
-        rows: Which of the requests each row answers, int64, shape [k].
-        lanes: Which row each row of the cache belongs to, int64.
+        rows: Which of the requests each of k rows answers, int64, shape [k].
         cache: Keys and values of all columns so far.
         logits: After the last column, shape [k, vocabulary].
         mask: 1 where a column holds a token or will hold one, int64, shape [k, all columns].
@@ -39,9 +37,7 @@ class Batch:
     """
 
     seats: Seats
-    actors: list[Actor]
     rows: Tensor
-    lanes: Tensor
     cache: Cache
     logits: Tensor
     mask: Tensor
@@ -50,12 +46,9 @@ class Batch:
 
     def keep(self, staying: Tensor) -> None:
         """Go on with the rows for which `staying`, bool of shape [k], is true."""
-        self.cache.batch_select_indices(staying[self.lanes].nonzero().squeeze(-1))
+        self.cache.batch_select_indices(self.seats.keep(staying))
         self.rows, self.mask = self.rows[staying], self.mask[staying]
         self.positions = self.positions[staying]
-        pairs = zip(self.actors, staying.tolist(), strict=True)
-        self.actors = [actor for actor, stays in pairs if stays]
-        self.lanes = self.seats.take(self.actors)
 
     def step(self, tokens: Tensor, next_logits: NextLogits) -> None:
         """Read one token per row, int64, shape [k]."""
@@ -81,12 +74,13 @@ def read_prompts(
         The batch, with room for what is to be written.
     """
     prompts = list(dict.fromkeys((r.prompt_ids, r.actor) for r in requests))
-    batch = _unread(requests, seats)
-    device = batch.rows.device
+    lanes = seats.take([request.actor for request in requests])
+    batch = _unread(requests, seats, lanes.device)
+    device = lanes.device
     number = {prompt: i for i, prompt in enumerate(prompts)}
     prompt_of = torch.tensor([number[r.prompt_ids, r.actor] for r in requests], device=device)
-    wanted = (prompt_of[batch.lanes], _is_second(batch.lanes, len(requests)))
-    cache = PreallocatedCache(layers, len(batch.lanes), batch.columns, batch.mask.shape[1])
+    wanted = (prompt_of[lanes], _is_second(lanes, len(requests)))
+    cache = PreallocatedCache(layers, len(lanes), batch.columns, batch.mask.shape[1])
     for group in group_by_length([len(ids) for ids, _ in prompts], _PASS_TOKENS):
         lanes = seats.take([prompts[i][1] for i in group])
         read = DynamicCache()
@@ -103,7 +97,7 @@ def read_prompts(
             batch.logits = logits.new_empty(len(requests), logits.shape[-1])
         batch.logits[own] = logits[sources[own]]
     batch.cache = cache
-    seats.take(batch.actors)
+    seats.take([request.actor for request in requests])
     return batch
 
 
@@ -121,26 +115,22 @@ def read_alike(
     Returns:
         The batch.
     """
-    batch = _unread(requests, seats)
+    device = seats.take([request.actor for request in requests]).device
+    batch = _unread(requests, seats, device)
     batch.cache = DynamicCache(config=config)
-    prompts = _padded([r.prompt_ids for r in requests], 0, batch.rows.device)
+    prompts = _padded([r.prompt_ids for r in requests], 0, device)
     batch.logits = next_logits(*prompts, batch.cache)
     return batch
 
 
-def _unread(requests: Sequence[Request], seats: Seats) -> Batch:
+def _unread(requests: Sequence[Request], seats: Seats, device: torch.device) -> Batch:
     """A batch whose prompts have not been read."""
-    actors = [request.actor for request in requests]
-    lanes = seats.take(actors)
-    device = lanes.device
     lengths = torch.tensor([len(request.prompt_ids) for request in requests], device=device)
     columns = int(lengths.max())
     every = columns + max(request.cap for request in requests)
     return Batch(
         seats=seats,
-        actors=actors,
         rows=torch.arange(len(requests), device=device),
-        lanes=lanes,
         cache=DynamicCache(),
         logits=torch.empty(0, device=device),
         mask=(torch.arange(every, device=device) >= (columns - lengths)[:, None]).long(),

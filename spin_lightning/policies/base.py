@@ -31,6 +31,16 @@ class Seats(Protocol):
             rows that are mixed with the base, ascending, once more.
         """
 
+    def keep(self, staying: Tensor) -> Tensor:
+        """Go on without some rows.
+
+        Args:
+            staying: Which rows stay, in their order, bool, shape [n].
+
+        Returns:
+            The row of the model's cache that is to become each row of it, int64.
+        """
+
 
 class Policy(nn.Module, ABC):
     """A trainable policy p_theta and the bank of its frozen iterates p_0 … p_t.
@@ -113,3 +123,6 @@ class _Alone:
 
     def take(self, actors: Sequence[Actor]) -> Tensor:
         return torch.arange(len(actors), device=self._device).repeat(self._copies)
+
+    def keep(self, staying: Tensor) -> Tensor:
+        return staying.repeat(self._copies).nonzero().squeeze(-1)

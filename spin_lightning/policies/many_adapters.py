@@ -23,7 +23,8 @@ Layout = tuple[tuple[str, int], ...]
 class AdapterSeats:
     """Which adapter each row of a batch sees, and which rows meet the base's before the head.
 
-    A row that is mixed with the base has a second one in the model, which sees the base's adapter.
+    Rows lie in slots of the model's batch and cache: a row has its own, and if it is mixed with the
+    base a second one, in which the base's adapter acts.
 
     Args:
         adapters: Name of each iterate's adapter, None for the bare base. Iterate 0 is among them
@@ -45,44 +46,68 @@ class AdapterSeats:
         return list(self._numbers)
 
     def take(self, actors: Sequence[Actor]) -> Tensor:
-        """Say who acts in each row from now on; return the row of each row in the model."""
+        """Say who acts in each row from now on; return the row of each slot."""
         mixed = [row for row, (i, alpha) in enumerate(actors) if alpha > 0 and i != 0]
         seated = [self._adapters[i] for i, _ in actors] + [self._adapters[0] for _ in mixed]
         numbers = [-1 if name is None else self._numbers[name] for name in seated]
-        device = self._device
-        self._rows, self._seated = len(actors), torch.tensor(numbers, device=device)
-        self._mixed = torch.tensor(mixed, dtype=torch.long, device=device)
-        self._alphas = torch.tensor([actors[row][1] for row in mixed], device=device)
-        self._lanes = torch.cat([torch.arange(self._rows, device=device), self._mixed])
+        slots = torch.arange(len(seated), device=self._device)
+        self._row = torch.tensor([*range(len(actors)), *mixed], device=self._device).long()
+        self._adapter = torch.tensor(numbers, device=self._device)
+        self._is_second = slots >= len(actors)
+        self._alpha = torch.tensor([alpha for _, alpha in actors], device=self._device)
+        self._look_up()
+        return self._row
+
+    def keep(self, staying: Tensor) -> Tensor:
+        """Go on with some rows; return the slot that is to become each slot.
+
+        Slots that become free are filled from the end, so that few of them move.
+        """
+        stays = staying[self._row]
+        order = torch.arange(int(stays.sum()), device=self._device)
+        order[~stays[: len(order)]] = stays[len(order) :].nonzero().squeeze(-1) + len(order)
+        self._row = (staying.cumsum(0) - 1)[self._row[order]]
+        self._adapter, self._is_second = self._adapter[order], self._is_second[order]
+        self._alpha = self._alpha[staying]
+        self._look_up()
+        return order
+
+    def _look_up(self) -> None:
+        second, own = self._is_second.nonzero().squeeze(-1), (~self._is_second).nonzero()
+        self._own = torch.empty_like(own).squeeze(-1)  # slot of each row
+        self._own[self._row[~self._is_second]] = own.squeeze(-1)
+        self._second, self._mixed = second, self._row[second]  # slots and their rows
+        self._is_plain = len(second) == 0 and bool((own.squeeze(-1) == self._own).all())
         self._masks: dict[Layout, Tensor] = {}
-        return self._lanes
 
     def mask(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """1 where a row sees a hidden unit of a layer, shape [rows in the model, 1, units]."""
+        """1 where a slot sees a hidden unit of a layer, shape [slots, 1, units]."""
         if layout not in self._masks:
             owners = [self._numbers[name] for name, rank in layout for _ in range(rank)]
             units = torch.tensor(owners, device=self._device)
-            self._masks[layout] = (self._seated[:, None] == units)[:, None].to(dtype)
+            self._masks[layout] = (self._adapter[:, None] == units)[:, None].to(dtype)
         return self._masks[layout]
 
     def spread(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the model, from those of the rows."""
-        if not len(self._mixed):
+        """Inputs of the slots, from those of the rows."""
+        if self._is_plain:
             return inputs
         return {
-            name: value.index_select(0, self._lanes) if isinstance(value, Tensor) else value
+            name: value.index_select(0, self._row) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
 
     def meet(self, values: Tensor) -> Tensor:
-        """Hidden states or logits of the rows, from those of the rows in the model."""
-        if not len(self._mixed):
-            return values
-        own, base = values[: self._rows], values[self._rows :]
-        alphas = self._alphas.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-        if len(self._mixed) == self._rows:
-            return torch.lerp(own, base, alphas)
-        return own.index_copy(0, self._mixed, torch.lerp(own[self._mixed], base, alphas))
+        """Hidden states or logits of the rows, from those of the slots."""
+        if self._is_plain:
+            # A slice of the last columns, which a product would take row by row.
+            return values.contiguous()
+        own = values.index_select(0, self._own)
+        if not len(self._second):
+            return own
+        alpha = self._alpha[self._mixed].to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        met = torch.lerp(own[self._mixed], values[self._second], alpha)
+        return own.index_copy(0, self._mixed, met)
 
 
 @contextmanager
@@ -158,7 +183,8 @@ def _is_plain(layer: BaseTunerLayer, names: Sequence[str]) -> bool:
 
 def _concatenated(layer: Any, seats: AdapterSeats) -> Callable[..., Tensor]:
     """The forward of a layer with all adapters at once."""
-    base: Callable[..., Tensor] = layer.base_layer
+    # Not the module itself, which would become a child of the layer.
+    base: Callable[..., Tensor] = layer.base_layer.__call__
     names = [name for name in seats.names if name in layer.lora_A]
     if not names:
         return base
