@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_lightning.data.rows import part_matches, read_manifest, write_manifest, write_part
+from spin_lightning.data.rows import (
+    part_matches,
+    read_deviations,
+    read_manifest,
+    write_manifest,
+    write_part,
+)
 from spin_lightning.drawing import NO_ROWS, EarlierRows, RowDraw, RowPlan, Scorer, unit_count, units
 from spin_lightning.errors import SpinError
 from spin_lightning.fingerprint import differences
@@ -109,7 +115,8 @@ class Synthesis:
                 report.advance("generating", len(draws), 0.0)
                 report.advance("scoring", len(draws), 0.0)
             else:
-                write_part(folder, unit, self._unit(plan, draws, earlier, report))
+                rows = self._unit(plan, draws, earlier, report)
+                write_part(folder, unit, rows, self.generator.deviations)
             yield unit
 
     def _unit(
@@ -199,7 +206,9 @@ def finish(
     """
     if not examples:
         raise SpinError(f"there are no examples to make rows of in {folder}", fix="give more data")
-    write_manifest(folder, {**fields, **_manifest_of(plan, examples)})
+    own = _manifest_of(plan, examples)
+    deviations = read_deviations(folder, own["units"])
+    write_manifest(folder, {**fields, **own, **({"deviations": deviations} if deviations else {})})
 
 
 def is_finished(plan: RowPlan, examples: Sequence[Example], folder: Path) -> bool:
