@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import ours, peer
 from benchmarks.measure import in_subprocess, peak_mb
-from benchmarks.setup import Setup, be_quiet, parser, setup_of
+from benchmarks.setup import Setup, parser, quiet, setup_of
 from benchmarks.workload import batches_of
 
 _SIDES: dict[str, Any] = {"ours": ours.Step, "trl": peer.Step}
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("side", choices=tuple(_SIDES))
     options.add_argument("workload", choices=("A", "B"))
     parsed = options.parse_args(arguments)
-    be_quiet()
-    peak = measure(setup_of(parsed), parsed.side, parsed.workload)
+    with quiet():
+        peak = measure(setup_of(parsed), parsed.side, parsed.workload)
     print(json.dumps({"peak_mb": peak}))
 
 

@@ -43,7 +43,7 @@ def make_module(
         str(setup.base),
         quantization=quantization,
         initial_adapter=None if adapter is None else str(adapter),
-        compute_dtype=str(setup.dtype).removeprefix("torch."),
+        compute_dtype=setup.dtype_name,
         learning_rate=LEARNING_RATE,
         beta=BETA,
         **settings,

@@ -1,8 +1,8 @@
 """The other side: TRL's DPOTrainer and transformers' `generate`, as fast as they can be set.
 
-TRL: no mixed precision and no recomputation on a CPU (its defaults there are many times slower),
-reference log-probs computed before, and the head on response tokens only, which it does by itself
-on GPUs alone and is patched in for the rest.
+TRL: no recomputation, no mixed precision where all is float32 (its defaults on a CPU are many times
+slower), reference log-probs computed before, and the head on response tokens only, which it does by
+itself on GPUs alone and is patched in for the rest.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def make_trainer(
 ) -> Any:
     """A DPOTrainer at its best; making it computes the reference log-probs of the pairs.
 
-    TRL rounds the adapter of a quantised base to bfloat16. That is undone: it is another adapter
-    then, and on a CPU a slower one.
+    TRL rounds the adapter of a quantised base to bfloat16. In float32 that is undone, for it is
+    another adapter then.
     """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -144,7 +144,7 @@ def make_trainer(
         beta=BETA,
         precompute_ref_log_probs=True,
         max_length=None,
-        bf16=False,
+        bf16=setup.dtype == torch.bfloat16,
         gradient_checkpointing=False,
         use_cpu=setup.device == "cpu",
         dataloader_pin_memory=setup.device == "cuda",
@@ -161,7 +161,7 @@ def make_trainer(
             processing_class=AutoTokenizer.from_pretrained(setup.base),
         )
     for name, parameter in model.named_parameters():
-        if name in adapter:
+        if name in adapter and setup.dtype == torch.float32:
             parameter.data = adapter[name]
     return trainer
 

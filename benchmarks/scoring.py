@@ -75,7 +75,7 @@ def _reservoir(setup: Setup) -> Figure:
 
     Of N rows, those of iterate t need N / (t + 1) new responses where the rest is kept.
     """
-    tiny = Setup("tiny", "cpu", setup.out, tiny=True)
+    tiny = Setup("tiny", "cpu", "float32", setup.out, tiny=True)
     rows = 20 if setup.tiny else _COUNTED_ROWS
     scoring = _scoring(tiny, tiny.workload("A").pairs(rows, tiny.vocabulary))
     answers = scoring.synthesis.generator

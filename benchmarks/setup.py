@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning
 import torch
-import transformers
+from transformers.utils import logging as hf_logging
 
 from benchmarks.measure import Figure, machine, publish
 from benchmarks.workload import SIZES, WORKLOADS, Workload, base_model
@@ -24,19 +24,22 @@ class Setup:
     Attributes:
         size: Name of the model in `workload.SIZES`.
         device: cpu or cuda.
+        dtype_name: In what the base computes: float32 or bfloat16.
         out: Where models, runs and results go.
         tiny: Whether it is to show only that it runs: few, short pairs.
     """
 
     size: str
     device: str
+    dtype_name: str
     out: Path
     tiny: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what the base computes."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
+        """`dtype_name` as torch knows it."""
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def vocabulary(self) -> int:
@@ -46,7 +49,7 @@ class Setup:
     @property
     def base(self) -> Path:
         """Folder of the base model."""
-        return base_model(self.size, self.dtype, self.out / "models")
+        return base_model(self.size, self.dtype, self.out / "models", self.device)
 
     def workload(self, name: str) -> Workload:
         """Workload A or B; short pairs in a tiny run."""
@@ -59,8 +62,9 @@ class Setup:
     @property
     def arguments(self) -> list[str]:
         """The command line that gives this setup."""
-        words = ["--size", self.size, "--device", self.device, "--out", str(self.out)]
-        return [*words, "--tiny"] if self.tiny else words
+        named = {"size": self.size, "device": self.device, "dtype": self.dtype_name}
+        words = [word for name, value in named.items() for word in (f"--{name}", value)]
+        return [*words, "--out", str(self.out), *(["--tiny"] if self.tiny else [])]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -68,6 +72,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--size", choices=tuple(SIZES), help="default: 22m, on a GPU 1b")
+    options.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16"
+    )
     options.add_argument("--out", type=Path, default=Path("runs/bench"))
     options.add_argument(
         "--tiny", action="store_true", help="the smallest sizes, to see that it runs"
@@ -77,9 +84,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def setup_of(options: argparse.Namespace) -> Setup:
     """What the options say."""
-    usual = "1b" if options.device == "cuda" else "22m"
-    size = options.size or ("tiny" if options.tiny else usual)
-    return Setup(size, options.device, options.out, options.tiny)
+    size, dtype = ("1b", "bfloat16") if options.device == "cuda" else ("22m", "float32")
+    return Setup(
+        options.size or ("tiny" if options.tiny else size),
+        options.device,
+        options.dtype or dtype,
+        options.out,
+        options.tiny,
+    )
 
 
 def benchmark(
@@ -90,20 +102,29 @@ def benchmark(
 ) -> list[Figure]:
     """Run a benchmark from its command line, print its figures as they come, write them down."""
     setup = setup_of(parser(description).parse_args(arguments))
-    be_quiet()
     figures = []
-    for figure in run(setup):
-        print(figure.line(judged=not setup.tiny), flush=True)
-        figures.append(figure)
-    about = {"size": setup.size, "tiny": setup.tiny, "machine": machine(setup.device)}
+    with quiet():
+        for figure in run(setup):
+            print(figure.line(judged=not setup.tiny), flush=True)
+            figures.append(figure)
+    about = {"size": setup.size, "dtype": setup.dtype_name, "tiny": setup.tiny}
+    about["machine"] = machine(setup.device)
     publish(name, figures, setup.out, about)
     return figures
 
 
-def be_quiet() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Silence libraries whose advice is about other things than speed."""
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    assert lightning.__version__  # the loggers above are set up by its import
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels, verbosity = [logger.level for logger in loggers], hf_logging.get_verbosity()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        hf_logging.set_verbosity_error()
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        hf_logging.set_verbosity(verbosity)

@@ -14,7 +14,7 @@ from benchmarks.workload import SIZES, batches_of
 from spin_lightning.data.dataset import Pair
 
 # Both sides compute the same loss, or one of them does not do the work.
-_SAME_LOSS = 1e-3
+_SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def run(setup: Setup) -> Iterator[Figure]:
@@ -64,7 +64,7 @@ def _check_same_loss(
 ) -> None:
     """Refuse to compare two steps that do not compute the same thing."""
     mine, theirs = (float(step.loss(batch).detach()) for step in (our_step, their_step))
-    tolerance = _SAME_LOSS if setup.device == "cpu" else 0.1
+    tolerance = _SAME_LOSS[setup.dtype_name]
     if abs(mine - theirs) > tolerance * max(1.0, abs(theirs)):
         raise RuntimeError(f"the two sides differ: loss {mine} here, {theirs} in TRL")
 

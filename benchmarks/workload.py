@@ -140,7 +140,7 @@ def words_of(ids: Sequence[int]) -> str:
     return " ".join(f"w{i}" for i in ids if i != STOP)
 
 
-def base_model(size: str, dtype: torch.dtype, folder: Path) -> Path:
+def base_model(size: str, dtype: torch.dtype, folder: Path, device: str = "cpu") -> Path:
     """A folder with a model of random weights and its tokenizer; made where it is not there yet."""
     path = folder / f"{size}-{str(dtype).removeprefix('torch.')}"
     if (path / "tokenizer.json").exists():
@@ -154,7 +154,7 @@ def base_model(size: str, dtype: torch.dtype, folder: Path) -> Path:
         eos_token_id=STOP,
         dtype=dtype,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         LlamaForCausalLM._from_config(config, dtype=dtype).save_pretrained(path)
     _tokenizer(sizes["vocab_size"]).save_pretrained(path)

@@ -35,7 +35,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def setup(out: Path) -> Setup:
-    return Setup("tiny", "cpu", out, tiny=True)
+    return Setup("tiny", "cpu", "float32", out, tiny=True)
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda module: module.__name__)
@@ -50,6 +50,12 @@ def test_benchmark_tiny_prints_a_line_per_figure_and_writes_json(benchmark, out,
         assert all(value > 0 for value in figure["fields"].values())
         # Without TRL the figures of its side are left out, and the line says why.
         assert measured >= SUBJECTS[figure["name"]].goals.keys() or "TRL" in figure["note"]
+
+
+@pytest.mark.parametrize("benchmark", [step, generation], ids=lambda module: module.__name__)
+def test_benchmark_tiny_runs_in_the_precision_of_gpus(benchmark, out, capsys):
+    benchmark.main(["--tiny", "--dtype", "bfloat16", "--out", str(out)])
+    assert len(capsys.readouterr().out.strip().splitlines()) == len(BENCHMARKS[benchmark])
 
 
 def test_benchmarks_have_a_goal_for_every_figure():
