@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,6 +51,20 @@ def show_iterates(records: Sequence[Mapping[str, Any]]) -> None:
     speed = speed_line((records[-1].get("training") or {}).get("speed", {}))
     if speed:
         console.print(f"Speed: {speed}.", style="dim")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show nothing inside the block: many runs in a row have only their results to tell."""
+    log = logging.getLogger("lightning.pytorch")
+    shown, level = console.quiet, log.level
+    console.quiet = True
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        console.quiet = shown
+        log.setLevel(level)
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
