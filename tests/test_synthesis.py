@@ -115,6 +115,19 @@ def test_make_after_a_crash_makes_only_what_is_missing_or_of_other_rows(synthesi
     assert bytes_in(tmp_path) == bytes_in(whole)
 
 
+def test_make_counts_response_tokens_generated_and_scored_here(synthesis, tmp_path):
+    timing, plan = Timing(), replace(PLAN, unit_size=32)
+    list(synthesis.make(plan, EXAMPLES, tmp_path, timing))
+    rows = rows_in(tmp_path)
+    generated = sum(len(row["generated_ids"]) for row in rows)
+    # An example's real response is scored once in each unit that has rows of it.
+    ids = [[row["example_id"] for row in rows[i : i + 32]] for i in range(0, len(rows), 32)]
+    length = {row["example_id"]: len(row["real_ids"]) for row in rows}
+    real = sum(length[i] for unit in ids for i in set(unit))
+    assert timing.generated_tokens == generated
+    assert timing.scored_tokens == len(PLAN.members) * (generated + real)
+
+
 def test_make_in_other_units_changes_almost_no_ids(synthesis, tmp_path):
     """Only where rounding moves a boundary of the cumulative distribution past a uniform."""
     examples = some_examples(150)

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from spin_lightning.callbacks.speed import speed_line
+
 _LINES_SHOWN = 8
 _LOG_WIDTH = 160
 
@@ -46,6 +48,9 @@ def show_iterates(records: Sequence[Mapping[str, Any]]) -> None:
     console.print(head, style="bold")
     for record in records[-_LINES_SHOWN:]:
         console.print(_line(record))
+    speed = speed_line((records[-1].get("training") or {}).get("speed", {}))
+    if speed:
+        console.print(f"Speed: {speed}.", style="dim")
 
 
 @contextmanager
@@ -98,7 +103,7 @@ class RowProgress:
             for stage in ("generating", "scoring")
         }
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
         """`rows` more rows went through `stage`."""
         self._progress.advance(self._tasks[stage], rows)
 
