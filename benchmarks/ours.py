@@ -6,7 +6,7 @@ import io
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from benchmarks.setup import Setup
 from benchmarks.workload import PAD, PAIRS_PER_STEP, STOP
 from spin_lightning import SPIN, SelfPlayDataModule
-from spin_lightning.data import collate as collating
+from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import Pair
 from spin_lightning.data.rows import read_rows
 from spin_lightning.drawing import EarlierRows, RowPlan
@@ -29,7 +29,6 @@ from spin_lightning.policies.optimizers import make_optimizer
 from spin_lightning.synthesis import Synthesis, Timing, finish
 from spin_lightning.types import Example
 
-collate: Any = getattr(collating, "collate", None) or collating.Collate(PAD)
 ADAPTERS = 4
 LEARNING_RATE = 1e-5
 BETA = 0.1
@@ -175,13 +174,7 @@ class Scoring:
 
 def synthesis_of(setup: Setup, policy: Policy, generator: Generator) -> Synthesis:
     """What a run makes its rows with."""
-    parts = {
-        "policy": policy,
-        "generator": generator,
-        "pad_id": PAD,
-        "vocabulary": setup.vocabulary,
-    }
-    return Synthesis(**{field.name: parts[field.name] for field in fields(Synthesis)})
+    return Synthesis(policy, generator, setup.vocabulary)
 
 
 def decoder(module: SPIN) -> LocalGenerator:
