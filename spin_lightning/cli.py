@@ -6,6 +6,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,10 @@ from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
 from spin_lightning.callbacks.self_play import SelfPlay
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import RunFolderError, SpinError
+from spin_lightning.evaluation.evaluate import evaluate_run
+from spin_lightning.evaluation.lm_eval import Harness, HarnessSettings
 from spin_lightning.evaluation.report import comparison_table, draw_iterates
+from spin_lightning.evaluation.results import read_results, score_table
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies.saved import export_iterate
 from spin_lightning.run_folder import RunFolder
@@ -206,6 +210,28 @@ def _export(args: list[str]) -> None:
     console.print(f"Iterate {t}: {export_iterate(given.run, t, given.out, given.merge)}")
 
 
+def _evaluate(args: list[str]) -> None:
+    """Score iterates of a run on lm-evaluation-harness tasks and MT-Bench."""
+    parser = _parser("evaluate", _evaluate)
+    parser.add_argument("--run", required=True, help="the run folder")
+    parser.add_argument(
+        "--iterates", nargs="+", default=[], help="numbers, best, last, mixture or all (default)"
+    )
+    parser.add_argument("--tasks", nargs="+", default=[], help="tasks, groups, presets, folders")
+    parser.add_class_arguments(HarnessSettings, skip={"tasks"})
+    given = parser.parse_args(args)
+    if not given.tasks:
+        parser.error("nothing to evaluate: give --tasks or --mt-bench")
+    run = RunFolder(Path(given.run))
+    asked = {f.name: given[f.name] for f in fields(HarnessSettings)} | {"tasks": tuple(given.tasks)}
+    benchmarks = [Harness(HarnessSettings(**asked))]
+    for contestant, results in evaluate_run(run, [str(n) for n in given.iterates], benchmarks):
+        console.print(
+            f"{contestant.label}: {len(results)} results in {run.evaluation(contestant.name)}"
+        )
+    show_table(score_table(read_results(run)))
+
+
 def _report(args: list[str]) -> None:
     """Compare runs: a table of every metric over the iterates, and a picture."""
     parser = _parser("report", _report)
@@ -237,6 +263,7 @@ def _testbed(args: list[str]) -> None:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "evaluate": _evaluate,
     "export": _export,
     "report": _report,
     "testbed": _testbed,

@@ -46,6 +46,15 @@ class RunFolder:
         """Pictures and tables."""
         return self.root / "report"
 
+    @property
+    def evaluations(self) -> Path:
+        """Scores on benchmarks, one folder for each who was evaluated."""
+        return self.root / "evaluation"
+
+    def evaluation(self, name: str) -> Path:
+        """What is known of one that was evaluated, such as iterate_002 or mixture."""
+        return self.evaluations / name
+
     def iterate(self, t: int) -> Path:
         """Folder of iterate t."""
         return self.iterates / f"iterate_{t:03d}"
