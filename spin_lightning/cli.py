@@ -26,8 +26,12 @@ from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
 from spin_lightning.callbacks.self_play import SelfPlay
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import RunFolderError, SpinError
-from spin_lightning.evaluation.evaluate import evaluate_run
+from spin_lightning.evaluation.contestants import contestants
+from spin_lightning.evaluation.evaluate import Benchmark, evaluate_run
+from spin_lightning.evaluation.judge import JudgeSettings
 from spin_lightning.evaluation.lm_eval import Harness, HarnessSettings
+from spin_lightning.evaluation.mt_bench import MTBench, judge_lines
+from spin_lightning.evaluation.mt_bench_answers import Answering
 from spin_lightning.evaluation.report import comparison_table, draw_iterates
 from spin_lightning.evaluation.results import read_results, score_table
 from spin_lightning.modules.base import SelfPlayModule
@@ -217,18 +221,31 @@ def _evaluate(args: list[str]) -> None:
     parser.add_argument(
         "--iterates", nargs="+", default=[], help="numbers, best, last, mixture or all (default)"
     )
-    parser.add_argument("--tasks", nargs="+", default=[], help="tasks, groups, presets, folders")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help="tasks, groups, presets, folders of YAML tasks"
+    )
     parser.add_class_arguments(HarnessSettings, skip={"tasks"})
+    parser.add_argument("--mt-bench", "--mt_bench", help="folder or hub id of MT-Bench's files")
+    parser.add_class_arguments(JudgeSettings, "judge")
+    parser.add_class_arguments(Answering, "answers")
+    parser.add_argument("--versus", help="with --mt-bench: match every iterate with this one")
     given = parser.parse_args(args)
-    if not given.tasks:
-        parser.error("nothing to evaluate: give --tasks or --mt-bench")
     run = RunFolder(Path(given.run))
-    asked = {f.name: given[f.name] for f in fields(HarnessSettings)} | {"tasks": tuple(given.tasks)}
-    benchmarks = [Harness(HarnessSettings(**asked))]
+    benchmarks: list[Benchmark] = []
+    if given.tasks:
+        chosen = {field.name: given[field.name] for field in fields(HarnessSettings)[1:]}
+        benchmarks.append(Harness(HarnessSettings(tuple(given.tasks), **chosen)))
+    if given.mt_bench:
+        (versus,) = contestants(run, [given.versus]) if given.versus else (None,)
+        judge, answering = JudgeSettings(**given.judge), Answering(**given.answers)
+        benchmarks.append(MTBench(given.mt_bench, judge, answering, versus))
+    if not benchmarks:
+        raise SpinError("nothing to evaluate", fix="give --tasks or --mt-bench")
     for contestant, results in evaluate_run(run, [str(n) for n in given.iterates], benchmarks):
-        console.print(
-            f"{contestant.label}: {len(results)} results in {run.evaluation(contestant.name)}"
-        )
+        where = run.evaluation(contestant.name)
+        console.print(f"{contestant.label}: {len(results)} results in {where}")
+        for line in (line for result in results for line in judge_lines(result)):
+            console.print(f"  {line}")
     show_table(score_table(read_results(run)))
 
 
