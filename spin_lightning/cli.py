@@ -32,7 +32,7 @@ from spin_lightning.evaluation.judge import JudgeSettings
 from spin_lightning.evaluation.lm_eval import Harness, HarnessSettings
 from spin_lightning.evaluation.mt_bench import MTBench, judge_lines
 from spin_lightning.evaluation.mt_bench_answers import Answering
-from spin_lightning.evaluation.report import comparison_table, draw_iterates
+from spin_lightning.evaluation.report import comparison_table, draw_iterates, write_report
 from spin_lightning.evaluation.results import read_results, score_table
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies.saved import export_iterate
@@ -250,16 +250,17 @@ def _evaluate(args: list[str]) -> None:
 
 
 def _report(args: list[str]) -> None:
-    """Compare runs: a table of every metric over the iterates, and a picture."""
+    """Compare runs: a table of every metric over the iterates, and a page of pictures."""
     parser = _parser("report", _report)
     parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--out", help="folder of the picture; the first run's report if not said")
+    parser.add_argument("--out", help="folder of the page; the first run's report if not said")
     given = parser.parse_args(args)
     runs = [RunFolder(Path(folder)) for folder in given.runs]
     show_table(comparison_table(runs))
     folder = Path(given.out) if given.out else runs[0].report
     name = "iterates.png" if len(runs) == 1 else "comparison.png"
     console.print(f"Picture: {draw_iterates(runs, folder / name)}")
+    console.print(f"Report: {write_report(runs, folder)}")
 
 
 def _testbed(args: list[str]) -> None:

@@ -105,13 +105,18 @@ class RunFolder:
         Raises:
             RunFolderError: Nobody said which it is.
         """
-        file = self.iterates / BEST_FILE
-        if not file.exists():
+        best = self.known_best()
+        if best is None:
             raise RunFolderError(
                 f"{self.root} has no {BEST_FILE}, since nothing was held out to rank iterates by",
                 fix="name the iterate by its number",
             )
-        return int(json.loads(file.read_text())["index"])
+        return int(best["index"])
+
+    def known_best(self) -> dict[str, Any] | None:
+        """Index, metric and value of the best iterate; None where nobody said which it is."""
+        file = self.iterates / BEST_FILE
+        return json.loads(file.read_text()) if file.exists() else None
 
     def staged_iterate(self, t: int) -> Path:
         """An empty folder in which iterate t is put together before `replace_synced`."""
