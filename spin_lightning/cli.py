@@ -7,6 +7,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,14 @@ from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
 from spin_lightning.callbacks.self_play import SelfPlay
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import RunFolderError, SpinError
-from spin_lightning.evaluation.report import comparison_table, draw_iterates
+from spin_lightning.evaluation.contestants import contestants
+from spin_lightning.evaluation.evaluate import Benchmark, evaluate_run
+from spin_lightning.evaluation.judge import JudgeSettings
+from spin_lightning.evaluation.lm_eval import Harness, HarnessSettings
+from spin_lightning.evaluation.mt_bench import MTBench, judge_lines
+from spin_lightning.evaluation.mt_bench_answers import Answering
+from spin_lightning.evaluation.report import comparison_table, draw_iterates, write_report
+from spin_lightning.evaluation.results import read_results, score_table
 from spin_lightning.evaluation.study import STABILITY_VARIANTS, Play, draw_study, study_table
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies.saved import export_iterate
@@ -209,17 +217,53 @@ def _export(args: list[str]) -> None:
     console.print(f"Iterate {t}: {export_iterate(given.run, t, given.out, given.merge)}")
 
 
+def _evaluate(args: list[str]) -> None:
+    """Score iterates of a run on lm-evaluation-harness tasks and MT-Bench."""
+    parser = _parser("evaluate", _evaluate)
+    parser.add_argument("--run", required=True, help="the run folder")
+    parser.add_argument(
+        "--iterates", nargs="+", default=[], help="numbers, best, last, mixture or all (default)"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help="tasks, groups, presets, folders of YAML tasks"
+    )
+    parser.add_class_arguments(HarnessSettings, skip={"tasks"})
+    parser.add_argument("--mt-bench", "--mt_bench", help="folder or hub id of MT-Bench's files")
+    parser.add_class_arguments(JudgeSettings, "judge")
+    parser.add_class_arguments(Answering, "answers")
+    parser.add_argument("--versus", help="with --mt-bench: match every iterate with this one")
+    given = parser.parse_args(args)
+    run = RunFolder(Path(given.run))
+    benchmarks: list[Benchmark] = []
+    if given.tasks:
+        chosen = {field.name: given[field.name] for field in fields(HarnessSettings)[1:]}
+        benchmarks.append(Harness(HarnessSettings(tuple(given.tasks), **chosen)))
+    if given.mt_bench:
+        (versus,) = contestants(run, [given.versus]) if given.versus else (None,)
+        judge, answering = JudgeSettings(**given.judge), Answering(**given.answers)
+        benchmarks.append(MTBench(given.mt_bench, judge, answering, versus))
+    if not benchmarks:
+        raise SpinError("nothing to evaluate", fix="give --tasks or --mt-bench")
+    for contestant, results in evaluate_run(run, [str(n) for n in given.iterates], benchmarks):
+        where = run.evaluation(contestant.name)
+        console.print(f"{contestant.label}: {len(results)} results in {where}")
+        for line in (line for result in results for line in judge_lines(result)):
+            console.print(f"  {line}")
+    show_table(score_table(read_results(run)))
+
+
 def _report(args: list[str]) -> None:
-    """Compare runs: a table of every metric over the iterates, and a picture."""
+    """Compare runs: a table of every metric over the iterates, and a page of pictures."""
     parser = _parser("report", _report)
     parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--out", help="folder of the picture; the first run's report if not said")
+    parser.add_argument("--out", help="folder of the page; the first run's report if not said")
     given = parser.parse_args(args)
     runs = [RunFolder(Path(folder)) for folder in given.runs]
     show_table(comparison_table(runs))
     folder = Path(given.out) if given.out else runs[0].report
     name = "iterates.png" if len(runs) == 1 else "comparison.png"
     console.print(f"Picture: {draw_iterates(runs, folder / name)}")
+    console.print(f"Report: {write_report(runs, folder)}")
 
 
 def _testbed(args: list[str]) -> None:
@@ -268,6 +312,7 @@ def _study(args: list[str]) -> None:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "evaluate": _evaluate,
     "export": _export,
     "report": _report,
     "study": _study,

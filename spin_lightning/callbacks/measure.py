@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+
 import numpy as np
 import torch
 
@@ -66,3 +69,11 @@ def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
         "rows/distinct_2": distinct(generated.values, generated.offsets, 2),
         "rows/duplicates": duplicate_rate(generated[i] for i in range(rows)),
     }
+
+
+def peak_memory() -> int:
+    """Most memory held so far, bytes: tensors on the GPU where there is one, else the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

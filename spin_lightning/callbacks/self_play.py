@@ -13,20 +13,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from spin_lightning import keyed
 from spin_lightning.callbacks.console import console, show_iterates, show_samples
 from spin_lightning.callbacks.evaluate import IterateEvaluator, IterateListener
-from spin_lightning.callbacks.measure import measure_iterate, measure_rows
+from spin_lightning.callbacks.measure import measure_iterate, measure_rows, peak_memory
 from spin_lightning.callbacks.requirements import (
     check_lineage,
     check_start,
     run_root,
 )
 from spin_lightning.callbacks.row_making import RowMaker
-from spin_lightning.callbacks.samples import sample_pairs
 from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.data.rows import read_rows
 from spin_lightning.drawing import RowPlan, redrawn
 from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.report import draw_iterates
+from spin_lightning.evaluation.samples import sample_pairs
 from spin_lightning.fingerprint import fingerprint
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json
@@ -290,6 +290,7 @@ class SelfPlay(Callback):
                 "training": trained.seconds,
             },
             "speed": measure_speed(timing, trained, module.base, trainer.strategy.root_device),
+            "peak_memory": peak_memory(),
         }
 
     def _trained(
