@@ -233,6 +233,29 @@ def saved_bytes(policy: LoraPolicy, batch: PromptBatch) -> int:
     return sum(sizes.values())
 
 
+# torch 2.13 warns of its own doing while it traces: it makes an instance of the autograd function,
+# and looks at .grad after a graph break.
+# https://github.com/pytorch/pytorch/tree/v2.13.0/torch/_dynamo/variables
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+def test_step_of_compiled_layers_is_the_same_and_iterates_act_uncompiled(folder_of, tmp_path):
+    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    plain, compiled = build(base), build(base, compiled=True)
+    for seed in (3, 4, 5):  # other lengths need no other code
+        assert_same_step(compiled, plain, some_pairs(seed), within=1e-5)
+        for policy in (plain, compiled):
+            policy.zero_grad()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    compiled.snapshot(tmp_path / "1")
+    compiled.use_bank({0: tmp_path, 1: tmp_path / "1"})
+    with compiled.at(1):
+        acting = compiled.prompt_logps(some_pairs(3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch.testing.assert_close(acting, plain.prompt_logps(some_pairs(3)).detach())
+
+
 # ------------------------------------------------------------------------------ any responses
 
 
