@@ -62,7 +62,7 @@ def last_logits(
     Architectures differ in what their forward takes: the head is restricted to the columns that
     are needed, and positions are given, wherever the model accepts that.
     """
-    accepted = _forward_arguments(model)
+    accepted = forward_arguments(model)
     if "position_ids" in accepted:
         positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
         kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
@@ -74,7 +74,7 @@ def last_logits(
     return logits
 
 
-def _forward_arguments(model: nn.Module) -> frozenset[str]:
+def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Names that the innermost model's forward takes; a PEFT wrapper forwards them all."""
     inner: Any = model
     while hasattr(inner, "get_base_model"):

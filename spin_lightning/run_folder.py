@@ -46,6 +46,15 @@ class RunFolder:
         """Pictures and tables."""
         return self.root / "report"
 
+    @property
+    def evaluations(self) -> Path:
+        """Scores on benchmarks, one folder for each who was evaluated."""
+        return self.root / "evaluation"
+
+    def evaluation(self, name: str) -> Path:
+        """What is known of one that was evaluated, such as iterate_002 or mixture."""
+        return self.evaluations / name
+
     def iterate(self, t: int) -> Path:
         """Folder of iterate t."""
         return self.iterates / f"iterate_{t:03d}"
@@ -96,13 +105,18 @@ class RunFolder:
         Raises:
             RunFolderError: Nobody said which it is.
         """
-        file = self.iterates / BEST_FILE
-        if not file.exists():
+        best = self.known_best()
+        if best is None:
             raise RunFolderError(
                 f"{self.root} has no {BEST_FILE}, since nothing was held out to rank iterates by",
                 fix="name the iterate by its number",
             )
-        return int(json.loads(file.read_text())["index"])
+        return int(best["index"])
+
+    def known_best(self) -> dict[str, Any] | None:
+        """Index, metric and value of the best iterate; None where nobody said which it is."""
+        file = self.iterates / BEST_FILE
+        return json.loads(file.read_text()) if file.exists() else None
 
     def staged_iterate(self, t: int) -> Path:
         """An empty folder in which iterate t is put together before `replace_synced`."""

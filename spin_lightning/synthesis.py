@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_lightning.data.rows import part_matches, read_manifest, write_manifest, write_part
+from spin_lightning.data.rows import (
+    part_matches,
+    read_deviations,
+    read_manifest,
+    write_manifest,
+    write_part,
+)
 from spin_lightning.drawing import NO_ROWS, EarlierRows, RowDraw, RowPlan, Scorer, unit_count, units
 from spin_lightning.errors import SpinError
 from spin_lightning.fingerprint import differences
@@ -32,8 +38,11 @@ _SHARED_TOKENS = 1 << 13
 class Reporter(Protocol):
     """Hears how far generation and scoring have come."""
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
-        """`rows` more rows went through `stage` ("generating" or "scoring") in `seconds`."""
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
+        """`rows` more rows went through `stage` ("generating" or "scoring") in `seconds`.
+
+        `tokens` of responses were generated now, or scored, once for each that scores.
+        """
 
 
 @dataclass
@@ -52,14 +61,18 @@ class Timing:
     rows: int = 0
     generating: float = 0.0
     scoring: float = 0.0
+    generated_tokens: int = 0
+    scored_tokens: int = 0
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
         """Add what a stage took."""
         if stage == "generating":
             self.rows += rows if seconds else 0
             self.generating += seconds
+            self.generated_tokens += tokens
         else:
             self.scoring += seconds
+            self.scored_tokens += tokens
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,8 @@ class Synthesis:
                 report.advance("generating", len(draws), 0.0)
                 report.advance("scoring", len(draws), 0.0)
             else:
-                write_part(folder, unit, self._unit(plan, draws, earlier, report))
+                rows = self._unit(plan, draws, earlier, report)
+                write_part(folder, unit, rows, self.generator.deviations)
             yield unit
 
     def _unit(
@@ -118,7 +132,12 @@ class Synthesis:
         start = time.perf_counter()
         responses = self._responses(plan, draws)
         generated_at = time.perf_counter()
-        report.advance("generating", len(draws), generated_at - start)
+        new = sum(
+            len(response.ids)
+            for draw, response in zip(draws, responses, strict=True)
+            if draw.kept is None
+        )
+        report.advance("generating", len(draws), generated_at - start, new)
         # Rows of one example share its real response: it is scored once.
         examples = {draw.example.example_id: draw.example for draw in draws}
         real = {
@@ -133,8 +152,13 @@ class Synthesis:
             )
             for draw, response in zip(draws, responses, strict=True)
         ]
-        self._score(plan.scorers, [*real.values(), *generated])
-        report.advance("scoring", len(draws), time.perf_counter() - generated_at)
+        sequences = [*real.values(), *generated]
+        unknown = sum(
+            len(s.response_ids) * sum(scorer not in s.logps for scorer in plan.scorers)
+            for s in sequences
+        )
+        self._score(plan.scorers, sequences)
+        report.advance("scoring", len(draws), time.perf_counter() - generated_at, unknown)
         return [
             _row(plan, draw, response, real[draw.example.example_id].logps, scored.logps)
             for draw, response, scored in zip(draws, responses, generated, strict=True)
@@ -199,7 +223,9 @@ def finish(
     """
     if not examples:
         raise SpinError(f"there are no examples to make rows of in {folder}", fix="give more data")
-    write_manifest(folder, {**fields, **_manifest_of(plan, examples)})
+    own = _manifest_of(plan, examples)
+    deviations = read_deviations(folder, own["units"])
+    write_manifest(folder, {**fields, **own, **({"deviations": deviations} if deviations else {})})
 
 
 def is_finished(plan: RowPlan, examples: Sequence[Example], folder: Path) -> bool:

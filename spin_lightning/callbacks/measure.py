@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+
 import numpy as np
 import torch
 
@@ -45,11 +48,15 @@ def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
 
     Returns:
         Share of rows by opponent, log-prob of the real responses under each member in nats per
-        response, and how alike the generated responses are.
+        response, how alike the generated responses are, and mean lengths.
     """
     generated, rows = table.generated_ids, len(table)
     metrics = {
         f"rows/real_logps/p{i}": float(logps.mean()) for i, logps in table.real_logps.items()
+    } | {
+        "rows/prompt_tokens": float(table.prompt_ids.lengths.mean()),
+        "rows/real_tokens": float(table.real_ids.lengths.mean()),
+        "rows/generated_tokens": float(generated.lengths.mean()),
     }
     opponents, counts = np.unique(table.opponent, return_counts=True)
     if opponents[0] < 0:
@@ -62,3 +69,11 @@ def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
         "rows/distinct_2": distinct(generated.values, generated.offsets, 2),
         "rows/duplicates": duplicate_rate(generated[i] for i in range(rows)),
     }
+
+
+def peak_memory() -> int:
+    """Most memory held so far, bytes: tensors on the GPU where there is one, else the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

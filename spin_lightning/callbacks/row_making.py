@@ -198,9 +198,9 @@ class _Both:
     progress: RowProgress
     timing: Timing
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
-        self.progress.advance(stage, rows, seconds)
-        self.timing.advance(stage, rows, seconds)
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
+        self.progress.advance(stage, rows, seconds, tokens)
+        self.timing.advance(stage, rows, seconds, tokens)
 
 
 def _minutes(seconds: float) -> str:

@@ -1,61 +1,56 @@
-"""Pictures and tables of finished or running runs, from the files of their folders."""
+"""Reports of finished or running runs, from the files of their folders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from spin_lightning.errors import RunFolderError
+from spin_lightning.evaluation.figures import draw_curve
+from spin_lightning.evaluation.measures import MEASURES, measures_of, points
+from spin_lightning.evaluation.page import make_page
+from spin_lightning.evaluation.run_view import iterate_records, read_runs
 from spin_lightning.run_folder import RunFolder
 
-
-@dataclass(frozen=True)
-class Curve:
-    """One panel: a metric over the iterates.
-
-    Attributes:
-        metric: Name in the iterates' records.
-        title: What the panel shows, with the unit.
-        log: Whether the axis is logarithmic.
-    """
-
-    metric: str
-    title: str
-    log: bool = False
-
-
-_CURVES = (
-    Curve("exact/kl", "exact KL(p_data || p_t), nats", log=True),
-    Curve("val/real_nll_per_token", "NLL of held-out real responses, nats per token"),
-    Curve("val/kl_base", "KL(p_t || p_0), nats per response"),
-    Curve("val/kl_previous", "KL(p_t || p_t-1), nats per response"),
-    Curve("val/generated_tokens", "length of generated responses, tokens"),
-    Curve("val/finished", "share of responses that end by themselves"),
+# What the one picture of a run shows; the page shows all.
+_IN_PICTURE = (
+    "exact/kl",
+    "val/real_nll_per_token",
+    "val/kl_base",
+    "val/kl_previous",
+    "val/generated_tokens",
+    "val/finished",
 )
 
 
-def iterate_records(run: RunFolder) -> list[dict[str, Any]]:
-    """What is known of each iterate of a run, ascending.
+def write_report(runs: Sequence[RunFolder], folder: Path) -> Path:
+    """Write one self-contained page on one run or several, and its pictures as PNG.
+
+    Args:
+        runs: The runs to put side by side.
+        folder: Where `report.html` and `figures/*.png` go.
+
+    Returns:
+        The page.
 
     Raises:
-        RunFolderError: The folder holds no iterates.
+        RunFolderError: A folder holds no iterates.
     """
-    known = run.known_iterates()
-    if not known:
-        raise RunFolderError(
-            f"{run.root} holds no iterates", fix="name the folder of a run, as `fit` printed it"
-        )
-    return [run.read_iterate(t) for t in known]
+    page = make_page(read_runs(runs), version("spin-lightning"))
+    pictures = folder / "figures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, figure in page.figures.items():
+        figure.savefig(pictures / f"{name}.png", dpi=130)
+    path = folder / "report.html"
+    path.write_text(page.html, encoding="utf-8")
+    return path
 
 
 def draw_iterates(runs: Sequence[RunFolder], path: Path) -> Path:
-    """Draw every metric over the iterates, one line per run.
+    """Draw the main metrics over the iterates into one picture, one line per run.
 
     Args:
         runs: The runs to compare.
@@ -68,16 +63,22 @@ def draw_iterates(runs: Sequence[RunFolder], path: Path) -> Path:
         RunFolderError: A folder holds no iterates, or there is nothing to draw.
     """
     histories = {run.root.name: iterate_records(run) for run in runs}
-    curves = [c for c in _CURVES if any(_points(h, c.metric) for h in histories.values())]
-    if not curves:
+    measures = [
+        m
+        for m in MEASURES
+        if m.name in _IN_PICTURE and any(points(h, m.name) for h in histories.values())
+    ]
+    if not measures:
         raise RunFolderError(
             f"{', '.join(histories)} has no metrics to draw, since nothing was held out",
             fix="hold examples out with data.val_examples",
         )
-    figure = Figure(figsize=(10, 3.2 * ((len(curves) + 1) // 2)), layout="constrained")
-    for place, curve in enumerate(curves, start=1):
-        axes = figure.add_subplot((len(curves) + 1) // 2, 2, place)
-        _draw(axes, curve, histories)
+    rows = (len(measures) + 1) // 2
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    for place, measure in enumerate(measures, start=1):
+        axes = figure.add_subplot(rows, 2, place)
+        draw_curve(axes, measure, histories)
+        axes.set_title(measure.title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
@@ -85,43 +86,14 @@ def draw_iterates(runs: Sequence[RunFolder], path: Path) -> Path:
 
 def comparison_table(runs: Sequence[RunFolder]) -> list[list[str]]:
     """Rows of text: each metric of each run at every iterate; the first row is a head."""
-    histories = {run.root.name: iterate_records(run) for run in runs}
-    length = max(len(history) for history in histories.values())
+    views = read_runs(runs)
+    histories = {view.name: view.records for view in views}
+    length = max(len(records) for records in histories.values())
     table = [["metric", "run", *(f"p{t}" for t in range(length))]]
-    for curve in _CURVES:
-        for name, history in histories.items():
-            values = dict(_points(history, curve.metric))
+    for measure in measures_of(histories.values()):
+        for name, records in histories.items():
+            values = points(records, measure.name)
             if values:
                 cells = (f"{values[t]:.4f}" if t in values else "-" for t in range(length))
-                table.append([curve.metric, name, *cells])
+                table.append([measure.name, name, *cells])
     return table
-
-
-def _draw(axes: Axes, curve: Curve, histories: dict[str, list[dict[str, Any]]]) -> None:
-    for name, history in histories.items():
-        points = _points(history, curve.metric)
-        errors = [history[t]["metrics"].get(f"{curve.metric}_error", 0.0) for t, _ in points]
-        axes.errorbar(*_columns(points), yerr=errors, marker="o", capsize=2, label=name)
-    if curve.metric == "val/generated_tokens":
-        history = next(iter(histories.values()))
-        real = _points(history, "val/real_tokens")
-        axes.plot(*_columns(real), linestyle="--", color="gray", label="real responses")
-    if curve.log:
-        axes.set_yscale("log")
-    axes.set_title(curve.title, fontsize=10)
-    axes.set_xlabel("iterate")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-
-
-def _points(history: Iterable[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
-    return [
-        (record["index"], record["metrics"][metric])
-        for record in history
-        if metric in record.get("metrics", {})
-    ]
-
-
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [t for t, _ in points], [value for _, value in points]

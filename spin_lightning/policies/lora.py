@@ -24,7 +24,8 @@ from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import file_hash
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
-from spin_lightning.policies.base import Policy
+from spin_lightning.policies.base import Actor, Policy, Seats
+from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
 from spin_lightning.policies.pretrained import (
     BaseModel,
     check_quantizable,
@@ -40,6 +41,8 @@ from spin_lightning.types import PromptBatch, SequenceBatch
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TRAINED = "policy"
+# Most iterates in one batch: their adapters are in memory twice while they act.
+_TEAM = 16
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,9 @@ class LoraPolicy(Policy):
         self.base = base
         self._shares_prefixes = shared_prefix.shares_prefixes(base, packing)
         self._bank: dict[int, Path] = {}
-        self._acting: int | None = None
+        self._acting: str | None = None
         self._mixed = False
+        self._rows_stay_apart: bool | None = None
         model = load_base(base, device)
         if activation_checkpointing:
             model.activation_checkpointing_enable(
@@ -252,13 +256,7 @@ class LoraPolicy(Policy):
 
         Everything is put back on leaving it.
         """
-        if self._acting is not None:
-            raise RuntimeError(f"already acting as iterate {self._acting}; leave that block first")
-        # Before loading: PEFT puts the whole model into eval mode when it loads an adapter.
-        modes = [(module, module.training) for module in self.modules()]
-        grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        self._acting = iterate
-        try:
+        with self._frozen(str(iterate)):
             adapter = self._load(iterate)
             # Iterate 0 is the base, whatever it is mixed with the base by.
             self._mixed = token_alpha > 0 and iterate != 0
@@ -266,9 +264,56 @@ class LoraPolicy(Policy):
             self.eval()
             if adapter is not None:
                 self.model.set_adapter(adapter)
-            # Every adapter and every shape of a cache would be compiled anew.
-            stance = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
-            with torch.no_grad(), stance, self._acting_as(adapter, base_adapter, token_alpha):
+            with self._acting_as(adapter, base_adapter, token_alpha):
+                yield
+
+    def teams(self, actors: Collection[Actor]) -> list[list[Actor]]:
+        """Split actors into teams: all together if their adapters are plain LoRA, else alone."""
+        ordered = sorted(set(actors))
+        if not self._can_share_rows(ordered):
+            return super().teams(ordered)
+        return [ordered[i : i + _TEAM] for i in range(0, len(ordered), _TEAM)]
+
+    @contextmanager
+    def at_rows(self, team: Collection[Actor]) -> Iterator[Seats]:
+        """Act as a team inside the block, each row as whoever takes its seat; else like `at`."""
+        if not self._can_share_rows(team):
+            with super().at_rows(team) as alone:
+                yield alone
+            return
+        with self._frozen(str(sorted(team))):
+            adapters = self._load_team(team)
+            self.eval()
+            with many_adapters(self.model, adapters) as seats:
+                yield seats
+
+    def _can_share_rows(self, actors: Collection[Actor]) -> bool:
+        with self._frozen(str(sorted(actors))):
+            adapters = self._load_team(actors)
+            self.eval()
+            if self._rows_stay_apart is None:
+                self._rows_stay_apart = keeps_rows_apart(self.model)
+            names = [name for name in adapters.values() if name is not None]
+            return self._rows_stay_apart and are_plain(self.model, names)
+
+    def _load_team(self, team: Collection[Actor]) -> dict[int, str | None]:
+        """Bring a team's iterates into memory, and the base where it is mixed in."""
+        base = {0 for _, alpha in team if alpha > 0}
+        return {i: self._load(i) for i in sorted({i for i, _ in team} | base)}
+
+    @contextmanager
+    def _frozen(self, acting: str) -> Iterator[None]:
+        """Put modes, gradients and the active adapter back after the block; no gradients in it."""
+        if self._acting is not None:
+            raise RuntimeError(f"already acting as iterate {self._acting}; leave that block first")
+        # Before loading: PEFT puts the whole model into eval mode when it loads an adapter.
+        modes = [(module, module.training) for module in self.modules()]
+        grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        self._acting = acting
+        # Every adapter and every shape of a cache would be compiled anew.
+        stance = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        try:
+            with torch.no_grad(), stance:
                 yield
         finally:
             self._acting, self._mixed = None, False

@@ -108,7 +108,12 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
 
 def context_length(base: BaseModel) -> int:
     """Longest sequence, in tokens, that the model was made for."""
-    config = load_config(base).get_text_config()
+    return context_length_of(load_config(base))
+
+
+def context_length_of(config: PretrainedConfig) -> int:
+    """The same, read off a model's configuration."""
+    config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )

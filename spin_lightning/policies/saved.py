@@ -16,6 +16,8 @@ from spin_lightning.mixtures import Mixture, uniform
 from spin_lightning.policies.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    LoraPolicy,
+    LoraSettings,
     load_with_adapter,
     load_with_adapters,
     merge_adapter,
@@ -72,6 +74,31 @@ def load_mixture(
     base = next(base for base, _ in parts.values())
     adapters = {t: adapter for t, (_, adapter) in parts.items()}
     return MixtureModel(mixture, load_with_adapters(base, adapters, device)), _tokenizer(run)
+
+
+def load_policy(run_dir: str | Path, device: torch.device | str = "cpu") -> LoraPolicy:
+    """Load the base of a run once, to act as any of its iterates: `policy.at(t)`.
+
+    Args:
+        run_dir: The run folder.
+        device: Where to load it.
+
+    Returns:
+        The policy, quantised as the run was; its own trained adapter is fresh.
+
+    Raises:
+        RunFolderError: The run has no iterates.
+    """
+    run = RunFolder(Path(run_dir))
+    base, _ = _parts(run, 0)
+    policy = LoraPolicy(base, LoraSettings(r=1), device=device)
+    policy.use_bank(run.bank())
+    return policy
+
+
+def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer and chat template of a run."""
+    return _tokenizer(RunFolder(Path(run_dir)))
 
 
 def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = False) -> Path:
