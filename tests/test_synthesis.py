@@ -87,6 +87,27 @@ def test_make_scores_are_those_of_transformers_and_peft_alone(whole, tiny_model_
                 assert found == pytest.approx(wanted, abs=1e-4)
 
 
+def test_make_scores_every_prompt_once_per_member(synthesis, tmp_path, monkeypatch):
+    """35 prompts with a real response and two samples each, under two members."""
+    batches = []
+    prompt_logps = synthesis.policy.prompt_logps
+    monkeypatch.setattr(
+        synthesis.policy, "prompt_logps", lambda batch: batches.append(batch) or prompt_logps(batch)
+    )
+    list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
+    assert sum(len(batch.prompt_lengths) for batch in batches) == 2 * len(EXAMPLES)
+    assert {len(lengths) for batch in batches for lengths in batch.response_lengths} == {3}
+
+
+def test_make_scores_of_padded_sequences_are_the_same(tiny_base, synthesis, whole, tmp_path):
+    policy = LoraPolicy(tiny_base, LoraSettings(r=2), packing="padded", fused=False)
+    policy.use_bank(synthesis.policy._bank)
+    list(replace(synthesis, policy=policy).make(PLAN, EXAMPLES, tmp_path, Timing()))
+    for row, other in zip(rows_in(tmp_path), rows_in(whole), strict=True):
+        for name in ("member_real_logps", "member_generated_logps"):
+            assert row[name] == pytest.approx(other[name], abs=1e-4)
+
+
 def test_make_again_elsewhere_writes_the_same_bytes(synthesis, whole, tmp_path):
     torch.manual_seed(99)
     synthesis.policy.evict()

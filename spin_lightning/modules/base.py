@@ -40,9 +40,12 @@ from spin_lightning.sampling import GenerationSettings
 from spin_lightning.types import PairBatch, PairLogps
 
 # Settings that do not make another run: what they stand for is compared by content, or not at all.
-_NOT_COMPARED = frozenset(
-    {"model", "revision", "generation", "activation_checkpointing", "packing", "fused_lora"}
-)
+_NOT_COMPARED = frozenset({"model", "revision", "generation"}) | {
+    "activation_checkpointing",
+    "packing",
+    "fused_lora",
+    "torch_compile",
+}
 _MARGIN_ALARM = 0.1
 
 
@@ -87,6 +90,8 @@ class SelfPlayModule(L.LightningModule, ABC):
             each response is a sequence of its own; auto: shared for the architectures that it is
             known to be right for.
         fused_lora: Run LoRA layers by a pass of our own where it computes what PEFT's does.
+        torch_compile: Compile the layers for training, which takes minutes at its first steps;
+            generation and scoring run uncompiled.
         generation: How the opponents' responses are sampled.
 
     Raises:
@@ -128,6 +133,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         activation_checkpointing: bool = False,
         packing: Packing = "auto",
         fused_lora: bool = True,
+        torch_compile: bool = False,
         generation: GenerationSettings | dict[str, Any] | None = None,
     ) -> None:
         """Keep the settings; weights are loaded by `configure_model`."""
@@ -157,6 +163,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.activation_checkpointing = activation_checkpointing
         self.packing = packing
         self.fused_lora = fused_lora
+        self.torch_compile = torch_compile
         self.generation = generation
         self.iterate = 0
         self.val_metrics = PairMetrics()
@@ -307,6 +314,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             seed=global_seed(),
             packing=self.packing,
             fused=self.fused_lora,
+            compiled=self.torch_compile,
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

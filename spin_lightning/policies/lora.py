@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.errors import RunFolderError, SettingError
@@ -149,6 +150,7 @@ class LoraPolicy(Policy):
         seed: Seed of a fresh adapter's random half.
         packing: Whether a prompt is computed once for all its responses.
         fused: Whether LoRA layers take the fused pass.
+        compiled: Compile the layers with torch.compile, for training; iterates act uncompiled.
     """
 
     model: peft.PeftModel
@@ -163,6 +165,7 @@ class LoraPolicy(Policy):
         seed: int = 0,
         packing: Packing = "auto",
         fused: bool = True,
+        compiled: bool = False,
     ) -> None:
         """Load the base and put the trained adapter on it."""
         super().__init__()
@@ -191,6 +194,11 @@ class LoraPolicy(Policy):
             parameter.requires_grad_(f".{_TRAINED}." in name)
         if fused:
             fused_lora.fuse(self.model, in_4_bits=base.quantization == "nf4")
+        self._compiled = compiled
+        if compiled:
+            for module in self.model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.compile(dynamic=True)
         # Dropout of the base is off in its config, so this is about LoRA's dropout alone (and
         # checkpointing, which works in training mode only).
         self.train()
@@ -302,8 +310,10 @@ class LoraPolicy(Policy):
         modes = [(module, module.training) for module in self.modules()]
         grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         self._acting = acting
+        # Every adapter and every shape of a cache would be compiled anew.
+        stance = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), stance:
                 yield
         finally:
             self._acting, self._mixed = None, False

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
@@ -100,9 +103,29 @@ def recomputing_alike(
     return lambda: (nullcontext(), attending(config, config._attn_implementation))
 
 
+@dataclass(frozen=True)
+class Varlen:
+    """The pieces of a row as kernels for sequences of unequal length take them.
+
+    Attributes:
+        keys: Which tokens each piece attends to, piece by piece; a prompt comes again before each
+            further response. int64, shape [keys].
+        query_starts: Where each piece begins in the row, and its end; int32, shape [pieces + 1].
+        key_starts: Where each piece begins in `keys`, likewise.
+        most_queries: Length of the longest piece.
+        most_keys: Most keys of a piece.
+    """
+
+    keys: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    most_queries: int
+    most_keys: int
+
+
 @dataclass
 class Layout:
-    """Where prompts and responses lie in a row, and the masks that were made for them.
+    """Where prompts and responses lie in a row, and what was made of it for the kernels.
 
     Attributes:
         batch: The prompts.
@@ -126,6 +149,28 @@ class Layout:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
             self.masks[name] = mask if window is None else mask.triu(offset - window + 1)
         return self.masks[name]
+
+    @cached_property
+    def varlen(self) -> Varlen:
+        """The same, all pieces of the batch at once, where its ids lie."""
+        lengths, keys, start = self.pieces, list[Tensor](), 0
+        for prompt, (first, *others) in zip(
+            self.batch.prompt_lengths, self.batch.response_lengths, strict=True
+        ):
+            shared, end = torch.arange(start, start + prompt), start + prompt + first
+            keys.append(torch.arange(start, end))
+            for n in others:
+                keys.append(torch.cat([shared, torch.arange(end, end + n)]))
+                end += n
+            start = end
+        counts = [len(piece) for piece in keys]
+        device = self.batch.input_ids.device
+        query_starts, key_starts = (
+            torch.tensor([0, *accumulate(numbers)], dtype=torch.int32, device=device)
+            for numbers in (lengths, counts)
+        )
+        index = torch.cat(keys).to(device)
+        return Varlen(index, query_starts, key_starts, max(lengths), max(counts))
 
 
 @torch.compiler.disable
@@ -159,6 +204,8 @@ def _shared_prefix_attention(
     Returns:
         Shape [1, tokens, heads, head size], and no weights.
     """
+    if softcap is None and _has_varlen(query):
+        return _varlen_attention(query, key, value, prompt_layout.varlen, scaling, sliding_window)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = sliding_window if sliding_window and sliding_window < k.shape[2] else None
@@ -188,6 +235,36 @@ def _shared_prefix_attention(
             values = torch.cat([v[:, :, :prompt], own_v], dim=2)
             attended.append(attend(q, keys, values).transpose(1, 2))
     return torch.cat(attended, dim=1), None
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether torch's kernel for sequences of unequal length takes these queries."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Varlen,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> tuple[Tensor, None]:
+    """All pieces in one call; the last query of a piece is aligned with its last key."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    attended: Any = varlen_attn(
+        q,
+        k.index_select(0, layout.keys),
+        v.index_select(0, layout.keys),
+        layout.query_starts,
+        layout.key_starts,
+        layout.most_queries,
+        layout.most_keys,
+        scale=scaling,
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return attended[None], None
 
 
 def _softcapped(

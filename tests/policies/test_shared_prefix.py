@@ -1,5 +1,6 @@
 """Shared prefixes against one padded sequence per response, on every architecture."""
 
+import itertools
 import random
 from functools import cache
 
@@ -24,6 +25,7 @@ from transformers import (
 from spin_lightning.errors import SettingError
 from spin_lightning.losses import logistic
 from spin_lightning.packing import pack_prompts, pad_prompts
+from spin_lightning.policies import shared_prefix
 from spin_lightning.policies.lora import LoraPolicy, LoraSettings
 from spin_lightning.policies.pretrained import BaseModel
 from spin_lightning.policies.shared_prefix import ARCHITECTURES, shares_prefixes
@@ -108,7 +110,7 @@ def build(base: BaseModel, settings: LoraSettings | None = None, **kwargs) -> Lo
     policy = LoraPolicy(base, settings or LoraSettings(r=4), **kwargs)
     generator = torch.Generator().manual_seed(1)
     for _, parameter in policy.trainable():
-        parameter.data.normal_(0, 0.1, generator=generator)
+        parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 0.1, generator=generator))
     return policy
 
 
@@ -231,6 +233,74 @@ def saved_bytes(policy: LoraPolicy, batch: PromptBatch) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         policy.prompt_logps(batch)
     return sum(sizes.values())
+
+
+# torch 2.13 warns of its own doing while it traces: it makes an instance of the autograd function,
+# and looks at .grad after a graph break.
+# https://github.com/pytorch/pytorch/tree/v2.13.0/torch/_dynamo/variables
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+def test_step_of_compiled_layers_is_the_same_and_iterates_act_uncompiled(folder_of, tmp_path):
+    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    plain, compiled = build(base), build(base, compiled=True)
+    for seed in (3, 4, 5):  # other lengths need no other code
+        assert_same_step(compiled, plain, some_pairs(seed), within=1e-5)
+        for policy in (plain, compiled):
+            policy.zero_grad()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    compiled.snapshot(tmp_path / "1")
+    compiled.use_bank({0: tmp_path, 1: tmp_path / "1"})
+    with compiled.at(1):
+        acting = compiled.prompt_logps(some_pairs(3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    torch.testing.assert_close(acting, plain.prompt_logps(some_pairs(3)).detach())
+
+
+def varlen_by_loops(q, k, v, query_starts, key_starts, most_queries, most_keys, **settings):
+    """torch's kernel, which runs on a GPU only, as its documentation has it."""
+    left, right = settings["window_size"]
+    assert right == 0
+    attended = []
+    pieces = [list(itertools.pairwise(starts.tolist())) for starts in (query_starts, key_starts)]
+    for (q_from, q_to), (k_from, k_to) in zip(*pieces, strict=True):
+        queries, keys = q_to - q_from, k_to - k_from
+        assert queries <= most_queries
+        assert keys <= most_keys
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
+        groups = q.shape[1] // k.shape[1]
+        assert settings["enable_gqa"] == (groups > 1)
+        scores = torch.einsum(
+            "qhd,khd->hqk", q[q_from:q_to], k[k_from:k_to].repeat_interleave(groups, dim=1)
+        )
+        weights = (scores * settings["scale"]).masked_fill(~seen, -torch.inf).softmax(-1)
+        values = v[k_from:k_to].repeat_interleave(groups, dim=1)
+        attended.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(attended)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gpt2"])
+def test_step_through_a_kernel_for_unequal_lengths_is_the_same(name, folder_of, monkeypatch):
+    base = BaseModel(folder_of(name), compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    monkeypatch.setattr(shared_prefix, "varlen_attn", varlen_by_loops)
+    monkeypatch.setattr(shared_prefix, "_has_varlen", lambda query: True)
+    assert_same_step(fast, plain, some_pairs(seed=3), within=1e-5)
+    with torch.no_grad():
+        batch = pack_prompts([[5, 6], [8]], [[[7, 2]], [[9], [3, 4, 5], [6, 2]]])
+        torch.testing.assert_close(fast.prompt_logps(batch), plain.prompt_logps(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_on_a_gpu_is_the_padded_one(name, dtype, folder_of):
+    base = BaseModel(folder_of(name), compute_dtype=dtype)
+    fast = build(base, device="cuda")
+    plain = build(base, device="cuda", packing="padded", fused=False)
+    assert_same_step(fast, plain, some_pairs(3), within=1e-4 if dtype == "float32" else 0.1)
 
 
 # ------------------------------------------------------------------------------ any responses
