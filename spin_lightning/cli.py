@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from spin_lightning.callbacks.best_iterate import BestIterate
-from spin_lightning.callbacks.console import console, show_table
+from spin_lightning.callbacks.console import console, quiet, show_table
 from spin_lightning.callbacks.requirements import new_run
 from spin_lightning.callbacks.row_making import DryRunFinished
 from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
@@ -34,6 +35,7 @@ from spin_lightning.evaluation.mt_bench import MTBench, judge_lines
 from spin_lightning.evaluation.mt_bench_answers import Answering
 from spin_lightning.evaluation.report import comparison_table, draw_iterates, write_report
 from spin_lightning.evaluation.results import read_results, score_table
+from spin_lightning.evaluation.study import STABILITY_VARIANTS, Play, draw_study, study_table
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies.saved import export_iterate
 from spin_lightning.run_folder import RunFolder
@@ -54,8 +56,9 @@ _TOLD_BY_THE_PARSER = (
     "Given value: Namespace(",
     "Given value: {",
 )
-# `--model.model testbed --data.data testbed` stand for the embedded language and its base model.
-_EMBEDDED = "testbed"
+# `--model.model testbed --data.data testbed` stand for the embedded language and its base model,
+# `testbed:3` for those of seed 3, `testbed:seed` for those of the run's own seed.
+_EMBEDDED = re.compile(r"testbed(?::(\d+|seed))?")
 
 
 class SpinCLI(LightningCLI):
@@ -280,10 +283,39 @@ def _testbed(args: list[str]) -> None:
     console.print(f"model: {train_base(given.data, Path(given.out), minutes=given.minutes)}")
 
 
+def _study(args: list[str]) -> None:
+    """Play several variants of one config over several seeds: their table and their picture."""
+    parser = _parser("study", _study)
+    parser.add_argument("--config", required=True, help="a config of `fit`, variant replaced")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(STABILITY_VARIANTS),
+        help="variants, with settings of their own as in 'AlphaSPIN(alpha=0.3)'",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run for each")
+    parser.add_argument("--out", help="folder of the runs; runs/<name of the config> if not said")
+    given = parser.parse_args(args)
+    out = Path(given.out or Path("runs") / Path(given.config).stem)
+    plays = [Play.of(variant, seed) for variant in given.variants for seed in given.seeds]
+    for number, play in enumerate(plays, start=1):
+        console.print(f"[{number}/{len(plays)}] {play.variant}, seed {play.seed}", markup=False)
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            SpinCLI(play.arguments(given.config, out))
+    groups = {
+        variant: [RunFolder(play.folder(out)) for play in plays if play.variant == variant]
+        for variant in given.variants
+    }
+    show_table(study_table(groups))
+    console.print(f"Picture: {draw_study(groups, out / 'study.png')}")
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": _evaluate,
     "export": _export,
     "report": _report,
+    "study": _study,
     "testbed": _testbed,
 }
 
@@ -299,12 +331,10 @@ def _other_commands() -> str:
 
 def _resolve_testbed(config: Namespace) -> None:
     """Put the folders of the embedded testbed in place of its name."""
-    places = [(config.model.init_args, "model"), (config.data.init_args, "data")]
-    named = [(namespace, key) for namespace, key in places if namespace[key] == _EMBEDDED]
-    if named:
-        paths = ensure()
-        for namespace, key in named:
-            namespace[key] = str(getattr(paths, key))
+    for namespace, key in ((config.model.init_args, "model"), (config.data.init_args, "data")):
+        if named := _EMBEDDED.fullmatch(namespace[key]):
+            seed = config.seed_everything if named[1] == "seed" else named[1]
+            namespace[key] = str(getattr(ensure(int(seed or 0)), key))
 
 
 def _checkpoint(run: RunFolder, given: str | None, resume: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from spin_lightning import keyed
 from spin_lightning.data.rows import RowTable
@@ -133,9 +134,9 @@ NO_ROWS = EarlierRows()
 def units(
     plan: RowPlan, examples: Sequence[Example], earlier: EarlierRows = NO_ROWS
 ) -> Iterator[list[RowDraw]]:
-    """The work units of a plan: which rows, drawn against whom, in which order."""
-    draws = [draw for example in examples for draw in draws_of(plan, example, earlier)]
-    return (draws[i : i + plan.unit_size] for i in range(0, len(draws), plan.unit_size))
+    """The work units of a plan as they come: which rows, drawn against whom, in which order."""
+    draws = (draw for example in examples for draw in draws_of(plan, example, earlier))
+    return iter(lambda: list(islice(draws, plan.unit_size)), [])
 
 
 def unit_count(plan: RowPlan, examples: Sequence[Example]) -> int:

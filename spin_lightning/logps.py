@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from spin_lightning.types import SequenceBatch
+
+# Logits are the largest thing in a step: they exist for this many tokens at a time.
+_HEAD_ROWS = 256
 
 
 def response_logps(model: nn.Module, batch: SequenceBatch) -> Tensor:
@@ -56,7 +62,7 @@ def last_logits(
     Architectures differ in what their forward takes: the head is restricted to the columns that
     are needed, and positions are given, wherever the model accepts that.
     """
-    accepted = _forward_arguments(model)
+    accepted = forward_arguments(model)
     if "position_ids" in accepted:
         positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
         kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
@@ -68,9 +74,111 @@ def last_logits(
     return logits
 
 
-def _forward_arguments(model: nn.Module) -> frozenset[str]:
+def forward_arguments(model: nn.Module) -> frozenset[str]:
     """Names that the innermost model's forward takes; a PEFT wrapper forwards them all."""
     inner: Any = model
     while hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return frozenset(inspect.signature(inner.forward).parameters)
+
+
+def head_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, softcap: float | None = None
+) -> Tensor:
+    """log p(target) of tokens from the hidden states that predict them.
+
+    Logits exist for a few hundred tokens at a time. Where the head is frozen, the gradient with
+    respect to the hidden state is computed along with them, d log p(y) / dh = W_y - sum_v p_v W_v:
+    two products with the head instead of three, and no logits are kept for the backward pass.
+
+    Args:
+        head: Maps hidden states to logits.
+        hidden: Shape [tokens, width].
+        targets: int64, shape [tokens].
+        softcap: c, where the model's logits are c tanh(z / c) of what the head gives.
+
+    Returns:
+        Nats, float32 whatever the model computes in, shape [tokens].
+    """
+    if _is_frozen_linear(head) and not torch.is_autocast_enabled(hidden.device.type):
+        frozen_head: Any = _FrozenHead.apply  # which torch leaves untyped, as it does `split`
+        logps: Tensor = frozen_head(hidden, head.weight, head.bias, targets, softcap)
+        return logps
+    chunks = zip(torch.split(hidden, _HEAD_ROWS), torch.split(targets, _HEAD_ROWS), strict=True)
+    return torch.cat([_plain_head_logps(head, h, y, softcap) for h, y in chunks])
+
+
+def sum_by_response(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sum token log-probs, response by response.
+
+    Args:
+        token_logps: Shape [response tokens].
+        lengths: Tokens of each of n responses.
+
+    Returns:
+        Nats, float64, shape [n].
+    """
+    by_response = torch.split(token_logps.double(), list(lengths))
+    return pad_sequence(list(by_response), batch_first=True).sum(dim=-1)
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    # Exactly nn.Linear: with an adapter on it, or quantised, it is another class.
+    return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+
+
+def _plain_head_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, softcap: float | None
+) -> Tensor:
+    logits = head(hidden)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return -functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Token log-probs with the gradient of the hidden state, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        buffer = hidden.new_empty(min(_HEAD_ROWS, len(hidden)), len(weight))
+        for start in range(0, len(hidden), _HEAD_ROWS):
+            rows = slice(start, start + _HEAD_ROWS)
+            h, y = hidden[rows], targets[rows, None]
+            logits = torch.mm(h, weight.t(), out=buffer[: len(h)])
+            if bias is not None:
+                logits += bias
+            z, slope = _capped(logits, softcap)
+            # From here on in place; z becomes the probabilities, then the gradient of log p(y).
+            highest = z.amax(dim=-1, keepdim=True)
+            logp = z.gather(-1, y) - highest
+            total = z.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+            logps[rows] = (logp - total.log()).squeeze(-1)
+            if gradient is not None:
+                z.div_(-total).scatter_add_(-1, y, torch.ones_like(total))
+                gradient[rows] = (z if slope is None else z.mul_(slope)).to(h.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits in float32 as the model has them, and their slope in those of the head."""
+    if softcap is None:
+        return logits.float(), None
+    bent = torch.tanh(logits / softcap).float()
+    return softcap * bent, 1 - bent.square()

@@ -1,4 +1,4 @@
-"""Sequences in, one padded batch out."""
+"""Sequences in, one batch out: prompts shared and unpadded, or every sequence padded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,78 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from spin_lightning.types import SequenceBatch
+from spin_lightning.types import PromptBatch, SequenceBatch
+
+
+def pack_prompts(
+    prompts: Sequence[ArrayLike], responses: Sequence[Sequence[ArrayLike]]
+) -> PromptBatch:
+    """Put each prompt and its responses one after the other, without padding.
+
+    Args:
+        prompts: Token ids of n prompts, each at least one token: tuples, lists or arrays.
+        responses: Of each prompt, token ids of its responses, each at least one token, likewise.
+
+    Returns:
+        The batch, on the CPU.
+    """
+    groups = list(zip(prompts, responses, strict=True))
+    pieces = [np.asarray(ids) for prompt, group in groups for ids in (prompt, *group)]
+    return PromptBatch(
+        input_ids=torch.from_numpy(np.concatenate(pieces).astype(np.int64)),
+        prompt_lengths=tuple(np.size(prompt) for prompt, _ in groups),
+        response_lengths=tuple(tuple(np.size(ids) for ids in group) for _, group in groups),
+    )
+
+
+def positions(batch: PromptBatch) -> Tensor:
+    """Position of each token in [prompt, its own response], int64, shape [tokens]."""
+    pieces = [
+        piece
+        for prompt, lengths in zip(batch.prompt_lengths, batch.response_lengths, strict=True)
+        for piece in (np.arange(prompt), *(np.arange(prompt, prompt + n) for n in lengths))
+    ]
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+def predictors(batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    """Where each response token is predicted, and where it lies.
+
+    The first token of every response is predicted by the last one of the prompt.
+
+    Returns:
+        Two int64 tensors of shape [response tokens], response by response: indices into the row.
+    """
+    predicting: list[ArrayLike] = []
+    predicted: list[ArrayLike] = []
+    start = 0
+    for prompt, lengths in zip(batch.prompt_lengths, batch.response_lengths, strict=True):
+        last = start + prompt - 1
+        start += prompt
+        for length in lengths:
+            tokens = np.arange(start, start + length)
+            predicting += [[last], tokens[:-1]]
+            predicted.append(tokens)
+            start += length
+    return torch.from_numpy(np.concatenate(predicting)), torch.from_numpy(np.concatenate(predicted))
+
+
+def pad_prompts(batch: PromptBatch) -> SequenceBatch:
+    """Spell every response out as a sequence of its own, its prompt before it, padded.
+
+    Returns:
+        The sequences in the order of the responses, where the batch lies.
+    """
+    ids = batch.input_ids.cpu().numpy()
+    prompts, responses, start = [], [], 0
+    for prompt, lengths in zip(batch.prompt_lengths, batch.response_lengths, strict=True):
+        here, start = ids[start : start + prompt], start + prompt
+        for length in lengths:
+            prompts.append(here)
+            responses.append(ids[start : start + length])
+            start += length
+    # Padded columns are masked, and 0 is an id of every vocabulary.
+    return pack_padded(prompts, responses, pad_id=0).to(batch.input_ids.device)
 
 
 def pack_padded(

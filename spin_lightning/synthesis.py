@@ -13,25 +13,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_lightning.data.rows import part_matches, read_manifest, write_manifest, write_part
+from spin_lightning.data.rows import (
+    part_matches,
+    read_deviations,
+    read_manifest,
+    write_manifest,
+    write_part,
+)
 from spin_lightning.drawing import NO_ROWS, EarlierRows, RowDraw, RowPlan, Scorer, unit_count, units
 from spin_lightning.errors import SpinError
 from spin_lightning.fingerprint import differences
 from spin_lightning.generation.base import Generator, Request, Response
-from spin_lightning.packing import group_by_length, pack_padded
+from spin_lightning.packing import group_by_length, pack_prompts
 from spin_lightning.policies.base import Policy
 from spin_lightning.types import Example, Row
 
-# The head's logits are the largest thing in a scoring pass: at most 2^27 floats of them at once.
+# The head's logits are the largest thing in a padded scoring pass: at most 2^27 floats of them at
+# once. With shared prompts they come in small chunks, and a batch only has to fill the device.
 _SCORING_LOGITS = 1 << 27
 _MOST_SCORING_TOKENS = 1 << 14
+_SHARED_TOKENS = 1 << 13
 
 
 class Reporter(Protocol):
     """Hears how far generation and scoring have come."""
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
-        """`rows` more rows went through `stage` ("generating" or "scoring") in `seconds`."""
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
+        """`rows` more rows went through `stage` ("generating" or "scoring") in `seconds`.
+
+        `tokens` of responses were generated now, or scored, once for each that scores.
+        """
 
 
 @dataclass
@@ -50,14 +61,18 @@ class Timing:
     rows: int = 0
     generating: float = 0.0
     scoring: float = 0.0
+    generated_tokens: int = 0
+    scored_tokens: int = 0
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
         """Add what a stage took."""
         if stage == "generating":
             self.rows += rows if seconds else 0
             self.generating += seconds
+            self.generated_tokens += tokens
         else:
             self.scoring += seconds
+            self.scored_tokens += tokens
 
 
 @dataclass(frozen=True)
@@ -67,13 +82,11 @@ class Synthesis:
     Attributes:
         policy: Whose iterates answer and score.
         generator: How responses are sampled.
-        pad_id: Any valid id; padded columns are masked.
         vocabulary: Size of the model's head, which bounds a scoring batch.
     """
 
     policy: Policy
     generator: Generator
-    pad_id: int
     vocabulary: int
 
     def make(
@@ -109,7 +122,8 @@ class Synthesis:
                 report.advance("generating", len(draws), 0.0)
                 report.advance("scoring", len(draws), 0.0)
             else:
-                write_part(folder, unit, self._unit(plan, draws, earlier, report))
+                rows = self._unit(plan, draws, earlier, report)
+                write_part(folder, unit, rows, self.generator.deviations)
             yield unit
 
     def _unit(
@@ -118,7 +132,12 @@ class Synthesis:
         start = time.perf_counter()
         responses = self._responses(plan, draws)
         generated_at = time.perf_counter()
-        report.advance("generating", len(draws), generated_at - start)
+        new = sum(
+            len(response.ids)
+            for draw, response in zip(draws, responses, strict=True)
+            if draw.kept is None
+        )
+        report.advance("generating", len(draws), generated_at - start, new)
         # Rows of one example share its real response: it is scored once.
         examples = {draw.example.example_id: draw.example for draw in draws}
         real = {
@@ -133,8 +152,13 @@ class Synthesis:
             )
             for draw, response in zip(draws, responses, strict=True)
         ]
-        self._score(plan.scorers, [*real.values(), *generated])
-        report.advance("scoring", len(draws), time.perf_counter() - generated_at)
+        sequences = [*real.values(), *generated]
+        unknown = sum(
+            len(s.response_ids) * sum(scorer not in s.logps for scorer in plan.scorers)
+            for s in sequences
+        )
+        self._score(plan.scorers, sequences)
+        report.advance("scoring", len(draws), time.perf_counter() - generated_at, unknown)
         return [
             _row(plan, draw, response, real[draw.example.example_id].logps, scored.logps)
             for draw, response, scored in zip(draws, responses, generated, strict=True)
@@ -156,20 +180,37 @@ class Synthesis:
 
     def _score(self, scorers: Sequence[Scorer], sequences: Sequence[Scored]) -> None:
         """Fill in log p(response | prompt) under every scorer, where it is not known yet."""
-        budget = max(1, min(_MOST_SCORING_TOKENS, _SCORING_LOGITS // self.vocabulary))
         for scorer in scorers:
             unknown = [s for s in sequences if scorer not in s.logps]
-            if not unknown:
+            for s in unknown:
+                s.logps[scorer] = 0.0  # what a response without tokens keeps
+            written = [s for s in unknown if s.response_ids]
+            if not written:
                 continue
-            lengths = [len(s.prompt_ids) + len(s.response_ids) for s in unknown]
             with self.policy.at(*scorer):
-                for group in group_by_length(lengths, budget):
-                    batch = [unknown[i] for i in group]
-                    packed = pack_padded(
-                        [s.prompt_ids for s in batch], [s.response_ids for s in batch], self.pad_id
+                for groups in self._scoring_batches(written):
+                    packed = pack_prompts(
+                        [group[0].prompt_ids for group in groups],
+                        [[s.response_ids for s in group] for group in groups],
                     )
-                    for s, logp in zip(batch, self.policy.logps(packed).tolist(), strict=True):
+                    logps = self.policy.prompt_logps(packed).tolist()
+                    scored = (s for group in groups for s in group)
+                    for s, logp in zip(scored, logps, strict=True):
                         s.logps[scorer] = logp
+
+    def _scoring_batches(self, sequences: Sequence[Scored]) -> Iterator[list[list[Scored]]]:
+        """Responses grouped by their prompt where the policy can share it, in batches."""
+        if self.policy.shares_prompts:
+            by_prompt: dict[tuple[int, ...], list[Scored]] = {}
+            for s in sequences:
+                by_prompt.setdefault(s.prompt_ids, []).append(s)
+            groups, budget = list(by_prompt.values()), _SHARED_TOKENS
+        else:
+            groups = [[s] for s in sequences]
+            budget = max(1, min(_MOST_SCORING_TOKENS, _SCORING_LOGITS // self.vocabulary))
+        lengths = [len(g[0].prompt_ids) + sum(len(s.response_ids) for s in g) for g in groups]
+        for batch in group_by_length(lengths, budget):
+            yield [groups[i] for i in batch]
 
 
 def finish(
@@ -182,7 +223,9 @@ def finish(
     """
     if not examples:
         raise SpinError(f"there are no examples to make rows of in {folder}", fix="give more data")
-    write_manifest(folder, {**fields, **_manifest_of(plan, examples)})
+    own = _manifest_of(plan, examples)
+    deviations = read_deviations(folder, own["units"])
+    write_manifest(folder, {**fields, **own, **({"deviations": deviations} if deviations else {})})
 
 
 def is_finished(plan: RowPlan, examples: Sequence[Example], folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -122,27 +122,52 @@ class SequenceBatch:
 
 
 @dataclass(frozen=True)
+class PromptBatch:
+    """Prompts, each followed by its responses, in one row without padding.
+
+    Prompt by prompt: [prompt, response, response, …]. Each prompt is there once, whatever the
+    number of its responses, which do not see each other.
+
+    Attributes:
+        input_ids: int64, shape [tokens].
+        prompt_lengths: Number of tokens of each prompt.
+        response_lengths: Number of tokens of each of its responses.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: tuple[int, ...]
+    response_lengths: tuple[tuple[int, ...], ...]
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        """Return a copy on `device`."""
+        return replace(self, input_ids=self.input_ids.to(device))
+
+    @property
+    def flat_lengths(self) -> list[int]:
+        """Number of tokens of every response, in order."""
+        return [length for lengths in self.response_lengths for length in lengths]
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """What one training or validation step needs.
 
     Attributes:
-        real: The real responses after their prompts, n sequences.
-        generated: The generated ones, in the same order; None where a method uses none.
+        pairs: n prompts, each with its real response and then the generated one, where the method
+            uses one.
         reference_real: log R(y|x), nats, float64, shape [n].
-        reference_generated: log R(y'|x), likewise; None with `generated`.
+        reference_generated: log R(y'|x), likewise; None without generated responses.
     """
 
-    real: SequenceBatch
-    generated: SequenceBatch | None
+    pairs: PromptBatch
     reference_real: Tensor
     reference_generated: Tensor | None
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Return a copy on `device`."""
-        generated, reference = self.generated, self.reference_generated
+        reference = self.reference_generated
         return PairBatch(
-            real=self.real.to(device),
-            generated=None if generated is None else generated.to(device),
+            pairs=self.pairs.to(device),
             reference_real=self.reference_real.to(device),
             reference_generated=None if reference is None else reference.to(device),
         )

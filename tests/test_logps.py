@@ -15,7 +15,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from spin_lightning.logps import response_logps, response_token_logps
+from spin_lightning.logps import (
+    head_logps,
+    response_logps,
+    response_token_logps,
+    sum_by_response,
+)
 from spin_lightning.packing import pack_padded
 
 SIZES = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -187,3 +192,82 @@ def test_response_logps_of_a_bfloat16_llama_are_those_of_its_own_logits(batch):
     ]
     assert logits.dtype == torch.bfloat16
     assert logps.tolist() == pytest.approx(by_hand, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- heads
+
+
+def plain_head_logps(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, softcap=None):
+    """The whole table of log-probs, in float64."""
+    logits = hidden.double() @ head.weight.double().t()
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1)[range(len(targets)), targets]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 256, 600])  # one chunk and several, the last one short
+def test_head_logps_and_their_gradient_are_those_of_the_whole_table(tokens, bias, softcap, frozen):
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(16, 50, bias=bias).requires_grad_(not frozen)
+    for parameter in head.parameters():
+        parameter.data.normal_(0, 0.7, generator=generator)
+    hidden = torch.randn(tokens, 16, generator=generator).requires_grad_(True)
+    targets = torch.randint(50, (tokens,), generator=generator)
+    upstream = torch.randn(tokens, generator=generator)
+    found = head_logps(head, hidden, targets, softcap)
+    wanted = plain_head_logps(head, hidden, targets, softcap)
+    inputs = [hidden, *head.parameters()] if not frozen else [hidden]
+    gradients = torch.autograd.grad(found, inputs, upstream)
+    wanted_gradients = torch.autograd.grad(wanted, inputs, upstream.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=1e-6)
+    for gradient, by_hand in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(gradient, by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_head_logps_of_two_words_equal_the_hand_values():
+    """Logits (h, 0): log p(0) = -log(1 + e^-h), and its slope in h is 1 - p(0)."""
+    head = nn.Linear(1, 2, bias=False).requires_grad_(False)
+    head.weight.data[:] = torch.tensor([[1.0], [0.0]])
+    hidden = torch.tensor([[math.log(3)], [-200.0]], requires_grad=True)
+    logps = head_logps(head, hidden, torch.tensor([0, 0]))
+    assert logps.tolist() == pytest.approx([math.log(3 / 4), -200.0])
+    logps.sum().backward()
+    assert hidden.grad.flatten().tolist() == pytest.approx([1 / 4, 1.0])
+
+
+def test_head_logps_of_a_frozen_head_keep_no_logits_for_the_backward_pass():
+    saved = []
+    head, hidden = nn.Linear(8, 4000, bias=False).requires_grad_(False), torch.randn(300, 8)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
+        head_logps(head, hidden.requires_grad_(True), torch.zeros(300, dtype=torch.long))
+    assert saved == [(300, 8)]
+
+
+def test_head_logps_in_bfloat16_are_as_near_as_its_logits_allow():
+    """Logits are rounded by the product; what comes after is float32."""
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(16, 50, bias=False).requires_grad_(False).bfloat16()
+    hidden = torch.randn(40, 16, generator=generator).bfloat16().requires_grad_(True)
+    targets = torch.randint(50, (40,), generator=generator)
+    found = head_logps(head, hidden, targets)
+    by_hand = (hidden @ head.weight.t()).float().log_softmax(-1)[range(40), targets]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    (wanted,) = torch.autograd.grad(plain_head_logps(head, hidden, targets).sum(), hidden)
+    assert gradient.dtype == torch.bfloat16
+    assert (gradient - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_sum_by_response_adds_up_in_double_precision():
+    sums = sum_by_response(torch.tensor([0.5, -1.0, 4.0, *[-1.1] * 2000]), [2, 1, 2000])
+    assert sums.dtype == torch.float64
+    assert sums.tolist() == pytest.approx([-0.5, 4.0, -2200.0], abs=1e-4)

@@ -189,7 +189,7 @@ def draw(base, adapters, exact, tmp_path_factory) -> Callable[..., RowTable]:
             coupling=before and Coupling.between(module.opponent(t - 1), now),
         )
         generator = LocalGenerator(load_config(base), (stop,), 0, GenerationSettings(**settings))
-        synthesis = Synthesis(policy, generator, pad_id=0, vocabulary=38)
+        synthesis = Synthesis(policy, generator, vocabulary=38)
         folder = tmp_path_factory.mktemp("rows")
         earlier = NO_ROWS if before is None else EarlierRows(before)
         answered = examples[:600] if scored else examples

@@ -1,4 +1,4 @@
-"""Padding on the left, and batches within a budget."""
+"""Padding on the left, prompts shared, and batches within a budget."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_lightning.packing import group_by_length, pack_padded, pad_left
+from spin_lightning.packing import (
+    group_by_length,
+    pack_padded,
+    pack_prompts,
+    pad_left,
+    pad_prompts,
+    positions,
+    predictors,
+)
 
 quick = settings(deadline=None, database=None, derandomize=True)
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
@@ -85,3 +93,46 @@ def test_group_by_length_holds_every_index_once_within_the_budget(lengths, max_t
         assert len(group) == 1 or len(group) * longest <= max_tokens
         full = (len(group) + 1) * longest > max_tokens
         assert full or group is groups[-1], "room for one more was left"
+
+
+# --------------------------------------------------------------------------- prompts shared
+
+# Two prompts of two and one tokens, with two responses and with one.
+SHARED = pack_prompts([(1, 5), (6,)], [[(8, 9, 2), (7,)], [(3, 2)]])
+
+
+def test_pack_prompts_puts_everything_in_one_row():
+    assert SHARED.input_ids.tolist() == [1, 5, 8, 9, 2, 7, 6, 3, 2]
+    assert SHARED.input_ids.dtype == torch.int64
+    assert SHARED.prompt_lengths == (2, 1)
+    assert SHARED.response_lengths == ((3, 1), (2,))
+    assert SHARED.flat_lengths == [3, 1, 2]
+
+
+def test_positions_start_anew_for_every_response():
+    assert positions(SHARED).tolist() == [0, 1, 2, 3, 4, 2, 0, 1, 2]
+
+
+def test_predictors_of_a_first_token_are_the_end_of_its_prompt():
+    predicting, predicted = predictors(SHARED)
+    assert predicting.tolist() == [1, 2, 3, 1, 6, 7]
+    assert predicted.tolist() == [2, 3, 4, 5, 7, 8]
+
+
+def test_pad_prompts_spells_every_response_out():
+    batch = pad_prompts(SHARED)
+    assert batch.input_ids.tolist() == [[1, 5, 8, 9, 2], [0, 0, 1, 5, 7], [0, 0, 6, 3, 2]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert batch.response_lengths.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda ids: np.array(ids, dtype=np.int32)])
+def test_pack_prompts_takes_ids_of_any_kind(kind):
+    batch = pack_prompts([kind([1, 5])], [[kind([8]), kind([9, 2])]])
+    assert batch.input_ids.tolist() == [1, 5, 8, 9, 2]
+    assert batch.input_ids.dtype == torch.int64
+
+
+def test_pack_prompts_of_unequal_counts_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        pack_prompts([(1,), (2,)], [[(3,)]])

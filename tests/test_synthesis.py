@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from spin_lightning.synthesis import Synthesis, Timing, finish
 from spin_lightning.types import Example
 from tests.toy_adapters import plain_model, write_adapter
 from tests.toy_plans import PLAN, STOP, draw_row, key_by_hand, some_examples
+from tests.toy_policy import EveryResponse
 
 EXAMPLES = some_examples()
 
@@ -33,7 +35,7 @@ def synthesis(tiny_base, adapters, tmp_path_factory) -> Synthesis:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
     policy.use_bank({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
     generator = LocalGenerator(load_config(tiny_base), (STOP,), 0, GenerationSettings())
-    return Synthesis(policy, generator, pad_id=0, vocabulary=24)
+    return Synthesis(policy, generator, vocabulary=24)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,19 @@ def test_make_after_a_crash_makes_only_what_is_missing_or_of_other_rows(synthesi
     assert bytes_in(tmp_path) == bytes_in(whole)
 
 
+def test_make_counts_response_tokens_generated_and_scored_here(synthesis, tmp_path):
+    timing, plan = Timing(), replace(PLAN, unit_size=32)
+    list(synthesis.make(plan, EXAMPLES, tmp_path, timing))
+    rows = rows_in(tmp_path)
+    generated = sum(len(row["generated_ids"]) for row in rows)
+    # An example's real response is scored once in each unit that has rows of it.
+    ids = [[row["example_id"] for row in rows[i : i + 32]] for i in range(0, len(rows), 32)]
+    length = {row["example_id"]: len(row["real_ids"]) for row in rows}
+    real = sum(length[i] for unit in ids for i in set(unit))
+    assert timing.generated_tokens == generated
+    assert timing.scored_tokens == len(PLAN.members) * (generated + real)
+
+
 def test_make_in_other_units_changes_almost_no_ids(synthesis, tmp_path):
     """Only where rounding moves a boundary of the cumulative distribution past a uniform."""
     examples = some_examples(150)
@@ -166,6 +181,27 @@ def test_finish_makes_the_rows_readable_and_says_what_they_are(synthesis, tmp_pa
     table = read_rows(tmp_path)
     assert table.example_id.tolist() == [e.example_id for e in EXAMPLES for _ in (0, 1)]
     assert table.members == (1, 2)
+
+
+def test_units_decoded_otherwise_than_set_are_named_in_the_manifest(synthesis, tmp_path):
+    """Also after a crash: what was done is kept with the part."""
+
+    class Deviating(EveryResponse):
+        deviations: ClassVar[dict[str, int]] = {}
+
+    making = replace(synthesis, generator=Deviating())
+    parts = making.make(PLAN, EXAMPLES, tmp_path, Timing())
+    next(parts)
+    Deviating.deviations = {"batch_tokens": 320}
+    next(parts)
+    parts.close()
+    Deviating.deviations = {}
+    list(making.make(PLAN, EXAMPLES, tmp_path, Timing()))
+    finish(PLAN, EXAMPLES, tmp_path, {})
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    assert manifest["deviations"] == {"1": {"batch_tokens": 320}}
+    assert len(read_rows(tmp_path)) == 70
 
 
 def test_finish_without_examples_is_an_error_and_leaves_no_manifest(tmp_path):

@@ -3,26 +3,25 @@
 import pytest
 import torch
 
-from spin_lightning.packing import pack_padded
+from spin_lightning.packing import pack_prompts
 from spin_lightning.types import PairBatch, PairLogps
 
-REAL = pack_padded([(1, 2), (3,)], [(4,), (5, 6)], pad_id=0)
+PAIRS = pack_prompts([(1, 2), (3,)], [((4,), (7,)), ((5, 6), (8,))])
 REFERENCE = torch.tensor([-1.0, -2.0], dtype=torch.float64)
 
 
 def test_pair_batch_moves_with_all_its_tensors():
-    there = PairBatch(REAL, REAL, REFERENCE, REFERENCE).to("meta")
-    tensors = [*vars(there.real).values(), *vars(there.generated).values()]
-    tensors += [there.reference_real, there.reference_generated]
-    assert len(tensors) == 8
+    there = PairBatch(PAIRS, REFERENCE, REFERENCE).to("meta")
+    tensors = [there.pairs.input_ids, there.reference_real, there.reference_generated]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert there.pairs.response_lengths == PAIRS.response_lengths
     assert len(there) == 2
 
 
 def test_pair_batch_without_generated_responses_moves_and_has_none():
-    there = PairBatch(REAL, None, REFERENCE, None).to("meta")
+    there = PairBatch(PAIRS, REFERENCE, None).to("meta")
     assert there.reference_real.device.type == "meta"
-    assert there.generated is there.reference_generated is None
+    assert there.reference_generated is None
     assert len(there) == 2
 
 
@@ -34,6 +33,6 @@ def test_pair_logps_margin_is_the_difference_of_the_log_ratios():
 
 
 def test_pair_logps_without_generated_responses_has_no_margin():
-    logps = PairLogps(REFERENCE, None, REFERENCE, None, REAL.response_lengths, None)
+    logps = PairLogps(REFERENCE, None, REFERENCE, None, torch.tensor([1, 2]), None)
     with pytest.raises(TypeError, match="no generated responses"):
         _ = logps.margin

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from spin_lightning import SelfPlayModule
-from spin_lightning.data.collate import Collate
+from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import PairDataset
 from spin_lightning.data.rows import RowTable, read_rows
 from spin_lightning.drawing import RowPlan
 from spin_lightning.generation.base import Generator, Request, Response
+from spin_lightning.packing import pad_prompts
 from spin_lightning.policies.base import Policy
 from spin_lightning.synthesis import Synthesis, Timing, finish
 from spin_lightning.types import Example, PairBatch, SequenceBatch
@@ -156,7 +157,7 @@ def make_rows(module: SelfPlayModule, folder: Path) -> RowTable:
         token_alpha=reference.token_alpha,
         token_members=reference.token_members,
     )
-    synthesis = Synthesis(module.policy, EveryResponse(), pad_id=0, vocabulary=len(TOKENS))
+    synthesis = Synthesis(module.policy, EveryResponse(), vocabulary=len(TOKENS))
     list(synthesis.make(plan, EXAMPLES, folder, Timing()))
     finish(plan, EXAMPLES, folder, {})
     return read_rows(folder)
@@ -165,13 +166,17 @@ def make_rows(module: SelfPlayModule, folder: Path) -> RowTable:
 def make_batch(module: SelfPlayModule, folder: Path) -> PairBatch:
     """All those rows as one batch with the module's reference."""
     pairs = PairDataset(make_rows(module, folder), module.reference(module.iterate))
-    return Collate(pad_id=0)([pairs[i] for i in range(len(pairs))])
+    return collate([pairs[i] for i in range(len(pairs))])
 
 
-def over_language(values: Tensor, batch: SequenceBatch) -> Tensor:
-    """Values of sequences, shape [n], as those of all responses, [prompts, responses]."""
+def over_language(values: Tensor, batch: PairBatch, side: int) -> Tensor:
+    """Values of the real (0) or generated (1) responses of a batch, shape [n], as those of all.
+
+    Returns:
+        Shape [prompts, responses].
+    """
     whole = torch.full((len(PROMPTS), len(RESPONSES)), torch.nan, dtype=torch.float64)
-    for ids, value in zip(sequences(batch), values, strict=True):
+    for ids, value in zip(sequences(pad_prompts(batch.pairs))[side::2], values, strict=True):
         whole[_place(*ids)] = value
     return whole
 

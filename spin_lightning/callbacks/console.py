@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from spin_lightning.callbacks.speed import speed_line
 
 _LINES_SHOWN = 8
 _LOG_WIDTH = 160
@@ -44,6 +48,23 @@ def show_iterates(records: Sequence[Mapping[str, Any]]) -> None:
     console.print(head, style="bold")
     for record in records[-_LINES_SHOWN:]:
         console.print(_line(record))
+    speed = speed_line((records[-1].get("training") or {}).get("speed", {}))
+    if speed:
+        console.print(f"Speed: {speed}.", style="dim")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show nothing inside the block: many runs in a row have only their results to tell."""
+    log = logging.getLogger("lightning.pytorch")
+    shown, level = console.quiet, log.level
+    console.quiet = True
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        console.quiet = shown
+        log.setLevel(level)
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
@@ -82,7 +103,7 @@ class RowProgress:
             for stage in ("generating", "scoring")
         }
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
         """`rows` more rows went through `stage`."""
         self._progress.advance(self._tasks[stage], rows)
 

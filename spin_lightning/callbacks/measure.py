@@ -48,11 +48,15 @@ def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
 
     Returns:
         Share of rows by opponent, log-prob of the real responses under each member in nats per
-        response, and how alike the generated responses are.
+        response, how alike the generated responses are, and mean lengths.
     """
     generated, rows = table.generated_ids, len(table)
     metrics = {
         f"rows/real_logps/p{i}": float(logps.mean()) for i, logps in table.real_logps.items()
+    } | {
+        "rows/prompt_tokens": float(table.prompt_ids.lengths.mean()),
+        "rows/real_tokens": float(table.real_ids.lengths.mean()),
+        "rows/generated_tokens": float(generated.lengths.mean()),
     }
     opponents, counts = np.unique(table.opponent, return_counts=True)
     if opponents[0] < 0:

@@ -171,7 +171,7 @@ class RowMaker:
         generator = LocalGenerator(
             config, text_format.stop_ids, text_format.pad_id, module.generation
         )
-        return Synthesis(module.policy, generator, text_format.pad_id, module.vocabulary)
+        return Synthesis(module.policy, generator, module.vocabulary)
 
     def _announce(self, plan: RowPlan, rows: int) -> None:
         """Say how long the run will take, from its first work unit; a dry run ends here."""
@@ -198,9 +198,9 @@ class _Both:
     progress: RowProgress
     timing: Timing
 
-    def advance(self, stage: str, rows: int, seconds: float) -> None:
-        self.progress.advance(stage, rows, seconds)
-        self.timing.advance(stage, rows, seconds)
+    def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
+        self.progress.advance(stage, rows, seconds, tokens)
+        self.timing.advance(stage, rows, seconds, tokens)
 
 
 def _minutes(seconds: float) -> str:

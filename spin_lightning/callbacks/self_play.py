@@ -21,6 +21,7 @@ from spin_lightning.callbacks.requirements import (
     run_root,
 )
 from spin_lightning.callbacks.row_making import RowMaker
+from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.data.rows import read_rows
 from spin_lightning.drawing import RowPlan, redrawn
@@ -59,7 +60,7 @@ class SelfPlay(Callback):
         self._iterates = 0
         self._limit: int | float | None = None
         self._iterate_step = 0
-        self._training_since = 0.0
+        self._training_since, self._step_since = 0.0, 0
         self._maker: RowMaker | None = None
 
     # ------------------------------------------------------------------ Lightning's hooks
@@ -114,7 +115,7 @@ class SelfPlay(Callback):
             trainer.strategy.setup_optimizers(trainer)
         if trainer.global_step == 0 and data.val:
             _validate_now(trainer)
-        self._training_since = time.perf_counter()
+        self._training_since, self._step_since = time.perf_counter(), trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """At the last epoch of an iterate, keep it and make the next one's rows."""
@@ -219,7 +220,7 @@ class SelfPlay(Callback):
             if trainer.is_global_zero:
                 self._measure_rows(trainer, plan)
         module.policy.evict()
-        self._training_since = time.perf_counter()
+        self._training_since, self._step_since = time.perf_counter(), trainer.global_step
 
     def _measure(
         self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
@@ -237,7 +238,8 @@ class SelfPlay(Callback):
                     metrics |= callback.evaluate_iterate(module, t)
             record["metrics"] = metrics
             run.write_iterate(t, record)
-            self._log(trainer, {**metrics, "iterate": t}, record["step"])
+            speed = (record["training"] or {}).get("speed", {})
+            self._log(trainer, {**metrics, **speed, "iterate": t}, record["step"])
             if table is not None:
                 pairs = sample_pairs(table, module.tokenizer, _PAIRS_LOGGED)
                 log_samples(trainer.loggers, pairs, record["step"])
@@ -275,6 +277,7 @@ class SelfPlay(Callback):
         opponent = module.opponent(module.iterate)
         assert self._maker is not None, "on_fit_start() made it"
         timing = self._maker.timing
+        trained = self._trained(trainer, module, data)
 
         def metric(name: str) -> float | None:
             value = trainer.callback_metrics.get(name)
@@ -290,10 +293,27 @@ class SelfPlay(Callback):
             "seconds": {
                 "generating": timing.generating,
                 "scoring": timing.scoring,
-                "training": time.perf_counter() - self._training_since,
+                "training": trained.seconds,
             },
+            "speed": measure_speed(timing, trained, module.base, trainer.strategy.root_device),
             "peak_memory": peak_memory(),
         }
+
+    def _trained(
+        self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
+    ) -> Trained:
+        """What this process has trained of the iterate that just ended."""
+        seconds = time.perf_counter() - self._training_since
+        t, rows = module.iterate, self._run.read_iterate(module.iterate).get("rows", {})
+        steps = trainer.global_step - self._step_since
+        in_steps = steps * trainer.accumulate_grad_batches * data.batch_size
+        return Trained(
+            seconds=seconds,
+            rows=min(in_steps, data.rows_at(t) * module.epochs_per_iterate / trainer.world_size),
+            prompt_tokens=rows.get("rows/prompt_tokens", 0.0),
+            response_tokens=rows.get("rows/real_tokens", 0.0)
+            + rows.get("rows/generated_tokens", 0.0),
+        )
 
     @property
     def _run(self) -> RunFolder:

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
-from spin_lightning.data.collate import Collate
+from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.formats import describe_bad_rows, read_conversations
 from spin_lightning.data.rows import read_rows
@@ -189,7 +189,7 @@ class SelfPlayDataModule(L.LightningDataModule):
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             ),
-            collate_fn=Collate(self.format.pad_id),
+            collate_fn=collate,
             num_workers=self.num_workers,
         )
 

@@ -21,6 +21,7 @@ from spin_lightning.types import Row
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+_DEVIATIONS = b"spin_lightning.deviations"
 _IDS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float64())
 SCHEMA = pa.schema(
@@ -109,10 +110,21 @@ def part_path(folder: Path, unit: int) -> Path:
     return folder / f"part-{unit:05d}.parquet"
 
 
-def write_part(folder: Path, unit: int, rows: Sequence[Row]) -> None:
-    """Write the rows of one work unit, whole or not at all."""
+def write_part(
+    folder: Path, unit: int, rows: Sequence[Row], deviations: Mapping[str, Any] | None = None
+) -> None:
+    """Write the rows of one work unit, whole or not at all.
+
+    Args:
+        folder: Where to.
+        unit: Which unit it is.
+        rows: Its rows.
+        deviations: What was done otherwise than the settings say; kept with the part.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    if deviations:
+        table = table.replace_schema_metadata({_DEVIATIONS: json.dumps(dict(deviations))})
     path = part_path(folder, unit)
     temporary = path.with_suffix(".tmp")
     pq.write_table(table, temporary)
@@ -130,6 +142,16 @@ def part_matches(folder: Path, unit: int, expected: Mapping[str, Sequence[Any]])
     except (pa.ArrowException, OSError):
         return False
     return all(table[name].to_pylist() == list(values) for name, values in expected.items())
+
+
+def read_deviations(folder: Path, units: int) -> dict[str, dict[str, Any]]:
+    """What was done otherwise than the settings say, by the number of the unit."""
+    found = {}
+    for unit in range(units):
+        metadata = pq.read_schema(part_path(folder, unit)).metadata or {}
+        if _DEVIATIONS in metadata:
+            found[str(unit)] = json.loads(metadata[_DEVIATIONS])
+    return found
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from spin_lightning.policies.base import Policy
+from spin_lightning.policies.base import Actor, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,26 @@ class Request:
     cap: int
     token_alpha: float = 0.0
 
+    @property
+    def actor(self) -> Actor:
+        """Who answers."""
+        return (self.opponent, self.token_alpha)
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A sampled response: ids up to and including the stop id, or the first `cap` ids."""
+    """A sampled response.
+
+    Attributes:
+        ids: Up to and including the stop id, or the first `cap` ids.
+        finished: Whether the last of them is a stop id.
+        logp: log-prob of the ids under whoever wrote them, at temperature 1 without truncation,
+            as it was met while sampling, nats; None where it was not kept.
+    """
 
     ids: tuple[int, ...]
     finished: bool
+    logp: float | None = None
 
 
 class Generator(ABC):
@@ -52,3 +66,8 @@ class Generator(ABC):
         Returns:
             Responses in the order of the requests.
         """
+
+    @property
+    def deviations(self) -> Mapping[str, Any]:
+        """What is now done otherwise than the settings say, by name; the manifest tells."""
+        return {}

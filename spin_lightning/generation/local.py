@@ -1,37 +1,31 @@
-"""Generation in this process, with keyed inverse-CDF sampling."""
+"""Generation in this process, with keyed inverse-CDF sampling and many iterates in one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    DynamicCache,
-    PretrainedConfig,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PretrainedConfig
 
+from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Generator, Request, Response
-from spin_lightning.keyed import position_uniforms
-from spin_lightning.logps import last_logits
-from spin_lightning.packing import group_by_length, pad_left
-from spin_lightning.policies.base import Policy
+from spin_lightning.generation.decoding import Decoder
+from spin_lightning.generation.kv_cache import holds_keys_and_values_alone
+from spin_lightning.generation.sampler import Sampler
+from spin_lightning.packing import group_by_length
+from spin_lightning.policies.base import Actor, Policy
 from spin_lightning.sampling import GenerationSettings
 
 _CACHE_BYTES = 1 << 31
 _MOST_BATCH_TOKENS = 1 << 17
-# Finished rows are taken out of the batch when at most this share is still being written.
-_COMPACT_BELOW = 0.75
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalGenerator(Generator):
     """Decodes in this process, one batch after the other.
 
@@ -46,99 +40,103 @@ class LocalGenerator(Generator):
     stop_ids: tuple[int, ...]
     pad_id: int
     settings: GenerationSettings
+    _halved: int | None = field(default=None, init=False)
 
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
-        """Sample one response per request, iterate by iterate, longest prompts first."""
+        """Sample one response per request, as many iterates at once as the policy can act as.
+
+        Raises:
+            SpinError: There is not enough memory for a single response.
+        """
         responses: dict[int, Response] = {}
-
-        def acting(i: int) -> tuple[int, float]:
-            return requests[i].opponent, requests[i].token_alpha
-
-        by_opponent = sorted(range(len(requests)), key=lambda i: (*acting(i), i))
-        for opponent, group in groupby(by_opponent, key=acting):
-            indices = list(group)
-            with policy.at(*opponent):
-                for batch in self._batches([requests[i] for i in indices]):
-                    decoded = self._decode(policy, [requests[indices[i]] for i in batch])
-                    responses.update(zip((indices[i] for i in batch), decoded, strict=True))
+        for team in policy.teams({request.actor for request in requests}):
+            asked = [i for i, request in enumerate(requests) if request.actor in team]
+            for batch in self._batches([requests[i] for i in asked]):
+                indices = [asked[i] for i in batch]
+                answers = self._answer(policy, team, [requests[i] for i in indices])
+                responses.update(zip(indices, answers, strict=True))
         return [responses[i] for i in range(len(requests))]
 
-    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        lengths = [len(request.prompt_ids) + request.cap for request in requests]
-        budget = self.settings.batch_tokens or default_batch_tokens(self.config)
-        return list(group_by_length(lengths, budget))
-
-    def _decode(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
-        """Decode one batch to its end."""
-        device = policy.device
-        input_ids, mask = (
-            part.to(device) for part in pad_left([r.prompt_ids for r in requests], self.pad_id)
-        )
-        caps = torch.tensor([request.cap for request in requests])
-        uniforms = torch.from_numpy(
-            np.stack([position_uniforms(r.key, int(caps.max())) for r in requests])
-        ).to(device)
-        stops = torch.tensor(self.stop_ids, device=device)
-        written: list[list[int]] = [[] for _ in requests]
-        finished = [False] * len(requests)
-        rows = torch.arange(len(requests))
-        cache = DynamicCache(config=self.config)
-        for step in range(int(caps.max())):
-            logits = last_logits(
-                policy.model, input_ids, mask, keep=1, past_key_values=cache, use_cache=True
-            )
-            tokens = self._sample(logits[:, -1], uniforms[rows.to(device), step])
-            stopped = torch.isin(tokens, stops)
-            alive = torch.ones(len(rows), dtype=torch.bool)
-            for i, (row, token, stop) in enumerate(
-                zip(rows.tolist(), tokens.tolist(), stopped.tolist(), strict=True)
-            ):
-                if not finished[row] and len(written[row]) < requests[row].cap:
-                    written[row].append(token)
-                    finished[row] = stop
-                alive[i] = not finished[row] and len(written[row]) < requests[row].cap
-            if not alive.any():
-                break
-            if alive.float().mean() <= _COMPACT_BELOW:
-                keep = alive.nonzero().squeeze(-1)
-                rows = rows[keep]
-                keep = keep.to(device)
-                tokens, mask = tokens[keep], mask[keep]
-                cache.batch_select_indices(_copies(keep, len(alive), cache))
-            input_ids = tokens[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        return [Response(tuple(ids), done) for ids, done in zip(written, finished, strict=True)]
-
-    def _sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Next tokens by inverse CDF, shape [n], from logits [n, vocabulary] and uniforms [n]."""
-        logits = logits.float()
-        for warper in self._warpers:
-            logits = warper(torch.empty(0), logits)
-        cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        # Scaled by the total, which rounding leaves a little off 1; `right` so that a uniform of
-        # exactly 0 cannot pick a token of probability 0.
-        thresholds = (uniforms * cumulative[:, -1])[:, None]
-        tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
-        return tokens.clamp_max(logits.shape[-1] - 1)
+    @property
+    def deviations(self) -> Mapping[str, Any]:
+        """The batch size that memory sufficed for, where that is another."""
+        return {} if self._halved is None else {"batch_tokens": self._halved}
 
     @property
-    def _warpers(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
-        settings = self.settings
-        warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
-        if settings.temperature != 1.0:
-            warpers.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(settings.top_p))
-        return warpers
+    def _batch_tokens(self) -> int:
+        return self._halved or self.settings.batch_tokens or default_batch_tokens(self.config)
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Split requests into batches of prompts of similar, or of one, length."""
+
+        def prompt(i: int) -> int:
+            return len(requests[i].prompt_ids)
+
+        everything = range(len(requests))
+        alike = [list(everything)]
+        if self._alike:
+            alike = [list(group) for _, group in groupby(sorted(everything, key=prompt), prompt)]
+        for group in alike:
+            lengths = [_cached_tokens(requests[i]) for i in group]
+            for batch in group_by_length(lengths, self._batch_tokens):
+                yield [group[i] for i in batch]
+
+    def _answer(
+        self, policy: Policy, team: Sequence[Actor], requests: Sequence[Request]
+    ) -> list[Response]:
+        """Decode a batch, in halves where memory does not suffice for it."""
+        try:
+            decoder = Decoder(
+                policy.model,
+                self.config,
+                Sampler(self.settings),
+                self.stop_ids,
+                self.pad_id,
+                self._alike,
+            )
+            with policy.at_rows(team) as seats:
+                return decoder.decode(requests, seats)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(requests) == 1:
+                raise SpinError(
+                    f"memory does not suffice to generate one response ({error})",
+                    fix="set a smaller data.max_response_tokens, or quantization: nf4",
+                ) from error
+        # Only here has the error, and what its traceback held, been let go.
+        self._halve(requests)
+        half = len(requests) // 2
+        parts = (requests[:half], requests[half:])
+        return [response for part in parts for response in self._answer(policy, team, part)]
+
+    def _halve(self, requests: Sequence[Request]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tokens = len(requests) * max(_cached_tokens(request) for request in requests)
+        self._halved = max(1, min(self._batch_tokens, tokens) // 2)
+        rank_zero_info(
+            f"NOTE: memory did not suffice to decode {tokens} tokens at once; going on with "
+            f"generation.batch_tokens {self._halved}. A run that starts with this number makes the "
+            "same rows byte for byte, one in which memory runs out elsewhere may not."
+        )
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether the model is decoded the slow way, prompts of one length at a time."""
+        known = holds_keys_and_values_alone(self.config)
+        if not known:
+            rank_zero_info(
+                f"Model type {self.config.model_type!r} keeps more than keys and values while it "
+                "writes: prompts of one length are decoded at a time, which is slower."
+            )
+        return not known
 
 
-def _copies(keep: Tensor, rows: int, cache: DynamicCache) -> Tensor:
-    """Which rows of the cache to keep: a mixture with the base caches every row twice."""
-    layer: Any = cache.layers[0]
-    copies = len(layer.keys) // rows
-    return torch.cat([keep + copy * rows for copy in range(copies)])
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has no class for that on a CPU."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def default_batch_tokens(config: PretrainedConfig) -> int:
@@ -148,3 +146,10 @@ def default_batch_tokens(config: PretrainedConfig) -> int:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     bytes_per_token = 2 * text.num_hidden_layers * heads * head_dim * 4
     return int(min(_MOST_BATCH_TOKENS, max(1, _CACHE_BYTES // bytes_per_token)))
+
+
+def _cached_tokens(request: Request) -> int:
+    """Most tokens whose keys and values a request needs; a mixture with the base twice as many."""
+    opponent, token_alpha = request.actor
+    copies = 2 if token_alpha > 0 and opponent != 0 else 1
+    return copies * (len(request.prompt_ids) + request.cap)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -34,11 +35,14 @@ from spin_lightning.policies.optimizers import (
     make_schedule,
 )
 from spin_lightning.policies.pretrained import BaseModel, ComputeDtype, Quantization
+from spin_lightning.policies.shared_prefix import Packing, shares_prefixes
 from spin_lightning.sampling import GenerationSettings
 from spin_lightning.types import PairBatch, PairLogps
 
 # Settings that do not make another run: what they stand for is compared by content, or not at all.
-_NOT_COMPARED = frozenset({"model", "revision", "generation", "activation_checkpointing"})
+_NOT_COMPARED = frozenset(
+    {"model", "revision", "generation", "activation_checkpointing", "packing", "fused_lora"}
+)
 _MARGIN_ALARM = 0.1
 
 
@@ -79,6 +83,10 @@ class SelfPlayModule(L.LightningModule, ABC):
         schedule_epochs: Epochs that the schedule is spread over; epochs_per_iterate if nothing is
             said. SPIN's published "2 of 6 epochs" is 2 and 6.
         activation_checkpointing: Recompute activations in the backward pass to save memory.
+        packing: shared: a prompt is computed once for its real and its generated response; padded:
+            each response is a sequence of its own; auto: shared for the architectures that it is
+            known to be right for.
+        fused_lora: Run LoRA layers by a pass of our own where it computes what PEFT's does.
         generation: How the opponents' responses are sampled.
 
     Raises:
@@ -118,6 +126,8 @@ class SelfPlayModule(L.LightningModule, ABC):
         epochs_per_iterate: int = 1,
         schedule_epochs: int | None = None,
         activation_checkpointing: bool = False,
+        packing: Packing = "auto",
+        fused_lora: bool = True,
         generation: GenerationSettings | dict[str, Any] | None = None,
     ) -> None:
         """Keep the settings; weights are loaded by `configure_model`."""
@@ -145,6 +155,8 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.epochs_per_iterate = epochs_per_iterate
         self.schedule_epochs = schedule_epochs or epochs_per_iterate
         self.activation_checkpointing = activation_checkpointing
+        self.packing = packing
+        self.fused_lora = fused_lora
         self.generation = generation
         self.iterate = 0
         self.val_metrics = PairMetrics()
@@ -218,11 +230,12 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Check what can be checked about model and adapter before weights are read.
 
         Raises:
-            SettingError: No such model, one that cannot be quantised, or an adapter that does not
-                fit.
+            SettingError: No such model, one that cannot be quantised or run as `packing` says, or
+                an adapter that does not fit.
         """
         pretrained.check_playable(self.base)
         pretrained.check_quantizable(self.base)
+        shares_prefixes(self.base, self.packing)
         check_adapter(self.base, self.lora, self.initial_adapter)
 
     @cached_property
@@ -280,6 +293,11 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def make_policy(self) -> Policy:
         """Build the policy on the device where training runs."""
+        model_type = pretrained.load_config(self.base).model_type
+        shared = shares_prefixes(self.base, self.packing)
+        rank_zero_info(
+            f"packing: {'shared' if shared else 'padded'} ({model_type!r}, packing={self.packing})"
+        )
         return LoraPolicy(
             self.base,
             self.lora,
@@ -287,6 +305,8 @@ class SelfPlayModule(L.LightningModule, ABC):
             self.activation_checkpointing,
             device=self._trainer.strategy.root_device if self._trainer else "cpu",
             seed=global_seed(),
+            packing=self.packing,
+            fused=self.fused_lora,
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -303,14 +323,18 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
         """Score a batch with the policy; the reference's scores came with the rows."""
-        generated = batch.generated
+        logps = self.policy.prompt_logps(batch.pairs)
+        # One column for the real responses, and a second where there are generated ones.
+        by_side = logps.view(len(batch), -1).unbind(dim=-1)
+        lengths = logps.new_tensor(batch.pairs.response_lengths).long().unbind(dim=-1)
+        paired = len(by_side) > 1
         return PairLogps(
-            policy_real=self.policy.logps(batch.real),
-            policy_generated=None if generated is None else self.policy.logps(generated),
+            policy_real=by_side[0],
+            policy_generated=by_side[1] if paired else None,
             reference_real=batch.reference_real,
             reference_generated=batch.reference_generated,
-            real_lengths=batch.real.response_lengths,
-            generated_lengths=None if generated is None else generated.response_lengths,
+            real_lengths=lengths[0],
+            generated_lengths=lengths[1] if paired else None,
         )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:

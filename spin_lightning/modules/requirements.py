@@ -71,9 +71,14 @@ def check_opponents(
         keeps_rows: Whether rows of earlier iterates are kept.
 
     Raises:
-        SettingError: A reference is known up to a factor that does not cancel, or rows would be
-            kept that another token-level mixture drew.
+        SettingError: An opponent that cannot be sampled, an iterate that does not exist yet, a
+            reference that is known up to a factor that does not cancel, or rows would be kept that
+            another token-level mixture drew.
     """
+    for t, (opponent, reference) in enumerate(zip(opponents, references, strict=True)):
+        if opponent is not None:
+            _check_answer("opponent", t, opponent, Mixture)
+        _check_answer("reference", t, reference, Reference)
     unknown = [r for r in references if isinstance(r, Geometric) and not r.is_normalised]
     if unknown and not normaliser_cancels:
         raise SettingError(
@@ -91,4 +96,28 @@ def check_opponents(
             "with a token-level alpha that changes, the rows of earlier iterates are those of "
             "another opponent",
             fix="set refresh: all, or give one alpha",
+        )
+
+
+def _check_answer(name: str, t: int, answer: Any, kind: Any) -> None:
+    """Refuse what a variant says at iterate t where it is of another kind or names the future."""
+    said = f"{name}({t})"
+    if kind is Mixture and isinstance(answer, Geometric):
+        raise SettingError(
+            said,
+            str(answer),
+            "a geometric mixture of whole responses cannot be sampled",
+            fix="generate with the mixture itself, or with one whose token_alpha mixes the base in",
+        )
+    if not isinstance(answer, kind):
+        raise SettingError(
+            said, answer, "it says nothing of iterates", fix="return a Mixture, such as latest(t)"
+        )
+    newest = max(answer.members)
+    if newest > t:
+        raise SettingError(
+            said,
+            str(answer),
+            f"iterate {newest} is used while iterate {t + 1} is made, and does not exist yet",
+            fix=f"give weight to iterates 0 to {t} only",
         )

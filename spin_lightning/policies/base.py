@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.types import SequenceBatch
+from spin_lightning.packing import pad_prompts
+from spin_lightning.types import PromptBatch, SequenceBatch
+
+# Who acts: iterate i itself, or with a base weight > 0 its token-level mixture with the base.
+Actor = tuple[int, float]
+
+
+class Seats(Protocol):
+    """Who acts in which row of the batches that a model is given."""
+
+    def take(self, actors: Sequence[Actor]) -> Tensor:
+        """Say who acts in each row of the forward passes to come.
+
+        Args:
+            actors: One for each row, out of the team that acts.
+
+        Returns:
+            The row that each row of the model's cache belongs to, int64: rows 0 … n - 1, then the
+            rows that are mixed with the base, ascending, once more.
+        """
+
+    def keep(self, staying: Tensor) -> Tensor:
+        """Go on without some rows.
+
+        Args:
+            staying: Which rows stay, in their order, bool, shape [n].
+
+        Returns:
+            The row of the model's cache that is to become each row of it, int64.
+        """
 
 
 class Policy(nn.Module, ABC):
@@ -32,6 +62,18 @@ class Policy(nn.Module, ABC):
     def logps(self, batch: SequenceBatch) -> Tensor:
         """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for all its responses by whoever acts now."""
+        return False
+
+    def prompt_logps(self, batch: PromptBatch) -> Tensor:
+        """log p(y|x) of each response under whoever acts now, nats, float64, shape [responses].
+
+        Plainly: every response as a padded sequence of its own.
+        """
+        return self.logps(pad_prompts(batch))
+
     @abstractmethod
     def at(self, iterate: int, token_alpha: float = 0.0) -> AbstractContextManager[None]:
         """Act as a frozen iterate inside the block: eval mode, no gradients.
@@ -42,6 +84,31 @@ class Policy(nn.Module, ABC):
         Which adapter was active, `requires_grad` of every parameter and the mode of every module
         are as before when the block is left, also by an exception.
         """
+
+    def teams(self, actors: Collection[Actor]) -> list[list[Actor]]:
+        """Split actors into teams that can act in one batch; each alone if nothing else is known.
+
+        Args:
+            actors: Who is to act.
+
+        Returns:
+            Every one of them once, in an order that depends on nothing else.
+        """
+        return [[actor] for actor in sorted(set(actors))]
+
+    @contextmanager
+    def at_rows(self, team: Collection[Actor]) -> Iterator[Seats]:
+        """Act as a team inside the block, each row as whoever takes its seat; else like `at`.
+
+        Args:
+            team: One of `teams`.
+
+        Yields:
+            The seats: `take` says who acts in which row of the next forward passes.
+        """
+        (actor,) = team
+        with self.at(*actor):
+            yield _Alone(self.device, doubled=actor[1] > 0 and actor[0] != 0)
 
     @abstractmethod
     def snapshot(self, folder: Path) -> dict[str, str]:
@@ -58,3 +125,17 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that training changes."""
+
+
+class _Alone:
+    """The seats of a team of one."""
+
+    def __init__(self, device: torch.device, *, doubled: bool) -> None:
+        self._device = device
+        self._copies = 2 if doubled else 1
+
+    def take(self, actors: Sequence[Actor]) -> Tensor:
+        return torch.arange(len(actors), device=self._device).repeat(self._copies)
+
+    def keep(self, staying: Tensor) -> Tensor:
+        return staying.repeat(self._copies).nonzero().squeeze(-1)

@@ -22,7 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import file_hash
 from spin_lightning.logps import response_logps
-from spin_lightning.policies.base import Policy
+from spin_lightning.policies import fused_lora, shared_prefix
+from spin_lightning.policies.base import Actor, Policy, Seats
+from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
 from spin_lightning.policies.pretrained import (
     BaseModel,
     check_quantizable,
@@ -30,13 +32,16 @@ from spin_lightning.policies.pretrained import (
     load_config,
     skeleton,
 )
+from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
 from spin_lightning.run_folder import write_json
-from spin_lightning.types import SequenceBatch
+from spin_lightning.types import PromptBatch, SequenceBatch
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TRAINED = "policy"
+# Most iterates in one batch: their adapters are in memory twice while they act.
+_TEAM = 16
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,10 @@ class LoraSettings:
     def peft_config(self, base: BaseModel) -> peft.LoraConfig:
         """The same as PEFT takes it."""
         targets = self.target_modules
+        turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
         return peft.LoraConfig(
             r=self.r,
+            fan_in_fan_out=turned,  # which PEFT would set by itself, with a warning
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
@@ -140,6 +147,8 @@ class LoraPolicy(Policy):
         activation_checkpointing: Recompute activations in the backward pass to save memory.
         device: Where to load the base.
         seed: Seed of a fresh adapter's random half.
+        packing: Whether a prompt is computed once for all its responses.
+        fused: Whether LoRA layers take the fused pass.
     """
 
     model: peft.PeftModel
@@ -152,15 +161,22 @@ class LoraPolicy(Policy):
         activation_checkpointing: bool = False,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        packing: Packing = "auto",
+        fused: bool = True,
     ) -> None:
         """Load the base and put the trained adapter on it."""
         super().__init__()
         self.base = base
+        self._shares_prefixes = shared_prefix.shares_prefixes(base, packing)
         self._bank: dict[int, Path] = {}
-        self._acting: int | None = None
+        self._acting: str | None = None
+        self._mixed = False
+        self._rows_stay_apart: bool | None = None
         model = load_base(base, device)
         if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": recomputing_alike(model.config)}
+            )
         # The adapter's start depends on the seed alone, not on what was drawn before.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -173,6 +189,8 @@ class LoraPolicy(Policy):
             )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(f".{_TRAINED}." in name)
+        if fused:
+            fused_lora.fuse(self.model, in_4_bits=base.quantization == "nf4")
         # Dropout of the base is off in its config, so this is about LoRA's dropout alone (and
         # checkpointing, which works in training mode only).
         self.train()
@@ -189,6 +207,19 @@ class LoraPolicy(Policy):
     def logps(self, batch: SequenceBatch) -> Tensor:
         """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
         return response_logps(self.model, batch.to(self.device))
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt is computed once for all its responses by whoever acts now."""
+        # A token-level mixture doubles its batch on the way in and meets before the head.
+        return self._shares_prefixes and not self._mixed
+
+    def prompt_logps(self, batch: PromptBatch) -> Tensor:
+        """log p(y|x) of each response under whoever acts now, nats, float64, shape [responses]."""
+        if not self.shares_prompts:
+            return super().prompt_logps(batch)
+        # The adapter is part of the layers: PEFT's wrapper only adds what a mixed batch needs.
+        return shared_prefix.prompt_logps(self.model.get_base_model(), batch.to(self.device))
 
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained adapter as PEFT reads it; return the SHA-256 of each file."""
@@ -217,24 +248,65 @@ class LoraPolicy(Policy):
 
         Everything is put back on leaving it.
         """
+        with self._frozen(str(iterate)):
+            adapter = self._load(iterate)
+            # Iterate 0 is the base, whatever it is mixed with the base by.
+            self._mixed = token_alpha > 0 and iterate != 0
+            base_adapter = (self._load(0) or BARE) if self._mixed else None
+            self.eval()
+            if adapter is not None:
+                self.model.set_adapter(adapter)
+            with self._acting_as(adapter, base_adapter, token_alpha):
+                yield
+
+    def teams(self, actors: Collection[Actor]) -> list[list[Actor]]:
+        """Split actors into teams: all together if their adapters are plain LoRA, else alone."""
+        ordered = sorted(set(actors))
+        if not self._can_share_rows(ordered):
+            return super().teams(ordered)
+        return [ordered[i : i + _TEAM] for i in range(0, len(ordered), _TEAM)]
+
+    @contextmanager
+    def at_rows(self, team: Collection[Actor]) -> Iterator[Seats]:
+        """Act as a team inside the block, each row as whoever takes its seat; else like `at`."""
+        if not self._can_share_rows(team):
+            with super().at_rows(team) as alone:
+                yield alone
+            return
+        with self._frozen(str(sorted(team))):
+            adapters = self._load_team(team)
+            self.eval()
+            with many_adapters(self.model, adapters) as seats:
+                yield seats
+
+    def _can_share_rows(self, actors: Collection[Actor]) -> bool:
+        with self._frozen(str(sorted(actors))):
+            adapters = self._load_team(actors)
+            self.eval()
+            if self._rows_stay_apart is None:
+                self._rows_stay_apart = keeps_rows_apart(self.model)
+            names = [name for name in adapters.values() if name is not None]
+            return self._rows_stay_apart and are_plain(self.model, names)
+
+    def _load_team(self, team: Collection[Actor]) -> dict[int, str | None]:
+        """Bring a team's iterates into memory, and the base where it is mixed in."""
+        base = {0 for _, alpha in team if alpha > 0}
+        return {i: self._load(i) for i in sorted({i for i, _ in team} | base)}
+
+    @contextmanager
+    def _frozen(self, acting: str) -> Iterator[None]:
+        """Put modes, gradients and the active adapter back after the block; no gradients in it."""
         if self._acting is not None:
             raise RuntimeError(f"already acting as iterate {self._acting}; leave that block first")
         # Before loading: PEFT puts the whole model into eval mode when it loads an adapter.
         modes = [(module, module.training) for module in self.modules()]
         grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        self._acting = iterate
+        self._acting = acting
         try:
-            adapter = self._load(iterate)
-            # Iterate 0 is the base, whatever it is mixed with the base by.
-            mixed = token_alpha > 0 and iterate != 0
-            base_adapter = (self._load(0) or BARE) if mixed else None
-            self.eval()
-            if adapter is not None:
-                self.model.set_adapter(adapter)
-            with torch.no_grad(), self._acting_as(adapter, base_adapter, token_alpha):
+            with torch.no_grad():
                 yield
         finally:
-            self._acting = None
+            self._acting, self._mixed = None, False
             self.model.set_adapter(_TRAINED)
             for parameter, requires_grad in grads:
                 parameter.requires_grad_(requires_grad)

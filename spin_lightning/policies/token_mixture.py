@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -42,23 +42,38 @@ def pulled_to_base(
         acting, base = halves.chunk(2)
         return (1 - alpha) * acting + alpha * base
 
-    def meet_before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(double, with_kwargs=True).remove)
+        hooks.enter_context(meeting(model, meet))
+        yield
+
+
+@contextmanager
+def meeting(model: nn.Module, meet: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the rows of a batch meet before the head where it is linear, else at the logits.
+
+    Args:
+        model: A causal language model, maybe with adapters.
+        meet: Takes hidden states or logits of all rows to those of the rows that are left.
+    """
+
+    def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (meet(args[0]), *args[1:])
 
-    def meet_at_logits(_: nn.Module, __: Any, output: Any) -> Any:
+    def at_logits(_: nn.Module, __: Any, output: Any) -> Any:
         output.logits = meet(output.logits)
         return output
 
     head = _linear_head(model)
-    with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(double, with_kwargs=True).remove)
-        meeting = (
-            model.register_forward_hook(meet_at_logits)
-            if head is None
-            else head.register_forward_pre_hook(meet_before_head)
-        )
-        hooks.callback(meeting.remove)
+    hook = (
+        model.register_forward_hook(at_logits)
+        if head is None
+        else head.register_forward_pre_hook(before_head)
+    )
+    try:
         yield
+    finally:
+        hook.remove()
 
 
 def _linear_head(model: Any) -> nn.Linear | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+import torch
+from torch import Tensor
 
 from spin_lightning.callbacks.evaluate import IterateEvaluator
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import SettingError
+from spin_lightning.mixtures import mixture_logps
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.testbed.exact import exact_metrics, response_log_probs
 from spin_lightning.testbed.language import Language
@@ -19,6 +22,8 @@ _LANGUAGE_FILE = "language.json"
 class ExactMetrics(IterateEvaluator):
     """Measures iterates by enumeration: the exact KL(p_data || p_t), and more, on the testbed.
 
+    Of the mixture policy, the mean of all iterates up to t, it measures the exact KL too.
+
     Args:
         language: The testbed's `language.json`; the one beside the data file if nothing is said.
     """
@@ -27,6 +32,7 @@ class ExactMetrics(IterateEvaluator):
         """Keep where the language lies; it is read by `setup`."""
         self._path = None if language is None else Path(language)
         self._language: Language | None = None
+        self._log_probs: dict[int, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Read the language.
@@ -47,8 +53,19 @@ class ExactMetrics(IterateEvaluator):
         self._language = Language.load(self._path)
 
     def evaluate_iterate(self, module: SelfPlayModule, t: int) -> dict[str, float]:
-        """Score every response of the language under iterate t."""
+        """Score every response of the language under iterate t; after a resume under all."""
+        assert self._language is not None, "setup() read it"
+        for i in range(t + 1):
+            if i not in self._log_probs:
+                self._log_probs[i] = self._score(module, i)
+        log_probs = [self._log_probs[i] for i in range(t + 1)]
+        mixture = mixture_logps(torch.stack(log_probs, dim=-1))
+        return {
+            **exact_metrics(log_probs[t], self._language),
+            "exact/mixture_kl": exact_metrics(mixture, self._language)["exact/kl"],
+        }
+
+    def _score(self, module: SelfPlayModule, t: int) -> Tensor:
         assert self._language is not None, "setup() read it"
         with module.policy.at(t):
-            log_probs = response_log_probs(module.policy.model, module.tokenizer, self._language)
-        return exact_metrics(log_probs, self._language)
+            return response_log_probs(module.policy.model, module.tokenizer, self._language)

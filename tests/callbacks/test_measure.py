@@ -33,5 +33,8 @@ def test_rows_are_measured_by_hand():
             "rows/distinct_1": 3 / 9,
             "rows/distinct_2": 2 / 5,
             "rows/duplicates": 1 / 4,
+            "rows/prompt_tokens": np.mean([len(e.prompt_ids) for e in some_examples(4)]),
+            "rows/real_tokens": np.mean([len(e.real_ids) for e in some_examples(4)]),
+            "rows/generated_tokens": 9 / 4,
         }
     )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spin_lightning import SFT, SPIN, SelfPlay, SelfPlayDataModule, load_iterate
+from spin_lightning.data.rows import read_rows
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.run_folder import RunFolder
 from tests.toy_runs import contents, play, write_examples
@@ -100,6 +101,24 @@ def test_run_folder_finished_holds_what_the_architecture_says(finished):
     assert run.last_checkpoint.exists()
     assert (run.report / "iterates.png").stat().st_size > 10_000
     assert not list(finished.rglob("*.tmp"))
+
+
+def test_iterates_say_how_fast_they_were_played(finished):
+    run = RunFolder(finished)
+    assert run.read_iterate(0)["training"] is None
+    for t in (1, 2, 3):
+        training, table = run.read_iterate(t)["training"], read_rows(run.rows(t - 1))
+        speed, seconds = training["speed"], training["seconds"]
+        generated = int(table.generated_ids.lengths.sum())
+        distinct = generated + int(table.prompt_ids.lengths.sum() + table.real_ids.lengths.sum())
+        assert speed["speed/generated_tokens_per_second"] == pytest.approx(
+            generated / seconds["generating"]
+        )
+        assert speed["speed/trained_tokens_per_second"] == pytest.approx(
+            distinct / seconds["training"]
+        )
+        shares = [speed[f"speed/share_{stage}"] for stage in seconds]
+        assert sum(shares) == pytest.approx(1.0)
 
 
 def test_rows_of_every_iterate_recompute_with_transformers_and_peft_alone(finished):

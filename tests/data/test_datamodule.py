@@ -16,7 +16,7 @@ from spin_lightning.data.dataset import EpochBatches
 from spin_lightning.errors import DataError, RunFolderError, SettingError
 from spin_lightning.run_folder import RunFolder
 from spin_lightning.types import Example
-from tests.data.toy_rows import ROW, write_rows
+from tests.data.toy_rows import ROW, first_ids, write_rows
 
 CONTEXT = 64  # of the tiny model
 
@@ -302,7 +302,7 @@ def with_rows(data: SelfPlayDataModule, root: Path, rows: int = 9) -> SelfPlayDa
 
 
 def rows_of(loader: Any) -> list[list[int]]:
-    return [batch.real.input_ids[:, 0].tolist() for batch in loader]
+    return [first_ids(batch) for batch in loader]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from spin_lightning.data.collate import Collate
+from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.rows import read_rows
 from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.types import PairBatch
-from tests.data.toy_rows import REAL_ONLY, ROW, write_rows
+from tests.data.toy_rows import REAL_ONLY, ROW, first_ids, write_rows
 
 # Rows, batch size, world size: even and uneven ends, and ends that leave a rank empty-handed.
 SIZES = [(8, 2, 1), (9, 2, 1), (8, 2, 2), (9, 2, 2), (10, 2, 2), (11, 2, 2), (3, 8, 1), (1, 4, 4)]
@@ -26,7 +26,7 @@ def dataset(folder: Path, rows: int, reference: Mixture | None = None) -> PairDa
 
 def loader(data: PairDataset, **settings: Any) -> RowLoader:
     batches = EpochBatches(len(data), batch_size=2, seed=3, epoch=1)
-    return RowLoader(data, batches, collate_fn=Collate(0), **settings)
+    return RowLoader(data, batches, collate_fn=collate, **settings)
 
 
 def ranks(rows: int, batch_size: int, world_size: int, **settings: Any) -> list[list[list[int]]]:
@@ -39,7 +39,7 @@ def ranks(rows: int, batch_size: int, world_size: int, **settings: Any) -> list[
 
 def prompts(batches: Any) -> list[list[int]]:
     """Which rows each batch holds."""
-    return [batch.real.input_ids[:, 0].tolist() for batch in batches]
+    return [first_ids(batch) for batch in batches]
 
 
 # ------------------------------------------------------------------------ PairDataset

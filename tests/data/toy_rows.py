@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from spin_lightning.data.rows import write_manifest, write_part
-from spin_lightning.types import Row
+from spin_lightning.packing import pad_prompts
+from spin_lightning.types import PairBatch, Row
 
 ROW = Row(
     example_id=7,
@@ -43,3 +44,10 @@ def write_rows(folder: Path, *parts: Sequence[Row], **fields: Any) -> Path:
     counted = {"units": len(parts), "rows": sum(map(len, parts)), "members": parts[0][0].members}
     write_manifest(folder, {**counted, **fields})
     return folder
+
+
+def first_ids(batch: PairBatch) -> list[int]:
+    """The first id of every prompt of a batch."""
+    sequences = pad_prompts(batch.pairs)
+    starts = sequences.attention_mask.argmax(dim=-1, keepdim=True)
+    return sequences.input_ids.gather(-1, starts).squeeze(-1)[::2].tolist()

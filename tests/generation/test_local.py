@@ -1,15 +1,22 @@
 """Decoding in this process, against one row at a time by transformers' own `generate`."""
 
+import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TopPLogitsWarper
 
+from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator, default_batch_tokens
+from spin_lightning.generation.sampler import nucleus
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.policies.lora import LoraPolicy, LoraSettings
 from spin_lightning.policies.pretrained import load_config
@@ -155,7 +162,7 @@ def test_responses_finish_exactly_at_a_stop_id_and_keep_to_their_own_cap(generat
 @pytest.mark.parametrize("uniform", [0.0, np.nextafter(1.0, 0.0)])
 def test_ids_of_the_most_extreme_uniforms_have_probability(uniform, generate, models, monkeypatch):
     monkeypatch.setattr(
-        "spin_lightning.generation.local.position_uniforms",
+        "spin_lightning.generation.decoding.position_uniforms",
         lambda key, count: np.full(count, uniform),
     )
     requests = some_requests(12)
@@ -197,6 +204,88 @@ def test_frequencies_of_all_responses_of_two_words_fit_temperature_one_only(
         counts.view(1, -1), torch.zeros(1), probabilities.log().view(1, -1), min_expected=10
     )
     assert (p_value > 0.001) if right else (p_value < 1e-9)
+
+
+ERRORS = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 99999999999 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "python": MemoryError(),
+}
+
+
+@contextmanager
+def memory_for(rows: int, policy: LoraPolicy, error: BaseException) -> Iterator[list[int]]:
+    """A model that fails where it decodes more rows after the first column of their responses."""
+    sizes: list[int] = []
+    columns: list[int] = []
+
+    def forward(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sizes.append(len(args[0]))
+        columns.append(args[0].shape[1])
+        if len(args[0]) > rows and columns[-2:] == [1, 1]:
+            raise error
+
+    handle = policy.model.get_input_embeddings().register_forward_pre_hook(forward)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_batches_that_memory_does_not_suffice_for_are_halved_and_it_is_said(
+    kind, policy, tiny_base, plain, caplog
+):
+    generator = LocalGenerator(load_config(tiny_base), STOPS, 0, GenerationSettings())
+    requests = some_requests()
+    assert generator.deviations == {}
+    with memory_for(20, policy, ERRORS[kind]) as sizes, caplog.at_level(logging.INFO):
+        responses = generator.generate(policy, requests)
+        while True:
+            before, first = generator.deviations, len(sizes)
+            again = generator.generate(policy, requests)
+            if generator.deviations == before:
+                break
+    assert_same_but_at_boundaries(responses, [plain[request] for request in requests])
+    assert_same_but_at_boundaries(again, [plain[request] for request in requests])
+    tokens = generator.deviations["batch_tokens"]
+    assert 0 < tokens < 60 * (9 + 12)
+    assert f"generation.batch_tokens {tokens}" in caplog.text
+    assert max(sizes[first:]) < 60, "it did not try the whole again"
+    # A run that starts with this number makes the same bytes.
+    fresh = GenerationSettings(batch_tokens=tokens)
+    generator = LocalGenerator(load_config(tiny_base), STOPS, 0, fresh)
+    assert generator.generate(policy, requests) == again
+    assert generator.deviations == {}
+
+
+def test_a_single_response_that_memory_does_not_suffice_for_is_an_error(policy, generate):
+    with memory_for(0, policy, ERRORS["cpu"]), pytest.raises(SpinError, match=r"one response.*Fix"):
+        generate([replace(request, cap=12) for request in some_requests()])
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(policy, generate):
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with memory_for(20, policy, error) as sizes, pytest.raises(RuntimeError, match="mat1 and mat2"):
+        generate(some_requests())
+    assert max(sizes) > 20
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_nucleus_is_that_of_transformers(top_p, spread):
+    """Also where more tokens belong to it than are looked at first."""
+    logits = spread * torch.randn(7, 3000, generator=torch.Generator().manual_seed(0))
+    wanted = TopPLogitsWarper(top_p)(torch.empty(0), logits).isfinite()
+    probabilities = logits.softmax(-1)
+    found = nucleus(probabilities, top_p)
+    assert torch.equal(found[found > 0], probabilities[found > 0])
+    # The last token may be in or out by the rounding of a sum.
+    assert ((found > 0) != wanted).sum(-1).max() <= 1
+    assert (found.sum(-1) >= top_p - 1e-5).all()
 
 
 def test_default_batch_tokens_fill_two_gibibytes_with_keys_and_values(tiny_base):

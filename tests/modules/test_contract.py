@@ -11,7 +11,7 @@ import torch
 import spin_lightning
 from spin_lightning import SelfPlayModule
 from spin_lightning.errors import SettingError
-from spin_lightning.packing import pack_padded
+from spin_lightning.packing import pack_prompts
 from spin_lightning.types import PairBatch
 from tests.toy_runs import play, write_examples
 
@@ -37,15 +37,11 @@ def build(variant: type[SelfPlayModule], model: object, **settings: Any) -> Self
 
 def a_batch(module: SelfPlayModule) -> PairBatch:
     prompts, real, generated = [(1, 5), (1, 6, 7)], [(8, 9, 2), (4, 2)], [(11, 2), (12, 13, 14)]
-    batch = PairBatch(
-        pack_padded(prompts, real, 0),
-        pack_padded(prompts, generated, 0),
-        torch.zeros(2, dtype=torch.float64),
-        torch.zeros(2, dtype=torch.float64),
-    )
+    pairs = pack_prompts(prompts, list(zip(real, generated, strict=True)))
+    batch = PairBatch(pairs, *torch.zeros(2, 2, dtype=torch.float64))
     with torch.no_grad():
         here = module.pair_logps(batch)
-    return PairBatch(batch.real, batch.generated, here.policy_real, here.policy_generated)
+    return PairBatch(pairs, here.policy_real, here.policy_generated)
 
 
 def test_modules_exported_are_found():

@@ -30,6 +30,7 @@ from spin_lightning import (
     SelfPlayModule,
 )
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.packing import pad_prompts
 from spin_lightning.types import PairBatch
 from tests.toy_adapters import plain_model
 from tests.toy_policy import sequences
@@ -134,7 +135,7 @@ class Watch(Callback):
     def on_fit_start(self, trainer, pl_module) -> None:
         """Put a counter between the loop and the policy, before the loop scores anything."""
         policy = pl_module.policy
-        at, logps = policy.at, policy.logps
+        at, prompt_logps = policy.at, policy.prompt_logps
         acting: list[tuple[int, float]] = []
 
         @contextmanager
@@ -148,10 +149,10 @@ class Watch(Callback):
 
         def watched_logps(batch):
             for scorer in acting:
-                self.scored[pl_module.iterate, *scorer] += len(batch.response_lengths)
-            return logps(batch)
+                self.scored[pl_module.iterate, *scorer] += len(batch.flat_lengths)
+            return prompt_logps(batch)
 
-        policy.at, policy.logps = watched_at, watched_logps
+        policy.at, policy.prompt_logps = watched_at, watched_logps
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if batch_idx == 0:
@@ -318,8 +319,8 @@ def test_first_batch_of_every_iterate_has_the_reference_and_the_loss_worked_out_
     assert len(run.watch.first) == ITERATES
     for t, (batch, loss) in enumerate(run.watch.first):
         pairs = {
-            "real": tuple(sequences(batch.real)),
-            "generated": tuple(sequences(batch.generated)),
+            "real": tuple(sequences(pad_prompts(batch.pairs))[::2]),
+            "generated": tuple(sequences(pad_prompts(batch.pairs))[1::2]),
         }
         rows = Counter(zip(*sides(run.rows(t)).values(), strict=True))
         assert not Counter(zip(*pairs.values(), strict=True)) - rows, "from this iterate's rows"

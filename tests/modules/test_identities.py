@@ -148,10 +148,9 @@ def margins_by_hand(policy: Tensor, reference: Tensor) -> list[float]:
 
 def reference_over_language(batch: PairBatch) -> Tensor:
     """log R of every response, as the rows brought it; real and generated sides agree."""
-    assert batch.generated is not None
     assert batch.reference_generated is not None
-    generated = over_language(batch.reference_generated, batch.generated)
-    real = over_language(batch.reference_real, batch.real)
+    generated = over_language(batch.reference_generated, batch, 1)
+    real = over_language(batch.reference_real, batch, 0)
     assert_close(real[:, : len(PREFIXES)], generated[:, : len(PREFIXES)], rtol=0, atol=0)
     return generated
 
@@ -290,10 +289,10 @@ def test_members_of_a_row_are_plain_and_its_token_members_pulled(tmp_path):
     batch = make_batch(module, tmp_path / "batch")
     assert table.token_members == (2, 3)
     for i in table.members:
-        found = over_language(table.generated_logps[i], batch.generated)
+        found = over_language(table.generated_logps[i], batch, 1)
         assert_close(found, mean_density([i]), **close)
     for i in table.token_members:
-        found = over_language(table.token_generated_logps[i], batch.generated)
+        found = over_language(table.token_generated_logps[i], batch, 1)
         assert_close(found, mean_pulled_density([i], 0.3), **close)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_lightning.generation.base import Request
+from spin_lightning.generation.kv_cache import PreallocatedCache
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.packing import pack_padded, pad_left
@@ -235,15 +236,15 @@ def some_requests(count: int = 60) -> list[Request]:
 def test_decoding_step_by_step_samples_the_mixture_of_whole_sequences(players, monkeypatch):
     """Every id is the inverse CDF of its uniform given the ids before it, computed anew."""
     compactions = []
-    select = DynamicCache.batch_select_indices
+    select = PreallocatedCache.batch_select_indices
 
-    def spy(cache: DynamicCache, indices: Tensor) -> None:
+    def spy(cache: PreallocatedCache, indices: Tensor) -> None:
         compactions.append(len(indices))
         select(cache, indices)
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", spy)
+    monkeypatch.setattr(PreallocatedCache, "batch_select_indices", spy)
     config = load_config(players.policy.base)
-    generator = LocalGenerator(config, (STOP,), PAD, GenerationSettings())
+    generator = LocalGenerator(config, (STOP,), PAD, GenerationSettings(batch_tokens=300))
     requests = some_requests()
     responses = generator.generate(players.policy, requests)
     assert len(compactions) > 5

@@ -1,0 +1,18 @@
+"""Speed and memory of spin-lightning, against TRL, `generate`, and the bare matrix products.
+
+Every benchmark runs both sides in turn in one process and quotes ratios: times hold on one machine
+on one day, ratios carry further. `docs/performance.md` says what is measured and why.
+"""
+
+import os
+import sys
+
+# Threads are read when torch is loaded. A program that has loaded it already, such as a test, keeps
+# its own.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")

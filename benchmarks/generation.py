@@ -1,0 +1,92 @@
+"""Sampling from four iterates, and from their token-level mixture with the base."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from benchmarks import ours, peer
+from benchmarks.measure import Figure, interleaved, median_ratio
+from benchmarks.setup import Setup, benchmark
+from spin_lightning.generation.base import Request
+from spin_lightning.keyed import row_key
+
+# A work unit of ours, and a batch of theirs.
+_ROWS = 64
+_ALPHA = 0.3
+_OPPONENTS = range(1, ours.ADAPTERS + 1)
+
+
+def run(setup: Setup) -> Iterator[Figure]:
+    """The figures of generation."""
+    for quantization in ("none", "nf4"):
+        suffix = "" if quantization == "none" else f"_{quantization}"
+        yield from _figures(setup, quantization, suffix)
+
+
+def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
+    """Generate for four iterates 64 responses each: four units of ours, four batches of theirs.
+
+    Round i is our unit i, in which all iterates answer, and their batch i, in which iterate i + 1
+    does. Responses end at the lengths of the workload on both sides: a model of random weights
+    hardly ever stops by itself.
+    """
+    module = ours.load_module(setup, quantization)
+    ours.use_iterates(module.policy, setup)
+    model = peer.load_model(setup, quantization, adapters=ours.ADAPTERS)
+    units = [_unit(setup, i) for i in range(len(_OPPONENTS))]
+    mixed = [[replace(request, token_alpha=_ALPHA) for request in unit] for unit in units]
+    decoder = ours.decoder(module)
+
+    def theirs(unit: list[Request], opponent: int) -> None:
+        prompts = [request.prompt_ids for request in unit]
+        with peer.acting_as(model, opponent):
+            peer.generate(model, prompts, [request.cap for request in unit], _ROWS)
+
+    short = [replace(request, cap=2) for request in units[0]]
+    decoder.generate(module.policy, short)
+    theirs(short, 1)
+    seconds = interleaved(
+        {
+            "ours": lambda i: decoder.generate(module.policy, units[i]),
+            "mixture": lambda i: decoder.generate(module.policy, mixed[i]),
+            "generate": lambda i: theirs(units[i], _OPPONENTS[i]),
+        },
+        setup.count(len(units)),
+        setup.device,
+        warmup=0,
+    )
+    yield Figure(
+        f"generation{suffix}",
+        {"ratio": median_ratio(seconds["generate"], seconds["ours"])},
+        seconds={"ours": seconds["ours"], "generate": seconds["generate"]},
+    )
+    yield Figure(
+        f"token_mixture{suffix}",
+        {"cost": median_ratio(seconds["mixture"], seconds["ours"])},
+        seconds={"mixture": seconds["mixture"], "plain": seconds["ours"]},
+    )
+
+
+def _unit(setup: Setup, number: int) -> list[Request]:
+    """A work unit: prompts and lengths of the workload, answered by each iterate in turn."""
+    pairs = setup.workload("A").pairs(setup.count(_ROWS), setup.vocabulary, seed=number)
+    return [
+        Request(
+            prompt_ids=tuple(pair.prompt_ids.tolist()),
+            opponent=_OPPONENTS[i % len(_OPPONENTS)],
+            key=row_key(0, number, i, 0),
+            cap=len(pair.real_ids),
+        )
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    benchmark(run, "generation", __doc__, arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

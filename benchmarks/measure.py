@@ -1,0 +1,179 @@
+"""Taking times and memory, and saying what came out."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.goals import SUBJECTS
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
+
+
+@dataclass
+class Figure:
+    """One line of the result.
+
+    Attributes:
+        name: Its key in `goals.SUBJECTS`.
+        fields: The numbers that goals are about, by name.
+        peak_mb: Peak memory of our step and of the other side's, MB.
+        seconds: Every measurement that went into it, by side.
+        note: What else has to be said.
+    """
+
+    name: str
+    fields: dict[str, float] = field(default_factory=dict)
+    peak_mb: tuple[float, float] | None = None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    note: str = ""
+
+    def verdicts(self) -> dict[str, bool]:
+        """Whether each goal that was measured is met, by field."""
+        goals = SUBJECTS[self.name].goals
+        return {n: goal.met(self.fields[n]) for n, goal in goals.items() if n in self.fields}
+
+    def line(self, *, judged: bool = True) -> str:
+        """The figure as it is printed, with its goals where they apply."""
+        goals = SUBJECTS[self.name].goals
+        parts = [self.name, *(f"{n}={v:.2f}" for n, v in self.fields.items() if n != "peak")]
+        if self.peak_mb is not None:
+            parts.append("peak_mb={:.0f}/{:.0f}".format(*self.peak_mb))
+        parts += [
+            f"[{name} {goals[name]}: {'met' if met else 'MISSED'}]"
+            for name, met in self.verdicts().items()
+            if judged
+        ]
+        if self.note:
+            parts.append(f"({self.note})")
+        return " ".join(parts)
+
+
+def clock(work: Callable[[], Any], device: str) -> float:
+    """Seconds that `work` takes."""
+    _synchronize(device)
+    start = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[int], Any]], rounds: int, device: str, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every side in every round, the sides taking turns.
+
+    Args:
+        sides: What is done in round i, by name of the side.
+        rounds: Number of rounds that count.
+        device: Where the work is done.
+        warmup: Rounds before them, whose times are thrown away.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(-warmup, rounds):
+        for name, side in sides.items():
+            taken = clock(lambda side=side, i=i: side(max(i, 0)), device)
+            if i >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
+
+
+def spread(values: Iterable[float]) -> float:
+    """The largest over the smallest."""
+    values = list(values)
+    return max(values) / min(values)
+
+
+def peak_mb(work: Callable[[], Any], device: str) -> float:
+    """Peak memory while `work` is done, less what was held before, MB.
+
+    On the CPU this is resident memory as Linux counts it; on a GPU what torch allocated.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status_mb("VmRSS")
+    work()
+    return _status_mb("VmHWM") - before
+
+
+def in_subprocess(module: str, *arguments: str) -> dict[str, Any]:
+    """The JSON that `python -m module arguments` prints last, in a process of its own."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def publish(benchmark: str, figures: Sequence[Figure], out: Path, about: Mapping[str, Any]) -> None:
+    """Write figures, and what they were measured on, as JSON."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "benchmark": benchmark,
+        **about,
+        "figures": [{**asdict(f), "met": f.verdicts()} for f in figures],
+    }
+    (out / f"{benchmark}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _status_mb(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

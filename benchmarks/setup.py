@@ -1,0 +1,130 @@
+"""Where and how large: what the command line of every benchmark says."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as hf_logging
+
+from benchmarks.measure import Figure, machine, publish
+from benchmarks.workload import SIZES, WORKLOADS, Workload, base_model
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One run of a benchmark.
+
+    Attributes:
+        size: Name of the model in `workload.SIZES`.
+        device: cpu or cuda.
+        dtype_name: In what the base computes: float32 or bfloat16.
+        out: Where models, runs and results go.
+        tiny: Whether it is to show only that it runs: few, short pairs.
+    """
+
+    size: str
+    device: str
+    dtype_name: str
+    out: Path
+    tiny: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`dtype_name` as torch knows it."""
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids."""
+        return int(SIZES[self.size]["vocab_size"])
+
+    @property
+    def base(self) -> Path:
+        """Folder of the base model."""
+        return base_model(self.size, self.dtype, self.out / "models", self.device)
+
+    def workload(self, name: str) -> Workload:
+        """Workload A or B; short pairs in a tiny run."""
+        return WORKLOADS["tiny" if self.tiny else name]
+
+    def count(self, usual: int) -> int:
+        """A number of rounds or rows; few in a tiny run."""
+        return min(usual, 2) if self.tiny else usual
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line that gives this setup."""
+        named = {"size": self.size, "device": self.device, "dtype": self.dtype_name}
+        words = [word for name, value in named.items() for word in (f"--{name}", value)]
+        return [*words, "--out", str(self.out), *(["--tiny"] if self.tiny else [])]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options.add_argument("--size", choices=tuple(SIZES), help="default: 22m, on a GPU 1b")
+    options.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16"
+    )
+    options.add_argument("--out", type=Path, default=Path("runs/bench"))
+    options.add_argument(
+        "--tiny", action="store_true", help="the smallest sizes, to see that it runs"
+    )
+    return options
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """What the options say."""
+    size, dtype = ("1b", "bfloat16") if options.device == "cuda" else ("22m", "float32")
+    return Setup(
+        options.size or ("tiny" if options.tiny else size),
+        options.device,
+        options.dtype or dtype,
+        options.out,
+        options.tiny,
+    )
+
+
+def benchmark(
+    run: Callable[[Setup], Iterable[Figure]],
+    name: str,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+) -> list[Figure]:
+    """Run a benchmark from its command line, print its figures as they come, write them down."""
+    setup = setup_of(parser(description).parse_args(arguments))
+    figures = []
+    with quiet():
+        for figure in run(setup):
+            print(figure.line(judged=not setup.tiny), flush=True)
+            figures.append(figure)
+    about = {"size": setup.size, "dtype": setup.dtype_name, "tiny": setup.tiny}
+    about["machine"] = machine(setup.device)
+    publish(name, figures, setup.out, about)
+    return figures
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence libraries whose advice is about other things than speed."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels, verbosity = [logger.level for logger in loggers], hf_logging.get_verbosity()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        hf_logging.set_verbosity_error()
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        hf_logging.set_verbosity(verbosity)

@@ -1,0 +1,132 @@
+"""Decoding one batch to its end, whoever acts in its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PretrainedConfig
+
+from spin_lightning.generation.base import Request, Response
+from spin_lightning.generation.prompts import Batch, read_alike, read_prompts
+from spin_lightning.generation.sampler import Sampler
+from spin_lightning.keyed import position_uniforms
+from spin_lightning.logps import forward_arguments
+from spin_lightning.policies.base import Seats
+
+
+class Written:
+    """What n rows have written so far.
+
+    Args:
+        caps: Most tokens of each row, int64, shape [n].
+        stops: A response ends with the first of these.
+    """
+
+    def __init__(self, caps: Tensor, stops: Tensor) -> None:
+        """Start with nothing."""
+        self._caps, self._stops = caps, stops
+        self._ids = caps.new_zeros(len(caps), int(caps.max()))
+        self._logps = torch.zeros_like(caps, dtype=torch.float64)
+        self._lengths = torch.zeros_like(caps)
+        self._finished = torch.zeros_like(caps, dtype=torch.bool)
+
+    def add(self, step: int, rows: Tensor, tokens: Tensor, logps: Tensor) -> Tensor:
+        """Add the token of a step to each of some rows that are not at their end.
+
+        Returns:
+            Which of these rows go on, bool.
+        """
+        writing = ~self._finished[rows] & (step < self._caps[rows])
+        self._ids[rows, step] = tokens
+        self._logps[rows] += torch.where(writing, logps, 0.0)
+        self._lengths[rows] += writing
+        self._finished[rows] |= writing & torch.isin(tokens, self._stops)
+        return ~self._finished[rows] & (step + 1 < self._caps[rows])
+
+    def responses(self) -> list[Response]:
+        """The responses, in the order of the rows."""
+        columns = (self._ids, self._lengths, self._finished, self._logps)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [Response(tuple(ids[:length]), done, logp) for ids, length, done, logp in rows]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes batches with a model that acts as a team.
+
+    Attributes:
+        model: A causal language model of transformers, maybe with adapters.
+        config: Its configuration.
+        sampler: How tokens are drawn.
+        stop_ids: A response ends with the first of these.
+        pad_id: Any valid id; padded columns are masked.
+        alike: Decode prompts of one length at a time, the slow way: what is in the model's cache
+            besides keys and values is not known here, and neither is whether padding would stay
+            out of it or how rows are taken out of it.
+    """
+
+    model: nn.Module
+    config: PretrainedConfig
+    sampler: Sampler
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    alike: bool
+
+    def decode(self, requests: Sequence[Request], seats: Seats) -> list[Response]:
+        """Decode a batch to its end.
+
+        Args:
+            requests: What to sample; prompts of one length where `alike`.
+            seats: Of a team to which all who are asked belong.
+
+        Returns:
+            Responses in the order of the requests.
+        """
+        batch = self._read(requests, seats)
+        device = batch.rows.device
+        caps = torch.tensor([request.cap for request in requests], device=device)
+        most = int(caps.max())
+        uniforms = torch.from_numpy(
+            np.stack([position_uniforms(request.key, most) for request in requests])
+        ).to(device)
+        written = Written(caps, torch.tensor(self.stop_ids, device=device))
+        for step in range(most):
+            tokens, logps = self.sampler(batch.logits, uniforms[batch.rows, step])
+            going_on = written.add(step, batch.rows, tokens, logps)
+            left = int(going_on.sum())
+            if not left:
+                break
+            if left < len(going_on) and not self.alike:
+                batch.keep(going_on)
+                tokens = tokens[going_on]
+            batch.step(tokens, self._next_logits)
+        return written.responses()
+
+    def _read(self, requests: Sequence[Request], seats: Seats) -> Batch:
+        if self.alike:
+            return read_alike(requests, seats, self._next_logits, self.config)
+        layers = len(DynamicCache(config=self.config).layers)
+        return read_prompts(requests, seats, self._next_logits, layers, self.pad_id)
+
+    def _next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits after the last column, shape [n, vocabulary]."""
+        accepted = self._accepted
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **{name: value for name, value in optional.items() if name in accepted},
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        return forward_arguments(self.model)

@@ -1,0 +1,152 @@
+"""Reading the prompts of a batch into a cache, and the batch while it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
+
+from spin_lightning.generation.base import Request
+from spin_lightning.generation.kv_cache import PreallocatedCache
+from spin_lightning.packing import group_by_length, pad_left
+from spin_lightning.policies.base import Seats
+
+# Logits after the last column, shape [n, vocabulary], from ids, mask, positions and a cache.
+NextLogits = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
+
+# Padded tokens of a pass over prompts: enough to keep a processor busy, few enough that prompts of
+# another length, for which they would have to be padded, are read in another pass.
+_PASS_TOKENS = 2048
+
+
+@dataclass
+class Batch:
+    """Rows that are decoded together, after their prompts.
+
+    Attributes:
+        seats: Who acts in which row.
+        rows: Which of the requests each of k rows answers, int64, shape [k].
+        cache: Keys and values of all columns so far.
+        logits: After the last column, shape [k, vocabulary].
+        mask: 1 where a column holds a token or will hold one, int64, shape [k, all columns].
+        columns: Number of columns so far.
+        positions: Of the token in the last column, int64, shape [k].
+    """
+
+    seats: Seats
+    rows: Tensor
+    cache: Cache
+    logits: Tensor
+    mask: Tensor
+    columns: int
+    positions: Tensor
+
+    def keep(self, staying: Tensor) -> None:
+        """Go on with the rows for which `staying`, bool of shape [k], is true."""
+        self.cache.batch_select_indices(self.seats.keep(staying))
+        self.rows, self.mask = self.rows[staying], self.mask[staying]
+        self.positions = self.positions[staying]
+
+    def step(self, tokens: Tensor, next_logits: NextLogits) -> None:
+        """Read one token per row, int64, shape [k]."""
+        self.columns += 1
+        self.positions = self.positions + 1
+        mask = self.mask[:, : self.columns]
+        self.logits = next_logits(tokens[:, None], mask, self.positions[:, None], self.cache)
+
+
+def read_prompts(
+    requests: Sequence[Request], seats: Seats, next_logits: NextLogits, layers: int, pad_id: int
+) -> Batch:
+    """Read prompts in passes of similar lengths, each prompt of an actor once.
+
+    Args:
+        requests: n requests.
+        seats: Of their team.
+        next_logits: The model.
+        layers: Number of its layers, whose cache is keys and values alone.
+        pad_id: Any valid id.
+
+    Returns:
+        The batch, with room for what is to be written.
+    """
+    prompts = list(dict.fromkeys((r.prompt_ids, r.actor) for r in requests))
+    lanes = seats.take([request.actor for request in requests])
+    batch = _unread(requests, seats, lanes.device)
+    device = lanes.device
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    prompt_of = torch.tensor([number[r.prompt_ids, r.actor] for r in requests], device=device)
+    wanted = (prompt_of[lanes], _is_second(lanes, len(requests)))
+    cache = PreallocatedCache(layers, len(lanes), batch.columns, batch.mask.shape[1])
+    for group in group_by_length([len(ids) for ids, _ in prompts], _PASS_TOKENS):
+        lanes = seats.take([prompts[i][1] for i in group])
+        read = DynamicCache()
+        logits = next_logits(*_padded([prompts[i][0] for i in group], pad_id, device), read)
+        # Where this pass has what each row of the cache wants; -1 where it is another's.
+        found = torch.full((len(prompts), 2), -1, device=device)
+        places = torch.tensor(group, device=device)[lanes], _is_second(lanes, len(group))
+        found[places] = torch.arange(len(lanes), device=device)
+        sources = found[wanted]
+        rows = (sources >= 0).nonzero().squeeze(-1)
+        cache.place(read, rows, sources[rows])
+        own = rows[rows < len(requests)]
+        if not len(batch.logits):
+            batch.logits = logits.new_empty(len(requests), logits.shape[-1])
+        batch.logits[own] = logits[sources[own]]
+    batch.cache = cache
+    seats.take([request.actor for request in requests])
+    return batch
+
+
+def read_alike(
+    requests: Sequence[Request], seats: Seats, next_logits: NextLogits, config: PretrainedConfig
+) -> Batch:
+    """Read prompts of one length into the cache that transformers has for a model, in one pass.
+
+    Args:
+        requests: n requests.
+        seats: Of their team.
+        next_logits: The model.
+        config: Its configuration.
+
+    Returns:
+        The batch.
+    """
+    device = seats.take([request.actor for request in requests]).device
+    batch = _unread(requests, seats, device)
+    batch.cache = DynamicCache(config=config)
+    prompts = _padded([r.prompt_ids for r in requests], 0, device)
+    batch.logits = next_logits(*prompts, batch.cache)
+    return batch
+
+
+def _unread(requests: Sequence[Request], seats: Seats, device: torch.device) -> Batch:
+    """A batch whose prompts have not been read."""
+    lengths = torch.tensor([len(request.prompt_ids) for request in requests], device=device)
+    columns = int(lengths.max())
+    every = columns + max(request.cap for request in requests)
+    return Batch(
+        seats=seats,
+        rows=torch.arange(len(requests), device=device),
+        cache=DynamicCache(),
+        logits=torch.empty(0, device=device),
+        mask=(torch.arange(every, device=device) >= (columns - lengths)[:, None]).long(),
+        columns=columns,
+        positions=lengths - 1,
+    )
+
+
+def _padded(
+    prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and positions of left-padded prompts."""
+    ids, mask = (part.to(device) for part in pad_left(prompts, pad_id))
+    return ids, mask, (mask.cumsum(dim=-1) - 1).clamp_min(0)
+
+
+def _is_second(lanes: Tensor, rows: int) -> Tensor:
+    """1 for rows of a cache that are a batch's rows once more, int64."""
+    return (torch.arange(len(lanes), device=lanes.device) >= rows).long()

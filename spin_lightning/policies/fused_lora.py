@@ -1,0 +1,146 @@
+"""LoRA layers whose frozen weight takes part in a backward pass with one product only.
+
+PEFT's layer leaves to autograd what is known here: the base is frozen, so that of its weight only
+the gradient of the input is wanted, and the adapter's half can be added in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+
+def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
+    """Give the LoRA layers of a PEFT model the fused pass, where it computes what PEFT's does.
+
+    It is installed once: adapters that are loaded, switched or deleted later need nothing more.
+
+    Args:
+        model: A PEFT model.
+        in_4_bits: Whether the base is held in 4 bits.
+    """
+    kinds: dict[type, type] = {lora.Linear: FusedLinear}
+    if in_4_bits:
+        kinds[lora.Linear4bit] = _fused_4bit()
+    for module in model.modules():
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
+
+
+class _Fused:
+    """The fused pass of a LoRA layer, to be put before PEFT's class.
+
+    y = W x + s B A x. Any other case (no adapter or several, a batch of several, dropout, a
+    variant of LoRA, autocast, a base that is trained or computes in another type) is PEFT's.
+    """
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = None if args or kwargs else self._single_adapter(x)
+        if name is None:
+            plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return plain
+        output: Tensor = _LoraLinear.apply(
+            x, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], self
+        )
+        return output
+
+    def _single_adapter(self: Any, x: Tensor) -> str | None:
+        """The adapter that acts, if it acts alone and is plain LoRA on a frozen base."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name: str = self.active_adapters[0]
+        is_plain = (
+            name in self.lora_A
+            and name not in self.lora_variant
+            and not self.lora_bias[name]
+            and not (self.training and isinstance(self.lora_dropout[name], nn.Dropout))
+            and not torch.is_autocast_enabled(x.device.type)
+            and not self.base_layer.weight.requires_grad
+            and self.computes_in() == x.dtype
+        )
+        return name if is_plain else None
+
+    def computes_in(self: Any) -> torch.dtype | None:
+        """Type that the base layer computes in; None for one whose weight is not known."""
+        raise NotImplementedError
+
+    def frozen_weight(self: Any) -> Tensor:
+        """The base layer's weight, shape [outputs, inputs]."""
+        raise NotImplementedError
+
+
+class FusedLinear(_Fused, lora.Linear):
+    """Fused LoRA on a layer held as it is."""
+
+    def computes_in(self) -> torch.dtype | None:
+        """Type of the weight."""
+        base: Any = self.base_layer
+        dtype: torch.dtype = base.weight.dtype
+        return dtype if type(base) in (nn.Linear, Conv1D) else None
+
+    def frozen_weight(self) -> Tensor:
+        """The weight; Conv1D holds it the other way round."""
+        base: Any = self.base_layer
+        weight: Tensor = base.weight
+        return weight.t() if isinstance(base, Conv1D) else weight
+
+
+def _fused_4bit() -> type:
+    """Fused LoRA on a layer held in 4 bits."""
+    import bitsandbytes  # importing it takes seconds and is seldom wanted
+
+    class FusedLinear4bit(_Fused, lora.Linear4bit):
+        """De-quantised in the forward pass and again in the backward pass, never kept."""
+
+        def computes_in(self) -> torch.dtype | None:
+            known = type(self.base_layer) is bitsandbytes.nn.Linear4bit
+            return self.base_layer.compute_dtype if known else None
+
+        def frozen_weight(self) -> Tensor:
+            weight = self.base_layer.weight
+            dense: Tensor = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
+            return dense
+
+    return FusedLinear4bit
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = W x + s B A x with gradients of x, A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: Any) -> Tensor:
+        y: Tensor = layer.base_layer(x)
+        rows = x.flatten(0, -2)
+        low = rows.to(a.dtype) @ a.t()
+        flat = y.view(-1, y.shape[-1])
+        if b.dtype == y.dtype:
+            flat.addmm_(low, b.t(), alpha=scaling)
+        else:
+            # Summed in the adapter's type, which has the more digits, and rounded once.
+            flat.copy_(torch.addmm(flat.to(b.dtype), low, b.t(), alpha=scaling))
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.scaling, ctx.layer = scaling, layer
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, a, b = ctx.saved_tensors
+        flat = upstream.flatten(0, -2)
+        outer = flat.to(b.dtype)
+        inner = (outer @ b).mul_(ctx.scaling)
+        grad_a = inner.t() @ rows.to(a.dtype)
+        grad_b = (outer.t() @ low).mul_(ctx.scaling)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_a, grad_b, None, None
+        grad_x = flat @ ctx.layer.frozen_weight().to(flat.dtype)
+        if a.dtype == grad_x.dtype:
+            grad_x.addmm_(inner, a)
+        else:
+            grad_x += (inner @ a).to(grad_x.dtype)
+        return grad_x.view(*upstream.shape[:-1], -1), grad_a, grad_b, None, None

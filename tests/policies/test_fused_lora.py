@@ -1,0 +1,190 @@
+"""The fused pass of LoRA layers against PEFT's own."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from spin_lightning.policies import fused_lora
+from spin_lightning.policies.lora import LoraPolicy, LoraSettings, load_base
+from spin_lightning.policies.pretrained import BaseModel
+from tests.toy_adapters import IDS, write_adapter, write_wide_model
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_model_dir, tmp_path_factory) -> Path:
+    return write_wide_model(tiny_model_dir, tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """Layers with a bias, held the other way round."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(
+        vocab_size=24,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_(0, 0.1)
+        model.save_pretrained(folder)
+    return folder
+
+
+def with_adapters(base: BaseModel, *, fused: bool, dropout: float = 0.0) -> PeftModel:
+    """A base with two random adapters, `one` active."""
+    model = load_base(base)
+    turned = base.name.endswith("gpt2") or "gpt2" in base.name
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=dropout, fan_in_fan_out=turned
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = get_peft_model(model, config, adapter_name="one")
+        if fused:
+            fused_lora.fuse(model, in_4_bits=base.quantization == "nf4")
+        model.add_adapter("two", config)  # after the fusing, as iterates come
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0, 0.2)
+    return model.train()
+
+
+@contextmanager
+def counting(calls: list[int]):
+    """Count the layers that take the fused pass."""
+    apply = fused_lora._LoraLinear.apply
+
+    def counted(*args):
+        calls.append(1)
+        return apply(*args)
+
+    fused_lora._LoraLinear.apply = counted
+    try:
+        yield
+    finally:
+        fused_lora._LoraLinear.apply = apply
+
+
+def outcome(model: PeftModel, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and the gradients of the adapters."""
+    logits = model(IDS, **kwargs).logits
+    (logits.float() * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: PeftModel, plain: PeftModel, within: float, **kwargs) -> None:
+    logits, gradients = outcome(model, **kwargs)
+    plain_logits, plain_gradients = outcome(plain, **kwargs)
+    assert logits.dtype == plain_logits.dtype
+    assert (logits - plain_logits).norm() < within * plain_logits.norm()
+    assert gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        assert gradients[name].dtype == gradient.dtype
+        assert (gradients[name] - gradient).norm() < within * gradient.norm(), name
+
+
+CASES = [("wide", "none", "float32", 1e-5), ("gpt2", "none", "float32", 1e-5)]
+CASES += [("wide", "nf4", "float32", 1e-5), ("wide", "none", "bfloat16", 0.02)]
+
+
+@pytest.mark.parametrize(("model", "quantization", "dtype", "within"), CASES)
+def test_fused_layers_have_the_outputs_and_gradients_of_peft(
+    model, quantization, dtype, within, request
+):
+    folder = request.getfixturevalue(model)
+    base = BaseModel(str(folder), quantization=quantization, compute_dtype=dtype)
+    fused, calls = with_adapters(base, fused=True), []
+    with counting(calls):
+        assert_same(fused, with_adapters(base, fused=False), within)
+    layers = sum("lora_A.one" in name for name, _ in fused.named_modules() if "one." not in name)
+    assert len(calls) == layers > 0
+
+
+def test_fused_layers_keep_nothing_dense_of_a_4_bit_base(wide):
+    """Inputs, their low-rank image and the adapter: no tensor of the size of a weight."""
+    model = with_adapters(
+        BaseModel(str(wide), quantization="nf4", compute_dtype="float32"), fused=True
+    )
+    saved: list[tuple[int, ...]] = []
+    layer = next(m for m in model.modules() if isinstance(m, fused_lora._Fused))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+    ):
+        layer(torch.randn(1, 5, 64, requires_grad=True))
+    assert sorted(saved) == [(3, 64), (5, 3), (5, 64), (64, 3)]
+
+
+@pytest.mark.parametrize("active", [["two"], ["one", "two"], []])
+def test_fused_layers_follow_the_active_adapters(active, wide):
+    base = BaseModel(str(wide), compute_dtype="float32")
+    models = [with_adapters(base, fused=fused) for fused in (True, False)]
+    found = []
+    for model in models:
+        with model.disable_adapter() if not active else _active(model, active), torch.no_grad():
+            found.append(model(IDS).logits)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@contextmanager
+def _active(model: PeftModel, names: list[str]):
+    model.base_model.set_adapter(names)
+    yield
+
+
+def test_fused_layers_leave_a_batch_of_several_adapters_to_peft(wide):
+    base, calls = BaseModel(str(wide), compute_dtype="float32"), []
+    models = [with_adapters(base, fused=fused).eval() for fused in (True, False)]
+    with counting(calls), torch.no_grad():
+        found = [m(IDS, adapter_names=["one", "__base__"]).logits for m in models]
+    assert torch.equal(*found)
+    assert not calls
+
+
+def test_fused_layers_leave_dropout_to_peft_in_training_only(wide):
+    model = with_adapters(BaseModel(str(wide), compute_dtype="float32"), fused=True, dropout=0.5)
+    for mode, taken in ((True, False), (False, True)):
+        calls: list[int] = []
+        with counting(calls):
+            model.train(mode)(IDS)
+        assert bool(calls) == taken
+
+
+def test_fused_layers_leave_autocast_to_peft(wide):
+    model, calls = with_adapters(BaseModel(str(wide), compute_dtype="float32"), fused=True), []
+    with counting(calls), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(IDS)
+    assert not calls
+
+
+def test_fused_policy_snapshots_what_an_unfused_one_does(wide, tmp_path):
+    base, written = BaseModel(str(wide), compute_dtype="float32"), []
+    for fused in (True, False):
+        policy = LoraPolicy(base, LoraSettings(r=2), fused=fused, seed=3)
+        assert any(isinstance(m, fused_lora._Fused) for m in policy.modules()) == fused
+        written.append(policy.snapshot(tmp_path / str(fused)))
+    assert written[0] == written[1]
+
+
+def test_fused_policy_acts_as_iterates_that_are_loaded_later(wide, tmp_path):
+    base = BaseModel(str(wide), compute_dtype="float32")
+    bank = {0: tmp_path, 1: write_adapter(wide, tmp_path / "1", seed=1)}
+    found = []
+    for fused in (True, False):
+        policy = LoraPolicy(base, LoraSettings(r=2), fused=fused)
+        policy.use_bank(bank)
+        with policy.at(1):
+            found.append(policy.model(IDS).logits)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)

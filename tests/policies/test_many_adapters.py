@@ -1,0 +1,174 @@
+"""Many iterates in one batch, each row against transformers and peft alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.pretrained import BaseModel
+from tests.toy_adapters import plain_model, write_adapter, write_wide_model
+
+IDS = torch.tensor([[1, 5, 9, 14, 6, 23, 11], [1, 20, 20, 4, 7, 8, 13]])
+# Rank, scaling and layers of their own.
+SHAPES: dict[int, dict[str, Any]] = {
+    1: {},
+    2: {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]},
+    3: {"r": 5, "use_rslora": True, "rank_pattern": {"v_proj": 3}},
+}
+ODD: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "whole layers": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [5, 9]}},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_model_dir, tmp_path_factory) -> Path:
+    return write_wide_model(tiny_model_dir, tmp_path_factory.mktemp("wide"))
+
+
+def make_policy(
+    model_dir: Path, root: Path, *, initial: bool = False, quantization: str = "none"
+) -> tuple[LoraPolicy, dict[int, nn.Module]]:
+    """A policy with iterates 0 to 3, and these iterates by transformers and peft alone."""
+    folders: dict[int, Path | None] = {
+        t: write_adapter(model_dir, root / str(t), seed=t, **shape) for t, shape in SHAPES.items()
+    }
+    (root / "0").mkdir()
+    folders[0] = write_adapter(model_dir, root / "0", seed=7) if initial else None
+    base = BaseModel(str(model_dir), quantization=quantization, compute_dtype="float32")
+    start = str(root / "0") if initial else None
+    policy = LoraPolicy(base, LoraSettings(r=2), initial_adapter=start)
+    policy.use_bank({t: root / str(t) for t in folders})
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(9)
+        for _, parameter in policy.trainable():
+            parameter.normal_(std=0.2)
+    models = {t: plain_model(model_dir, folder, quantization) for t, folder in folders.items()}
+    return policy, models
+
+
+@pytest.fixture(scope="module")
+def plain_policy(model_dir, tmp_path_factory) -> tuple[LoraPolicy, dict[int, nn.Module]]:
+    return make_policy(model_dir, tmp_path_factory.mktemp("adapters"))
+
+
+def wanted(models: dict[int, nn.Module], actors: list[tuple[int, float]], ids: Tensor) -> Tensor:
+    """Next-token log-probs of each row under whoever acts in it, float64."""
+    rows = []
+    for (t, alpha), row in zip(actors, ids, strict=True):
+        with torch.no_grad():
+            acting, base = (models[i](row[None]).logits.double().log_softmax(-1) for i in (t, 0))
+        rows.append(((1 - alpha) * acting + alpha * base).log_softmax(-1)[0])
+    return torch.stack(rows)
+
+
+ACTORS = [(1, 0.0), (0, 0.0), (3, 0.4), (2, 0.0), (0, 0.5), (2, 0.7), (3, 0.0), (1, 0.4)]
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize(("quantization", "atol"), [("none", 1e-5), ("nf4", 1e-4)])
+def test_rows_of_a_batch_are_those_of_whoever_acts_in_them(
+    initial, quantization, atol, model_dir, tmp_path
+):
+    policy, models = make_policy(model_dir, tmp_path, initial=initial, quantization=quantization)
+    (team,) = policy.teams(ACTORS)
+    ids = IDS.repeat(4, 1)
+    with policy.at_rows(team) as seats:
+        assert seats.take(ACTORS).tolist() == [*range(8), 2, 5, 7]
+        found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
+    torch.testing.assert_close(found, wanted(models, ACTORS, ids), atol=atol, rtol=0)
+
+
+def test_rows_that_are_left_go_on_as_they_were(plain_policy):
+    """The slot of each row in the cache is where the seats say that it is."""
+    policy, models = plain_policy
+    actors, ids, slots = ACTORS, IDS.repeat(4, 1), torch.arange(11)
+    with policy.at_rows(policy.teams(ACTORS)[0]) as seats:
+        rows = seats.take(actors)
+        for staying in (
+            [True, False, True, True, True, True, False, True],
+            [True, True, False, True, False, True],
+            [False, False, True, True],
+            [True, False],
+        ):
+            stays = torch.tensor(staying)
+            order = seats.keep(stays)
+            kept = sorted(slot for slot, row in enumerate(rows.tolist()) if stays[row])
+            assert sorted(order.tolist()) == kept
+            moves = (order != torch.arange(len(order))).sum()
+            assert moves <= len(rows) - len(order), "no more than there are free slots"
+            rows, slots = (stays.cumsum(0) - 1)[rows[order]], slots[order]
+            actors = [actor for actor, stay in zip(actors, staying, strict=True) if stay]
+            ids = ids[stays]
+            found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
+            torch.testing.assert_close(found, wanted(models, actors, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaving_puts_back_whatever_forwards_the_layers_had(fails, plain_policy):
+    policy, _ = plain_policy
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    own: Any = layers[0]
+    calls = []
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return type(own).forward(own, x, *args, **kwargs)
+
+    own.forward = counted
+    policy.train()
+    before = policy.model(input_ids=IDS).logits
+    grads = [parameter.requires_grad for parameter in policy.parameters()]
+    try:
+        with policy.at_rows([(1, 0.0), (2, 0.5)]) as seats:
+            seats.take([(1, 0.0), (2, 0.5)])
+            assert not policy.training
+            policy.model(input_ids=IDS)
+            if fails:
+                raise KeyError("stop here")
+    except KeyError:
+        assert fails
+    assert len(calls) == 1, "ours, inside the block"
+    assert own.forward is counted
+    assert not any("forward" in layer.__dict__ for layer in layers[1:])
+    del own.forward
+    assert policy.training
+    assert [parameter.requires_grad for parameter in policy.parameters()] == grads
+    assert policy.model.active_adapters == ["policy"]
+    assert torch.equal(policy.model(input_ids=IDS).logits, before)
+
+
+def test_at_rows_inside_another_block_is_refused(plain_policy):
+    policy, _ = plain_policy
+    with policy.at(1), pytest.raises(RuntimeError, match="already acting"):
+        policy.teams([(1, 0.0)])
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("kind", ODD)
+def test_adapters_that_are_not_plain_act_alone_and_right(kind, model_dir, tmp_path):
+    policy, models = make_policy(model_dir, tmp_path)
+    odd = write_adapter(model_dir, tmp_path / "4", seed=4, **ODD[kind])
+    policy.use_bank({**{t: tmp_path / str(t) for t in range(4)}, 4: odd})
+    models[4] = plain_model(model_dir, odd)
+    assert policy.teams([(4, 0.0), (1, 0.0)]) == [[(1, 0.0)], [(4, 0.0)]]
+    for actor in ((4, 0.0), (1, 0.0)):
+        with policy.at_rows([actor]) as seats:
+            assert seats.take([actor, actor]).tolist() == [0, 1]
+            found = policy.model(input_ids=IDS).logits.double().log_softmax(-1)
+        torch.testing.assert_close(found, wanted(models, [actor] * 2, IDS), atol=1e-5, rtol=0)
+
+
+def test_teams_are_of_sixteen_at_most(plain_policy):
+    policy, _ = plain_policy
+    actors = [(t, alpha / 10) for t in range(4) for alpha in range(5)]
+    assert [len(team) for team in policy.teams(actors)] == [16, 4]
+    assert [actor for team in policy.teams(actors[::-1]) for actor in team] == actors

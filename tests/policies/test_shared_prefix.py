@@ -1,0 +1,323 @@
+"""Shared prefixes against one padded sequence per response, on every architecture."""
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from spin_lightning.errors import SettingError
+from spin_lightning.losses import logistic
+from spin_lightning.packing import pack_prompts, pad_prompts
+from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.shared_prefix import ARCHITECTURES, shares_prefixes
+from spin_lightning.types import PromptBatch
+
+SIZES = {
+    "vocab_size": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.15,
+}
+LAYERS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+WITHOUT_GROUPS = {k: v for k, v in LAYERS.items() if k not in ("num_key_value_heads", "head_dim")}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, **LAYERS),
+    "llama_tied": LlamaConfig(**SIZES, **LAYERS, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, **LAYERS, sliding_window=None),
+    "mistral_window": MistralConfig(**SIZES, **LAYERS, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZES, **{k: v for k, v in LAYERS.items() if k != "head_dim"}),
+    "qwen2_window": Qwen2Config(
+        **SIZES,
+        **{k: v for k, v in LAYERS.items() if k != "head_dim"},
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "qwen3": Qwen3Config(**SIZES, **LAYERS),
+    "gemma": GemmaConfig(**SIZES, **LAYERS),
+    "gemma2": Gemma2Config(
+        **SIZES,
+        **LAYERS,
+        sliding_window=6,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=2.0,
+    ),
+    "gemma3_text": Gemma3TextConfig(
+        **SIZES, **LAYERS, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt2": GPT2Config(**SIZES, n_embd=64, n_layer=2, n_head=4, n_positions=128),
+    "gpt_neox": GPTNeoXConfig(**SIZES, **WITHOUT_GROUPS),
+}
+NF4 = ("llama", "mistral_window", "qwen3", "gemma2", "gpt_neox")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    @cache
+    def write(name: str) -> str:
+        folder = tmp_path_factory.mktemp(name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder)
+        return str(folder)
+
+    return write
+
+
+def some_pairs(seed: int, count: int = 7) -> PromptBatch:
+    """Random lengths, among them prompts and responses of one token; not all end with a stop."""
+    draw = random.Random(seed)
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(3, 96) for _ in range(length)]
+
+    lengths = [(1, 9, 4), (12, 1, 15), (5, 8, 1), (1, 1, 1)]
+    lengths += [(draw.randint(2, 20), draw.randint(2, 15), draw.randint(2, 15))] * (count - 4)
+    prompts = [ids(prompt) for prompt, _, _ in lengths]
+    responses = [([*ids(real - 1), 2], ids(generated)) for _, real, generated in lengths]
+    return pack_prompts(prompts, responses)
+
+
+def build(base: BaseModel, settings: LoraSettings | None = None, **kwargs) -> LoraPolicy:
+    """A policy whose adapter is far from zero."""
+    policy = LoraPolicy(base, settings or LoraSettings(r=4), **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in policy.trainable():
+        parameter.data.normal_(0, 0.1, generator=generator)
+    return policy
+
+
+def step(policy: LoraPolicy, batch: PromptBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, margins and adapter gradients of one batch against a made-up reference."""
+    logps = policy.prompt_logps(batch)
+    reference = torch.linspace(-40, -20, len(logps), dtype=torch.float64)
+    margins = (logps - reference).view(-1, 2).diff().neg().squeeze(-1)
+    loss = logistic(margins, 0.1).mean()
+    loss.backward()
+    return (
+        loss.detach(),
+        margins.detach(),
+        {n: p.grad for n, p in policy.trainable() if p.grad is not None},
+    )
+
+
+def assert_same_step(policy: LoraPolicy, plain: LoraPolicy, batch: PromptBatch, within: float):
+    loss, margins, gradients = step(policy, batch)
+    plain_loss, plain_margins, plain_gradients = step(plain, batch)
+    torch.testing.assert_close(loss, plain_loss, rtol=within, atol=0)
+    scale = plain_margins.abs().max()
+    torch.testing.assert_close(margins, plain_margins, rtol=within, atol=within * float(scale))
+    assert gradients.keys() == plain_gradients.keys() == {n for n, _ in policy.trainable()}
+    for name, gradient in plain_gradients.items():
+        error = (gradients[name] - gradient).norm() / gradient.norm()
+        assert error < within, (name, float(error))
+
+
+def test_every_architecture_is_built_here():
+    assert {config.model_type for config in CONFIGS.values()} == ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_step_equals_the_padded_one_in_float32(name, folder_of):
+    base = BaseModel(folder_of(name), compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    assert fast.shares_prompts
+    assert not plain.shares_prompts
+    assert_same_step(fast, plain, some_pairs(seed=3), within=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_step_equals_the_padded_one_for_random_lengths(seed, folder_of):
+    base = BaseModel(folder_of("llama_tied"), compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    assert_same_step(fast, plain, some_pairs(seed, count=5 + 3 * seed), within=1e-5)
+
+
+@pytest.mark.parametrize("name", NF4)
+def test_step_equals_the_padded_one_in_4_bits(name, folder_of):
+    base = BaseModel(folder_of(name), quantization="nf4", compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    assert_same_step(fast, plain, some_pairs(seed=3), within=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
+def test_step_in_bfloat16_is_as_near_to_the_exact_one_as_the_padded_is(name, folder_of):
+    """The same rounded weights in float32 are the measure."""
+    batch, found = some_pairs(seed=3), {}
+    for kind, dtype, settings in [
+        ("exact", torch.float32, {"packing": "padded", "fused": False}),
+        ("plain", torch.bfloat16, {"packing": "padded", "fused": False}),
+        ("fast", torch.bfloat16, {}),
+    ]:
+        policy = build(BaseModel(folder_of(name), compute_dtype="bfloat16"), **settings)
+        _, margins, gradients = step(policy.to(dtype) if kind == "exact" else policy, batch)
+        found[kind] = margins, torch.cat([g.float().flatten() for g in gradients.values()])
+    for part in (0, 1):
+        exact, plain, fast = (found[kind][part] for kind in ("exact", "plain", "fast"))
+        rounding = (plain - exact).norm()
+        assert 0 < rounding < 0.2 * exact.norm()
+        assert (fast - exact).norm() < 1.5 * rounding
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_step_with_recomputed_activations_is_the_same(name, folder_of):
+    base = BaseModel(folder_of(name), compute_dtype="float32")
+    batch = some_pairs(seed=3)
+    loss, _, gradients = step(build(base), batch)
+    again, _, recomputed = step(build(base, activation_checkpointing=True), batch)
+    assert torch.equal(loss, again)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-6)
+
+
+def test_recomputed_activations_save_memory(folder_of):
+    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    kept = [
+        saved_bytes(build(base, activation_checkpointing=on), some_pairs(3)) for on in (False, True)
+    ]
+    assert kept[1] < kept[0] / 2
+
+
+def test_memory_of_a_step_grows_with_the_number_of_pairs_alone(folder_of):
+    """What the backward pass needs at 4, 8, 16 and 32 pairs: the slopes are those of 4 to 8."""
+    policy = build(BaseModel(folder_of("mistral_window"), compute_dtype="float32"))
+    prompt, real, generated = ([5] * n for n in (20, 12, 9))
+    kept = [
+        saved_bytes(policy, pack_prompts([prompt] * n, [(real, generated)] * n))
+        for n in (4, 8, 16, 32)
+    ]
+    slopes = [(b - a) / n for a, b, n in zip(kept, kept[1:], (4, 8, 16), strict=False)]
+    assert max(slopes) < 1.15 * min(slopes)
+
+
+def saved_bytes(policy: LoraPolicy, batch: PromptBatch) -> int:
+    """Bytes that wait for the backward pass, each storage counted once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    sizes: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy.prompt_logps(batch)
+    return sum(sizes.values())
+
+
+# ------------------------------------------------------------------------------ any responses
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
+def test_prompts_with_any_number_of_responses_are_scored_as_each_response_alone(name, folder_of):
+    policy = build(BaseModel(folder_of(name), compute_dtype="float32"))
+    prompts = [[5, 6, 7], [8], [9] * 12]
+    responses = [[[11, 2]], [[12], [13, 14, 15], [12, 16, 2]], [[17] * 9, [18, 2]]]
+    with torch.no_grad():
+        together = policy.prompt_logps(pack_prompts(prompts, responses))
+        alone = [
+            policy.prompt_logps(pack_prompts([prompt], [[response]]))
+            for prompt, group in zip(prompts, responses, strict=True)
+            for response in group
+        ]
+    assert together.dtype == torch.float64
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def test_a_response_does_not_see_its_neighbour(folder_of):
+    policy = build(BaseModel(folder_of("llama"), compute_dtype="float32"))
+    with torch.no_grad():
+        first, second = (
+            policy.prompt_logps(pack_prompts([[5, 6]], [[[7, 8, 2], other]]))
+            for other in ([9, 10], [11, 12, 13])
+        )
+    assert first[0].item() == pytest.approx(second[0].item(), abs=1e-6)
+    assert first[1].item() != pytest.approx(second[1].item(), abs=1e-2)
+
+
+def test_model_attends_as_before_after_a_packed_pass_also_one_that_fails(folder_of):
+    policy = build(BaseModel(folder_of("llama"), compute_dtype="float32"))
+    policy.prompt_logps(some_pairs(3))
+    assert policy.model.config._attn_implementation == "sdpa"
+    with pytest.raises(IndexError):
+        policy.prompt_logps(pack_prompts([[5]], [[[999]]]))
+    assert policy.model.config._attn_implementation == "sdpa"
+
+
+# ------------------------------------------------------------------------------ heads
+
+
+@pytest.mark.parametrize("head", ["adapted", "trained"])
+def test_head_that_is_not_frozen_gets_its_gradient(head, folder_of):
+    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    settings = LoraSettings(r=4, target_modules=("q_proj", "lm_head"))
+    fast = build(base, settings if head == "adapted" else None)
+    plain = build(base, settings if head == "adapted" else None, packing="padded", fused=False)
+    if head == "trained":
+        for policy in (fast, plain):
+            policy.model.get_output_embeddings().weight.requires_grad_(True)
+    assert_same_step(fast, plain, some_pairs(3), within=1e-5)
+    weights = [policy.model.get_output_embeddings().weight.grad for policy in (fast, plain)]
+    if head == "trained":
+        torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------ the setting
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory) -> BaseModel:
+    """A model whose attention knows of no positions to restart."""
+    folder = tmp_path_factory.mktemp("bloom")
+    config = BloomConfig(vocab_size=96, hidden_size=64, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return BaseModel(str(folder), compute_dtype="float32")
+
+
+def test_packing_auto_pads_for_an_architecture_that_is_not_known(unknown):
+    policy = build(unknown, LoraSettings(r=2, target_modules=("query_key_value",)))
+    assert not policy.shares_prompts
+    batch = some_pairs(3)
+    torch.testing.assert_close(
+        policy.prompt_logps(batch), policy.logps(pad_prompts(batch)), atol=0, rtol=0
+    )
+
+
+def test_packing_shared_is_refused_for_an_architecture_that_is_not_known(unknown):
+    with pytest.raises(SettingError, match=r"packing='shared'.*'bloom'.*Fix: set packing: auto"):
+        shares_prefixes(unknown, "shared")
+
+
+@pytest.mark.parametrize(
+    ("packing", "shared"), [("auto", True), ("shared", True), ("padded", False)]
+)
+def test_packing_of_a_known_architecture_is_as_it_is_set(packing, shared, folder_of):
+    assert shares_prefixes(BaseModel(folder_of("gpt2")), packing) == shared
