@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from spin_lightning import losses, mixtures
 from spin_lightning.callbacks.best_iterate import BestIterate
+from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
 from spin_lightning.callbacks.self_play import SelfPlay
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.mixtures import Geometric, Mixture, base, latest, uniform, window
@@ -22,6 +23,7 @@ __all__ = [
     "SPIN",
     "AlphaSPIN",
     "BestIterate",
+    "EvaluateIterates",
     "FictitiousSPIN",
     "Geometric",
     "Mixture",

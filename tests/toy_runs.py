@@ -54,13 +54,12 @@ def play(
         max_epochs=epochs,
         default_root_dir=root,
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         callbacks=list(callbacks),
-        **(trainer_settings or {}),
+        **{"logger": False, **(trainer_settings or {})},
     )
     trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
     return module, datamodule, trainer

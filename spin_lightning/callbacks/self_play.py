@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from spin_lightning import keyed
 from spin_lightning.callbacks.console import console, show_iterates, show_samples
 from spin_lightning.callbacks.evaluate import IterateEvaluator, IterateListener
+from spin_lightning.callbacks.log_samples import log_samples
 from spin_lightning.callbacks.measure import measure_iterate, measure_rows, peak_memory
 from spin_lightning.callbacks.requirements import (
     check_lineage,
@@ -30,6 +31,8 @@ from spin_lightning.evaluation.samples import sample_pairs
 from spin_lightning.fingerprint import fingerprint
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json
+
+_PAIRS_LOGGED = 20
 
 
 class SelfPlay(Callback):
@@ -237,6 +240,9 @@ class SelfPlay(Callback):
             run.write_iterate(t, record)
             speed = (record["training"] or {}).get("speed", {})
             self._log(trainer, {**metrics, **speed, "iterate": t}, record["step"])
+            if table is not None:
+                pairs = sample_pairs(table, module.tokenizer, _PAIRS_LOGGED)
+                log_samples(trainer.loggers, pairs, record["step"])
         show_iterates([run.read_iterate(i) for i in range(t + 1)])
         if table is not None:
             show_samples(sample_pairs(table, module.tokenizer, self.pairs_shown))

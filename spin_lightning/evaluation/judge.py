@@ -7,9 +7,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,24 @@ class JudgeSettings:
                 "out of range",
                 fix="give a number > 0, or leave it out",
             )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> JudgeSettings:
+        """Build settings from plain values.
+
+        Raises:
+            SettingError: There is no such setting, or a value is out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise SettingError(
+                    f"judge.{name}",
+                    values[name],
+                    "there is no such setting",
+                    fix=f"choose from {', '.join(known)}",
+                )
+        return cls(**values)
 
     @property
     def asked(self) -> dict[str, Any]:

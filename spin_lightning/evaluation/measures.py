@@ -35,6 +35,13 @@ MEASURES: Final = (
         log=True,
     ),
     Measure(
+        "exact/mixture_kl",
+        "Exact KL of the mixture policy, nats",
+        "KL(p_data ‖ mean of p_0 … p_t): the mixture policy of all iterates so far.",
+        "min",
+        log=True,
+    ),
+    Measure(
         "exact/reverse_kl",
         "Exact reverse KL, nats",
         "KL(p_t ‖ p_data) of p_t within the language: large where p_t says what the data do not.",

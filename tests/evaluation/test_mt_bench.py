@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
 from spin_lightning.cli import main
 from spin_lightning.errors import DataError, SettingError
 from spin_lightning.evaluation.contestants import contestants
@@ -24,7 +25,7 @@ from spin_lightning.evaluation.mt_bench_data import TURNS, read_mt_bench
 from spin_lightning.policies import lora
 from spin_lightning.run_folder import RunFolder
 from tests.evaluation.scripted_judge import scripted_judge
-from tests.toy_runs import play, write_examples
+from tests.toy_runs import contents, play, write_examples
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "mt_bench"
 CATEGORIES = (
@@ -446,3 +447,30 @@ def test_command_shows_ratings_tokens_and_what_could_not_be_read(run, bench, mon
     assert "read 3,200 and wrote 224 tokens" in said
     assert "mt_bench/overall" in said
     assert "8.0000" in said
+
+
+def test_judge_inside_a_run_rates_every_iterate_and_its_outage_does_not_end_the_run(
+    chat_run, bench, tmp_path
+):
+    model = chat_run.root.parent / "model"
+    data = write_examples(tmp_path / "examples.jsonl")
+
+    def play_judged(name, reply):
+        with scripted_judge(reply) as judge:
+            settings = {"base_url": judge.base_url, "model": "scripted", "retries": 0}
+            evaluator = EvaluateIterates(mt_bench=str(bench), judge=settings, max_new_tokens=12)
+            play(tmp_path / name, model, data, epochs=1, callbacks=[evaluator])
+        return [RunFolder(tmp_path / name).read_iterate(t)["metrics"] for t in (0, 1)]
+
+    judged = play_judged("judged", lambda *_: (200, "[[7]]"))
+    assert [metrics["mt_bench/overall"] for metrics in judged] == [7.0, 7.0]
+    without = play_judged("without", lambda *_: (500, "down"))
+    assert not any("mt_bench/overall" in metrics for metrics in without)
+    assert contents(tmp_path / "judged") == contents(tmp_path / "without")
+    play(tmp_path / "plain", model, data, epochs=1)
+    assert contents(tmp_path / "judged") == contents(tmp_path / "plain")
+
+
+def test_judge_setting_with_a_typo_is_refused(bench):
+    with pytest.raises(SettingError, match=r"judge\.modle.*choose from base_url, model"):
+        EvaluateIterates(mt_bench=str(bench), judge={"modle": "x"})

@@ -1,0 +1,40 @@
+"""Sample pairs for loggers that can show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+_KEY = "samples"
+_COLUMNS = ["prompt", "real", "generated"]
+
+
+def log_samples(
+    loggers: Iterable[Logger], pairs: Sequence[tuple[str, str, str]], step: int
+) -> None:
+    """Log (prompt, real, generated) texts: as a table where there are tables, else as text.
+
+    Args:
+        loggers: The trainer's; those that hold numbers alone get nothing.
+        pairs: The texts.
+        step: The step at which the iterate was complete.
+    """
+    for logger in loggers:
+        # Lightning's name for it, of W&B's logger and of whatever logger follows it.
+        table = getattr(logger, "log_table", None)
+        if table is not None:
+            table(_KEY, columns=_COLUMNS, data=[list(pair) for pair in pairs], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(_KEY, _markdown(pairs), step)
+
+
+def _markdown(pairs: Sequence[tuple[str, str, str]]) -> str:
+    """A table as TensorBoard renders it, with the texts' own marks kept from being read as such."""
+    rows = [_COLUMNS, ["---"] * len(_COLUMNS), *([_cell(text) for text in pair] for pair in pairs)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+    return escaped.replace("\n", "<br>")

@@ -1,0 +1,82 @@
+"""What a run logs, read back from the files of the loggers."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spin_lightning.callbacks.evaluate import IterateEvaluator
+from spin_lightning.callbacks.run_files import RunCSVLogger
+from spin_lightning.run_folder import RunFolder
+from tests.toy_runs import play, write_examples
+
+
+class Fixed(IterateEvaluator):
+    """An evaluator whose scores are known."""
+
+    def evaluate_iterate(self, module, t):
+        return {"lm_eval/task/acc": 0.25 * (t + 1)}
+
+
+def play_with(logger, root: Path, model: Path) -> RunFolder:
+    data = write_examples(root / "examples.jsonl")
+    play(root / "run", model, data, callbacks=[Fixed()], trainer_settings={"logger": logger})
+    return RunFolder(root / "run")
+
+
+def recorded(run: RunFolder, name: str) -> dict[int, float]:
+    records = [run.read_iterate(t) for t in run.known_iterates()]
+    return {record["step"]: record["metrics"][name] for record in records}
+
+
+def test_tensorboard_has_every_iterates_metrics_and_samples(tiny_model_dir, tmp_path):
+    run = play_with(TensorBoardLogger(tmp_path, name="tb", version=""), tmp_path, tiny_model_dir)
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    for name in ("val/real_nll_per_token", "val/kl_base", "lm_eval/task/acc"):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        for step, value in recorded(run, name).items():
+            assert logged[step] == pytest.approx(value, rel=1e-6)
+    texts = {
+        event.step: event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("samples/text_summary")
+    }
+    assert sorted(texts) == sorted(recorded(run, "val/kl_base"))
+    head, rule, first, *_ = texts[0].splitlines()
+    assert (head, rule) == ("| prompt | real | generated |", "| --- | --- | --- |")
+    assert "&lt;/s>" in first
+
+
+def test_csv_has_every_iterates_metrics(tiny_model_dir, tmp_path):
+    run = play_with(RunCSVLogger(tmp_path / "csv"), tmp_path, tiny_model_dir)
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("val/kl_base", "lm_eval/task/acc"):
+        logged = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+        assert logged == pytest.approx(recorded(run, name))
+
+
+def test_wandb_offline_has_metrics_and_a_table_of_samples(tiny_model_dir, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_SILENT", "WANDB_DISABLE_GIT", "WANDB_DISABLE_CODE"):
+        monkeypatch.setenv(name, "true")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    run = play_with(logger, tmp_path, tiny_model_dir)
+    summary = dict(logger.experiment.summary)
+    wandb.finish()
+    last = max(run.known_iterates())
+    metrics = run.read_iterate(last)["metrics"]
+    assert summary["lm_eval/task/acc"] == pytest.approx(0.25 * (last + 1))
+    assert summary["val/kl_base"] == pytest.approx(metrics["val/kl_base"])
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(offline.glob("*.wandb"))
+    tables = sorted(offline.rglob("samples*.table.json"))
+    assert len(tables) == len(run.known_iterates())
+    table = json.loads(tables[0].read_text())
+    assert table["columns"] == ["prompt", "real", "generated"]
+    assert len(table["data"]) > 3
