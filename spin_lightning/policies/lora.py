@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.errors import RunFolderError, SettingError, first_line
 from spin_lightning.fingerprint import file_hash
 from spin_lightning.logps import response_logps
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.pretrained import (
     BaseModel,
     check_quantizable,
-    first_line,
     load_config,
     skeleton,
 )
