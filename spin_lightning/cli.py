@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from spin_lightning.callbacks.best_iterate import BestIterate
 from spin_lightning.callbacks.console import console, quiet, show_table
-from spin_lightning.callbacks.requirements import new_run
+from spin_lightning.callbacks.requirements import check_strategy, new_run
 from spin_lightning.callbacks.row_making import DryRunFinished
 from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
 from spin_lightning.callbacks.self_play import SelfPlay
@@ -112,6 +112,19 @@ class SpinCLI(LightningCLI):
             default=False,
             help="Make one work unit, print rows, tokens and estimated time, and stop.",
         )
+        parser.add_argument(
+            "--checkpoint_minutes",
+            type=float | None,
+            default=10.0,
+            help="Write checkpoints/last.ckpt when this long has gone by in an epoch; null: only "
+            "after each epoch.",
+        )
+        parser.add_argument(
+            "--checkpoint_steps",
+            type=int | None,
+            default=None,
+            help="Write it after this many optimiser steps, too.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """The config given always counts; Lightning would put the checkpoint's values back."""
@@ -131,18 +144,21 @@ class SpinCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the run folder's loggers and checkpoint and the self-play loop."""
         settings = self._get(self.config_init, "trainer")
+        check_strategy(settings.strategy)
         root = Path(settings.default_root_dir)
         callbacks = list(settings.callbacks or [])
         callbacks.append(ConfigFile(root, self._config_text))
         if not any(isinstance(callback, SelfPlay) for callback in callbacks):
-            callbacks.append(SelfPlay())
+            intervals = ("checkpoint_minutes", "checkpoint_steps")
+            callbacks.append(SelfPlay(**{n: self._get(self.config_init, n) for n in intervals}))
         if not any(isinstance(callback, BestIterate) for callback in callbacks):
             callbacks.append(BestIterate())
         for callback in callbacks:
             if isinstance(callback, SelfPlay):
                 callback.dry_run = self._get(self.config_init, "dry_run")
-        if settings.enable_checkpointing is not False:
-            callbacks.append(_last_checkpoint(root))
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            # SelfPlay writes checkpoints/last.ckpt; Lightning would add one of its own beside it.
+            kwargs["enable_checkpointing"] = False
         logger = settings.logger
         if logger is None or logger is True:
             logger = [
@@ -365,10 +381,3 @@ def _checkpoint(run: RunFolder, given: str | None, resume: str) -> str | None:
             fix="leave ckpt_path out to start from scratch, or name the checkpoint's file",
         )
     return None
-
-
-def _last_checkpoint(root: Path) -> ModelCheckpoint:
-    """Keeps `checkpoints/last.ckpt` fresh, the same file that `SelfPlay` writes."""
-    return ModelCheckpoint(
-        dirpath=root / "checkpoints", save_last=True, save_top_k=0, enable_version_counter=False
-    )

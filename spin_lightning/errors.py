@@ -15,6 +15,11 @@ class SpinError(ValueError):
         self.fix = fix
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class SettingError(SpinError):
     """A setting has a value that cannot work."""
 

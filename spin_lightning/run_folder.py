@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,10 +139,45 @@ class RunFolder:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    replace_synced(temporary, path)
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        replace_synced(temporary, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what could not be written, and how to go on, where the block meets a disk that refuses.
+
+    Raises:
+        RunFolderError: The disk is full, read-only, not ours to write or damaged.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path | str, error: OSError) -> RunFolderError:
+    """The error for a file that the disk refused."""
+    advice = {
+        errno.ENOSPC: "free some space there",
+        errno.EDQUOT: "free some of your quota there",
+        errno.EROFS: "mount it writable, or name another folder with --trainer.default_root_dir",
+        errno.EACCES: "make it writable, or name another folder with --trainer.default_root_dir",
+        errno.EPERM: "make it writable, or name another folder with --trainer.default_root_dir",
+    }
+    return RunFolderError(
+        f"{path} cannot be written ({error.strerror or error})",
+        fix=f"{advice.get(error.errno or 0, 'mend the disk')}, and start the same command again: "
+        "what was written before is whole and is used",
+    )
 
 
 def replace_synced(temporary: Path, path: Path) -> None:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spin_lightning.data.rows import (
+    damaged_parts,
+    part_hashes,
     part_matches,
     read_deviations,
     read_manifest,
+    warn_damaged,
     write_manifest,
     write_part,
 )
@@ -223,18 +226,27 @@ def finish(
     """
     if not examples:
         raise SpinError(f"there are no examples to make rows of in {folder}", fix="give more data")
-    own = _manifest_of(plan, examples)
-    deviations = read_deviations(folder, own["units"])
-    write_manifest(folder, {**fields, **own, **({"deviations": deviations} if deviations else {})})
+    manifest = _manifest_of(plan, examples)
+    if deviations := read_deviations(folder, manifest["units"]):
+        manifest["deviations"] = deviations
+    parts = part_hashes(folder, manifest["units"])
+    write_manifest(folder, {**fields, **manifest, "parts": parts})
 
 
 def is_finished(plan: RowPlan, examples: Sequence[Example], folder: Path) -> bool:
-    """Whether all rows of a plan are there, and no others."""
+    """Whether all rows of a plan are there, whole, and no others."""
     manifest = read_manifest(folder)
     if manifest is None:
         return False
     wanted = _manifest_of(plan, examples)
-    return not differences({name: manifest.get(name) for name in wanted}, wanted)
+    if differences({name: manifest.get(name) for name in wanted}, wanted):
+        return False
+    damaged = damaged_parts(folder, manifest)
+    for path in damaged:
+        warn_damaged(path, "its bytes are not those that were written")
+        # It may still read like a whole one.
+        path.unlink(missing_ok=True)
+    return not damaged
 
 
 def _manifest_of(plan: RowPlan, examples: Sequence[Example]) -> dict[str, Any]:

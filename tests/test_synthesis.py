@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.policies.lora import LoraPolicy, LoraSettings
 from spin_lightning.policies.pretrained import load_config
 from spin_lightning.sampling import GenerationSettings
-from spin_lightning.synthesis import Synthesis, Timing, finish
+from spin_lightning.synthesis import Synthesis, Timing, finish, is_finished
 from spin_lightning.types import Example
 from tests.toy_adapters import plain_model, write_adapter
 from tests.toy_plans import PLAN, STOP, draw_row, key_by_hand, some_examples
@@ -186,7 +187,10 @@ def test_finish_makes_the_rows_readable_and_says_what_they_are(synthesis, tmp_pa
     list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
     assert read_manifest(tmp_path) is None
     finish(PLAN, EXAMPLES, tmp_path, {"variant": "Mine"})
-    assert read_manifest(tmp_path) == {
+    manifest = read_manifest(tmp_path)
+    parts = {p.name: sha256(p.read_bytes()).hexdigest() for p in tmp_path.glob("part-*")}
+    assert manifest.pop("parts") == parts
+    assert manifest == {
         "schema_version": 1,
         "variant": "Mine",
         "iterate": 2,
@@ -229,3 +233,18 @@ def test_finish_without_examples_is_an_error_and_leaves_no_manifest(tmp_path):
     with pytest.raises(SpinError, match=r"no examples to make rows of.*Fix: give more data"):
         finish(PLAN, [], tmp_path, {})
     assert read_manifest(tmp_path) is None
+
+
+def test_part_damaged_after_the_manifest_is_named_and_made_again_alone(synthesis, tmp_path, caplog):
+    list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
+    finish(PLAN, EXAMPLES, tmp_path, {})
+    assert is_finished(PLAN, EXAMPLES, tmp_path)
+    parts = sorted(tmp_path.glob("part-*"))
+    before = {part: (part.read_bytes(), part.stat().st_mtime_ns) for part in parts}
+    parts[3].write_bytes(parts[2].read_bytes())  # a whole part, of another unit
+    assert not is_finished(PLAN, EXAMPLES, tmp_path)
+    assert f"{parts[3]} is damaged" in caplog.text
+    list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
+    assert {part: part.read_bytes() for part in parts} == {p: b for p, (b, _) in before.items()}
+    untouched = [part for part in parts if part.stat().st_mtime_ns == before[part][1]]
+    assert untouched == [part for part in parts if part != parts[3]]

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from spin_lightning.errors import RunFolderError
+from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import differences
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run_folder import RunFolder
+
+_STRATEGIES = frozenset(
+    {"auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"}
+)
 
 
 def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) -> None:
@@ -67,3 +73,30 @@ def new_run(variant: str) -> Path:
     while (folder := Path("runs") / f"{variant}-{number}").exists():
         number += 1
     return folder
+
+
+def check_strategy(strategy: str | Strategy) -> None:
+    """Refuse ways of using several devices under which iterates could not act.
+
+    Args:
+        strategy: Of a trainer, or the name that one was asked for by.
+
+    Raises:
+        SettingError: A strategy that holds a shard of the model on each device, or that takes the
+            module to other processes by pickling it.
+    """
+    if isinstance(strategy, str):
+        name, works = strategy, strategy in _STRATEGIES
+    else:
+        name = type(strategy).__name__
+        spawns = isinstance(strategy.launcher, _MultiProcessingLauncher)
+        works = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not spawns
+    if not works:
+        raise SettingError(
+            "trainer.strategy",
+            name,
+            "iterates act in place of each other on a whole model in each process that fit starts, "
+            "and it shards the model or pickles it",
+            fix="use ddp; where memory is short, with model.quantization: nf4 and "
+            "model.activation_checkpointing: true",
+        )

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from spin_lightning.callbacks.console import RowProgress, console
+from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.data.rows import MANIFEST, read_manifest, read_rows
 from spin_lightning.drawing import NO_ROWS, EarlierRows, RowPlan
@@ -36,6 +37,7 @@ class RowMaker:
         data: Whose examples are answered.
         run: Where rows go.
         iterates: Number of iterates of the run.
+        guard: Lets ranks wait, and stops between two units.
         dry_run: Stop after the first work unit of training rows.
         estimated: Whether the time that the run will take was said before.
         timing: What was made here and how long it took.
@@ -46,6 +48,7 @@ class RowMaker:
     data: SelfPlayDataModule
     run: RunFolder
     iterates: int
+    guard: RunGuard
     dry_run: bool = False
     estimated: bool = False
     timing: Timing = field(default_factory=Timing)
@@ -135,15 +138,18 @@ class RowMaker:
         *,
         estimate: bool = False,
     ) -> None:
-        folder = folder_of(plan.iterate)
-        if is_finished(plan, examples, folder):
+        folder, trainer = folder_of(plan.iterate), self.trainer
+        # One rank decides: while another looks, parts may already be made again.
+        here = trainer.is_global_zero and is_finished(plan, examples, folder)
+        if trainer.strategy.broadcast(here):
             return
-        # Rows of another plan, of an alpha that was changed, say, are made anew.
-        (folder / MANIFEST).unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            # Rows of another plan, of an alpha that was changed, say, are made anew.
+            (folder / MANIFEST).unlink(missing_ok=True)
         before = folder_of(plan.iterate - 1)
         is_there = plan.iterate > 0 and (plan.coupling or read_manifest(before))
         earlier = EarlierRows(read_rows(before)) if is_there else NO_ROWS
-        trainer, rows = self.trainer, len(examples) * plan.rows_per_example
+        rows = len(examples) * plan.rows_per_example
         title = f"iterate {plan.iterate} {what}"
         with RowProgress(title, rows, visible=trainer.is_global_zero) as progress:
             parts = self._synthesis().make(
@@ -156,13 +162,14 @@ class RowMaker:
                 world_size=trainer.world_size,
             )
             for _ in parts:
+                self.guard.between_units(trainer)
                 if estimate and not self.estimated and self.timing.rows:
                     self.estimated = True
                     self._announce(plan, rows)
-        trainer.strategy.barrier()
+        self.guard.wait(trainer)
         if trainer.is_global_zero:
             finish(plan, examples, folder, fields)
-        trainer.strategy.barrier()
+        self.guard.wait(trainer)
 
     def _synthesis(self) -> Synthesis:
         module, text_format = self.module, self.data.format

@@ -13,6 +13,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from spin_lightning.run_folder import replace_synced, write_text
+
 
 class _AppendingWriter(ExperimentWriter):
     """Writes below what an earlier start of the run has logged."""
@@ -21,8 +23,21 @@ class _AppendingWriter(ExperimentWriter):
         """Take the columns of an existing file over, where Lightning would delete it."""
         path = Path(self.metrics_file_path)
         if path.is_file():
+            _drop_torn_line(path)
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns, whole or not at all; Lightning's would lose the file to a crash."""
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        temporary = path.with_name(f"{path.name}.tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+        replace_synced(temporary, path)
 
 
 class RunCSVLogger(CSVLogger):
@@ -53,6 +68,15 @@ class RunCSVLogger(CSVLogger):
         """Nothing: `config.yaml` holds the settings."""
 
 
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what a crash left half written; the resumed run writes that line again."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+
+
 class ConfigFile(Callback):
     """Writes the resolved configuration into the run folder, once.
 
@@ -71,11 +95,10 @@ class ConfigFile(Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file, now that every check has passed."""
-        self._root.mkdir(parents=True, exist_ok=True)
         names = ["config.yaml", *(f"config.resumed-{n}.yaml" for n in range(1, 10_000))]
         for path in (self._root / name for name in names):
             if not path.exists():
-                path.write_text(self._text)
+                write_text(path, self._text)
                 return
             if path.read_text() == self._text:
                 return

@@ -13,11 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from spin_lightning import keyed
 from spin_lightning.callbacks.console import console, show_iterates, show_samples
 from spin_lightning.callbacks.evaluate import IterateEvaluator, IterateListener
+from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.callbacks.log_samples import log_samples
 from spin_lightning.callbacks.measure import measure_iterate, measure_rows, peak_memory
 from spin_lightning.callbacks.requirements import (
     check_lineage,
     check_start,
+    check_strategy,
     run_root,
 )
 from spin_lightning.callbacks.row_making import RowMaker
@@ -50,12 +52,25 @@ class SelfPlay(Callback):
     Args:
         dry_run: Stop after the first work unit, when the time that the run will take is known.
         pairs_shown: Sample pairs printed with each iterate.
+        checkpoint_minutes: Write `checkpoints/last.ckpt` in the middle of an epoch when this long
+            has gone by; None: only after each epoch.
+        checkpoint_steps: Write it after this many optimiser steps; None: only after each epoch.
+
+    Raises:
+        SettingError: An interval that is not positive.
     """
 
-    def __init__(self, dry_run: bool = False, pairs_shown: int = 3) -> None:
+    def __init__(
+        self,
+        dry_run: bool = False,
+        pairs_shown: int = 3,
+        checkpoint_minutes: float | None = 10.0,
+        checkpoint_steps: int | None = None,
+    ) -> None:
         """Keep the settings."""
         self.dry_run = dry_run
         self.pairs_shown = pairs_shown
+        self.guard = RunGuard(checkpoint_minutes, checkpoint_steps)
         self.run: RunFolder | None = None
         self._iterates = 0
         self._limit: int | float | None = None
@@ -74,6 +89,8 @@ class SelfPlay(Callback):
         if stage != "fit":
             return
         self._iterates = module.check_trainer()
+        check_strategy(trainer.strategy)
+        self.guard.open(trainer, self.run)
         # (mypy does not see what Lightning's connectors set.)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if not data.val:
@@ -92,7 +109,7 @@ class SelfPlay(Callback):
         run = self._run
         # Only now does Lightning know what it resumes from.
         check_start(run, trainer.ckpt_path)
-        self._maker = RowMaker(trainer, module, data, run, self._iterates, self.dry_run)
+        self._maker = RowMaker(trainer, module, data, run, self._iterates, self.guard, self.dry_run)
         if trainer.is_global_zero:
             console.print(f"Run folder: {run.root}")
             if 0 not in run.known_iterates():
@@ -100,7 +117,7 @@ class SelfPlay(Callback):
                 self._keep(trainer, module, data, 0, training=None)
             if module.iterate < self._iterates:
                 console.print(self._maker.cost())
-        trainer.strategy.barrier()
+        self.guard.wait(trainer)
         self._prepare(trainer, module, data)
         if module.iterate >= self._iterates or trainer.should_stop:
             # The run is finished, and has no rows to train on.
@@ -109,6 +126,7 @@ class SelfPlay(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate iterate 0; after a resume, go on from where the checkpoint was taken."""
         module, data = _parts(trainer, pl_module)
+        self.guard.start(trainer)
         caught_up = self._catch_up(trainer, module, data)
         if not caught_up and trainer.global_step == self._iterate_step > 0:
             # The checkpoint of an untouched optimiser holds the settings of the run it ended.
@@ -117,11 +135,17 @@ class SelfPlay(Callback):
             _validate_now(trainer)
         self._training_since, self._step_since = time.perf_counter(), trainer.global_step
 
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Write a checkpoint where one is due; end here where a signal asked for that."""
+        self.guard.after_batch(trainer, self._run)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """At the last epoch of an iterate, keep it and make the next one's rows."""
         module, data = _parts(trainer, pl_module)
         if (trainer.current_epoch + 1) % module.epochs_per_iterate == 0:
             self._finish_iterate(trainer, module, data)
+        else:
+            self.guard.save(trainer, self._run)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the curves over the iterates."""
@@ -133,6 +157,16 @@ class SelfPlay(Callback):
         if trainer.is_global_zero and measured:
             picture = draw_iterates([self._run], self._run.report / "iterates.png")
             console.print(f"Picture: {picture}")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Let the folder go, and no rank wait for this one."""
+        self.guard.close(trainer, exception)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the folder go."""
+        self.guard.close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
@@ -165,10 +199,10 @@ class SelfPlay(Callback):
         self._iterate_step = trainer.global_step
         if trainer.is_global_zero:
             self._keep(trainer, module, data, module.iterate + 1, training)
-        trainer.strategy.barrier()
+        self.guard.wait(trainer)
         module.iterate += 1
         trainer.strategy.setup_optimizers(trainer)
-        trainer.save_checkpoint(self._run.last_checkpoint, weights_only=False)
+        self.guard.save(trainer, self._run)
         self._prepare(trainer, module, data)
 
     def _keep(
@@ -213,7 +247,7 @@ class SelfPlay(Callback):
             if data.val:
                 self._maker.make_val(manifest)
             self._measure(trainer, module, data)
-            trainer.strategy.barrier()
+            self.guard.wait(trainer)
             self._tell(trainer)
         if t < self._iterates and not trainer.should_stop:
             plan = self._maker.make_train(manifest)

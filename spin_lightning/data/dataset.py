@@ -107,6 +107,16 @@ class EpochBatches(Sampler[list[int]]):
             # A rank that the last batch leaves empty-handed repeats a row: all ranks must step.
             yield batch[self.rank :: self.world_size] or batch[-1:]
 
+    def share(self, index: int) -> float:
+        """What this rank's mean over batch `index` weighs in the mean of all ranks' means.
+
+        1, but where the last batch does not divide evenly: so weighed, the mean of the ranks is the
+        mean over the rows of the global batch. A repeated row weighs nothing.
+        """
+        size = self.batch_size * self.world_size
+        rows = min(size, self.rows - index * size)
+        return len(range(self.rank, rows, self.world_size)) * self.world_size / rows
+
 
 class RowLoader(DataLoader[Any]):
     """A loader that knows its position, so that a checkpoint in mid-epoch resumes there."""

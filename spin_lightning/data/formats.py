@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_lightning.errors import DataError
+from spin_lightning.errors import DataError, first_line
 from spin_lightning.types import BadRow, Conversation, Message
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -140,7 +140,7 @@ def _read_file(file: Path, setting: str) -> Sequence[_Row]:
     # A broken json, text that is not UTF-8 and most of what Arrow complains about: ValueError.
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise DataError(
-            f"{setting}={str(file)!r} cannot be read ({_first_line(error)})",
+            f"{setting}={str(file)!r} cannot be read ({first_line(error)})",
             fix="check that the file is whole and of the kind its name says (json: a list of "
             "objects, or one object a line)",
         ) from error
@@ -209,15 +209,10 @@ def _read_hub(source: str, hub_id: re.Match[str], setting: str) -> list[_Row]:
     except Exception as error:
         raise DataError(
             f"{setting}={source!r} is no file, and reading it from the hub failed "
-            f"({_first_line(error.__cause__ or error)})",
+            f"({first_line(error.__cause__ or error)})",
             fix="check the path or the hub id owner/name[/configuration][:split]; without a "
             "network give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # ---------------------------------------------------------------------------- what a row means

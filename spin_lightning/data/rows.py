@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spin_lightning.errors import RunFolderError
-from spin_lightning.run_folder import replace_synced, write_json
+from spin_lightning.errors import RunFolderError, first_line
+from spin_lightning.fingerprint import file_hash
+from spin_lightning.run_folder import replace_synced, write_json, writing
 from spin_lightning.types import Row
 
+_LOG = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 _DEVIATIONS = b"spin_lightning.deviations"
@@ -121,14 +124,16 @@ def write_part(
         rows: Its rows.
         deviations: What was done otherwise than the settings say; kept with the part.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
     if deviations:
         table = table.replace_schema_metadata({_DEVIATIONS: json.dumps(dict(deviations))})
     path = part_path(folder, unit)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary)
-    replace_synced(temporary, path)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        # With a checksum in every page: a bit that flipped is found before there is a manifest.
+        pq.write_table(table, temporary, write_page_checksum=True)
+        replace_synced(temporary, path)
 
 
 def part_matches(folder: Path, unit: int, expected: Mapping[str, Sequence[Any]]) -> bool:
@@ -138,8 +143,9 @@ def part_matches(folder: Path, unit: int, expected: Mapping[str, Sequence[Any]])
         return False
     try:
         # All of it, since a part may be torn anywhere.
-        table = pq.read_table(path, schema=SCHEMA)
-    except (pa.ArrowException, OSError):
+        table = _read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        warn_damaged(path, error)
         return False
     return all(table[name].to_pylist() == list(values) for name, values in expected.items())
 
@@ -154,15 +160,50 @@ def read_deviations(folder: Path, units: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+def warn_damaged(path: Path, reason: object) -> None:
+    """Name a part that is made again."""
+    _LOG.warning("%s is damaged (%s): it is made again, alone.", path, reason)
+
+
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     """Mark a folder of rows as finished."""
     write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **fields})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder of rows; None while the rows are not all there."""
+    """The manifest of a folder of rows; None while the rows are not all there.
+
+    Raises:
+        RunFolderError: It is damaged.
+    """
     path = folder / MANIFEST
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or "schema_version" not in manifest:
+            raise ValueError("no manifest of rows")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(
+            f"{path} is damaged ({first_line(error)})",
+            fix="delete it and start the same command again: parts that are whole are kept",
+        ) from error
+    return manifest
+
+
+def part_hashes(folder: Path, units: int) -> dict[str, str]:
+    """SHA-256 of each part, by file name."""
+    return {path.name: file_hash(path) for path in (part_path(folder, u) for u in range(units))}
+
+
+def damaged_parts(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Parts that are missing, or are not those that the manifest was written for."""
+    # (A manifest of an earlier version knows no checksums.)
+    parts = manifest.get("parts", {})
+    paths = {folder / name: wanted for name, wanted in parts.items()}
+    return [
+        path for path, wanted in paths.items() if not path.is_file() or file_hash(path) != wanted
+    ]
 
 
 def read_rows(folder: Path) -> RowTable:
@@ -184,6 +225,8 @@ def read_rows(folder: Path) -> RowTable:
             f"version of spin-lightning reads {SCHEMA_VERSION}",
             fix="use the version that made the run, or start a new run",
         )
+    for path in damaged_parts(folder, manifest):
+        raise _damaged(path, "its bytes are not those that were written")
     parts = [_read_part(folder, unit) for unit in range(manifest["units"])]
     table = pa.concat_tables(parts).combine_chunks()
     if len(table) != manifest["rows"]:
@@ -215,12 +258,25 @@ def read_rows(folder: Path) -> RowTable:
 def _read_part(folder: Path, unit: int) -> pa.Table:
     path = part_path(folder, unit)
     try:
-        return pq.read_table(path, schema=SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        raise RunFolderError(
-            f"{path} is missing or damaged ({error})",
-            fix=f"delete {folder / MANIFEST} and start the run again: it makes the part anew",
-        ) from error
+        return _read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, first_line(error)) from error
+
+
+def _read_table(path: Path) -> pa.Table:
+    """All of a part, every page held against its checksum."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if not file.schema_arrow.equals(SCHEMA):
+            raise ValueError("it has other columns")
+        return file.read()
+
+
+def _damaged(path: Path, reason: str) -> RunFolderError:
+    return RunFolderError(
+        f"{path} is missing or damaged ({reason})",
+        fix="start the same command again: a part of the newest rows is made anew, alone; an older "
+        "one has to come from a copy of the run",
+    )
 
 
 def _flat(table: pa.Table, name: str) -> NDArray[Any]:

@@ -353,10 +353,17 @@ class SelfPlayModule(L.LightningModule, ABC):
         statistics["loss"] = loss.detach()
         self.log_dict({f"train/{name}": v for name, v in statistics.items()}, batch_size=len(batch))
         self.log("train/learning_rate", self._learning_rate_now())
-        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log(
+            "train/loss_epoch",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(batch),
+            sync_dist=True,
+        )
         if batch_idx == 0 and self.current_epoch % self.epochs_per_iterate == 0:
             self._log_first_margin(logps)
-        return loss
+        return loss * self._rank_share(batch_idx)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch of held-out pairs to the validation metrics."""
@@ -365,7 +372,9 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
-        self.log_dict({f"val/{name}": v for name, v in self.val_metrics.compute().items()})
+        # (They are those of all ranks already.)
+        metrics = {f"val/{name}": v for name, v in self.val_metrics.compute().items()}
+        self.log_dict(metrics, sync_dist=True)
         self.val_metrics.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -412,6 +421,13 @@ class SelfPlayModule(L.LightningModule, ABC):
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+    def _rank_share(self, batch_idx: int) -> float:
+        """What this rank's loss weighs in the mean over ranks; 1 but for an uneven last batch."""
+        trainer: Any = self.trainer
+        if trainer.world_size == 1:
+            return 1.0
+        return float(trainer.datamodule.rank_share(self.iterate, batch_idx))
 
     def _learning_rate_now(self) -> float:
         return float(self.trainer.optimizers[0].param_groups[0]["lr"])

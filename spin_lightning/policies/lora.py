@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.errors import RunFolderError, SettingError, first_line
 from spin_lightning.fingerprint import file_hash
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
@@ -29,7 +29,6 @@ from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, m
 from spin_lightning.policies.pretrained import (
     BaseModel,
     check_quantizable,
-    first_line,
     load_config,
     skeleton,
 )

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import SettingError, first_line
 from spin_lightning.fingerprint import folder_hashes
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -230,8 +230,3 @@ def _reading_problem(base: BaseModel, error: Exception) -> str:
     return (
         "there is no such folder" if is_path and not Path(base.name).exists() else first_line(error)
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first; its class where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

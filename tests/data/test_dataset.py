@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -178,3 +179,18 @@ def test_loader_gives_pair_batches(tmp_path):
     batches = list(loader(dataset(tmp_path, 9)))
     assert all(isinstance(batch, PairBatch) for batch in batches)
     assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(("rows", "world_size"), [(9, 1), (9, 2), (5, 4), (8, 2), (7, 3), (1, 4)])
+def test_shares_make_the_mean_over_ranks_the_mean_over_rows(rows, world_size):
+    ranks = [EpochBatches(rows, 2, rank=r, world_size=world_size) for r in range(world_size)]
+    by_rank = [list(batches) for batches in ranks]
+    for index in range(len(ranks[0])):
+        size = 2 * world_size
+        whole = range(index * size, min(rows, index * size + size))
+        # A rank's mean is that of its rows' numbers, squared to be no straight line.
+        means = [
+            mean([i**2 for i in batches[index]]) * ranks[r].share(index)
+            for r, batches in enumerate(by_rank)
+        ]
+        assert mean(means) == pytest.approx(mean([i**2 for i in whole]))

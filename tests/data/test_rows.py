@@ -147,7 +147,35 @@ def test_part_torn_counts_as_absent(share, tmp_path):
     assert not part_matches(tmp_path, 0, {"seed": [5, -6]})
 
 
+def test_part_with_one_bit_flipped_is_named_and_counts_as_absent(tmp_path, caplog):
+    write_part(tmp_path, 0, keyed(5, -6))
+    path = part_path(tmp_path, 0)
+    content = bytearray(path.read_bytes())
+    # The response ids 8, 2 of the first data page, as parquet's dictionary holds them.
+    place = content.index((8).to_bytes(4, "little") + (2).to_bytes(4, "little"))
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert not part_matches(tmp_path, 0, {"seed": [5, -6]})
+    assert "part-00000.parquet is damaged" in caplog.text
+
+
+def test_part_with_other_columns_counts_as_absent(tmp_path):
+    write_part(tmp_path, 0, keyed(5))
+    table = pq.read_table(part_path(tmp_path, 0)).drop_columns("sample")
+    pq.write_table(table, part_path(tmp_path, 0))
+    assert not part_matches(tmp_path, 0, {"seed": [5]})
+
+
 # ------------------------------------------------------------------------ manifest
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"{}", b"\xff\xfe", b"[" * 100_000], ids=lambda c: str(c[:8])
+)
+def test_manifest_damaged_is_one_clear_error(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"manifest.json is damaged.*Fix: delete it and start"):
+        read_manifest(tmp_path)
 
 
 def test_manifest_written_marks_the_folder_as_finished(tmp_path):

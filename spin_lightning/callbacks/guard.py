@@ -1,0 +1,215 @@
+"""What keeps a run whole: its lock, its checkpoints, signals to stop, ranks that wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_info
+
+from spin_lightning.errors import SettingError
+from spin_lightning.folder_lock import FolderLock
+from spin_lightning.run_folder import RunFolder, replace_synced, writing
+
+# What a shell says of a process that SIGTERM ended: 128 + 15.
+STOPPED = 128 + signal.SIGTERM
+# A rank may wait for days while another one generates; one that died is noticed at once.
+_LONGEST_WAIT = timedelta(days=365)
+
+
+class Stopped(SystemExit):
+    """The process was asked to end; everything that a resume needs is saved."""
+
+
+class RankLost(RuntimeError):
+    """Another process of the run has ended early."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run has failed; its own message says why")
+
+
+class StopSignals:
+    """Remembers that the process was asked to end, for the next point where it safely can.
+
+    SIGTERM, and inside a Slurm job SIGUSR1, which `sbatch --signal` sends ahead of the time limit.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is caught yet."""
+        self.received = False
+        self._forward: Callable[[int], None] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def catch(self, trainer: L.Trainer) -> None:
+        """Catch them; again where Lightning has put its own handler in front.
+
+        Lightning's handler starts a collective wherever the process happens to be, and raises
+        where nothing was saved.
+        """
+        launcher = trainer.strategy.launcher
+        self._forward = getattr(launcher, "kill", None)
+        wanted = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
+        for signum in wanted:
+            try:
+                before = signal.signal(signum, self._on_signal)
+            except ValueError:  # only the main thread may
+                return
+            self._previous.setdefault(signum, before)
+        # Lightning puts back, at its end, what it found: that would be this handler.
+        theirs = trainer._signal_connector._original_handlers
+        theirs.update(
+            {signum: before for signum, before in self._previous.items() if signum in theirs}
+        )
+
+    def release(self) -> None:
+        """Put back what was there before."""
+        for signum, handler in self._previous.items():
+            # (None: a handler that Python did not install and cannot put back.)
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        first, self.received = not self.received, True
+        if first and self._forward is not None:
+            self._forward(signum)
+        previous = self._previous.get(signum)
+        if first and callable(previous):
+            previous(signum, frame)
+
+
+class RunGuard:
+    """Holds the folder's lock, writes `last.ckpt`, and stops where nothing is lost.
+
+    Args:
+        minutes: Write a checkpoint when this long has gone by since the last one; None: never.
+        steps: Write one after this many optimiser steps; None: never.
+
+    Raises:
+        SettingError: A value that is not positive.
+    """
+
+    def __init__(self, minutes: float | None, steps: int | None) -> None:
+        """Keep the settings."""
+        for name, value in (("checkpoint_minutes", minutes), ("checkpoint_steps", steps)):
+            if value is not None and not value > 0:
+                raise SettingError(name, value, "out of range", fix="give more than 0, or null")
+        self._minutes = minutes
+        self._steps = steps
+        self._signals = StopSignals()
+        self._lock: FolderLock | None = None
+        self._group: Any = None
+        self._saved_at = (0, 0.0)
+
+    def open(self, trainer: L.Trainer, run: RunFolder) -> None:
+        """Take the folder, rank 0 first, and catch signals.
+
+        Raises:
+            RunFolderError: Another run writes into the folder, or it cannot be written.
+        """
+        self._signals.received = False
+        self._signals.catch(trainer)
+        self._group = None
+        if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        self._lock = FolderLock(run.root, trainer.global_rank)
+        if trainer.is_global_zero:
+            self._lock.acquire()
+        self.wait(trainer)
+        if not trainer.is_global_zero:
+            self._lock.acquire()
+
+    def close(self, trainer: L.Trainer, error: BaseException | None = None) -> None:
+        """Let the folder and the signals go; with an error, take the other ranks along."""
+        self._signals.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if error is not None and not isinstance(error, Stopped) and kill is not None:
+            # They would wait for this one, which Lightning lets go alone.
+            kill(signal.SIGKILL)
+
+    def start(self, trainer: L.Trainer) -> None:
+        """Training starts: from here on steps and minutes count."""
+        self._signals.catch(trainer)
+        self._saved_at = (trainer.global_step, time.monotonic())
+
+    def wait(self, trainer: L.Trainer) -> None:
+        """Wait for all ranks, for as long as it takes.
+
+        Raises:
+            Stopped: A signal came, and another rank has stopped already.
+            RankLost: Another rank has died.
+        """
+        if self._group is None:
+            return
+        try:
+            dist.barrier(group=self._group)
+        except RuntimeError as error:
+            if self._signals.received:
+                self._stop(trainer)
+            raise RankLost from error
+
+    def save(self, trainer: L.Trainer, run: RunFolder) -> None:
+        """Write `last.ckpt`, whole or not at all."""
+        temporary = run.last_checkpoint.with_name("last.tmp")
+        with writing(run.last_checkpoint):
+            trainer.save_checkpoint(temporary, weights_only=False)
+            if trainer.is_global_zero:
+                replace_synced(temporary, run.last_checkpoint)
+        self.wait(trainer)
+        self._saved_at = (trainer.global_step, time.monotonic())
+
+    def after_batch(self, trainer: L.Trainer, run: RunFolder) -> None:
+        """Save where it is due, and stop where that was asked for.
+
+        Raises:
+            Stopped: A signal came; the checkpoint is written.
+        """
+        if trainer.fit_loop._should_accumulate():
+            # Gradients of half a step are nothing to start from.
+            return
+        # The clocks of two ranks, and the moments at which a signal reaches them, differ.
+        stop = self._any_rank(trainer, self._signals.received)
+        due = self._any_rank(trainer, self._is_due(trainer))
+        if stop or due:
+            self.save(trainer, run)
+        if stop:
+            self._stop(trainer)
+
+    def between_units(self, trainer: L.Trainer) -> None:
+        """Stop where that was asked for: all that is finished is on disk.
+
+        Raises:
+            Stopped: A signal came.
+        """
+        if self._signals.received:
+            self._stop(trainer)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        step, since = self._saved_at
+        by_steps = self._steps is not None and trainer.global_step - step >= self._steps
+        by_time = self._minutes is not None and time.monotonic() - since >= 60 * self._minutes
+        return by_steps or by_time
+
+    def _any_rank(self, trainer: L.Trainer, value: bool) -> bool:
+        if trainer.world_size == 1:
+            return value
+        return trainer.strategy.reduce_boolean_decision(value, all=False)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        rank_zero_info(
+            "Stopped by a signal. All that was made is saved; the same command goes on from here."
+        )
+        # Lightning kills the whole run when a process that it started ends with another code.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        is_child = isinstance(environment, LightningEnvironment) and trainer.global_rank > 0
+        raise Stopped(0 if is_child else STOPPED)

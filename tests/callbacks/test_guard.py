@@ -1,0 +1,113 @@
+"""When checkpoints are written, and how a run ends that is asked to."""
+
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from spin_lightning import SelfPlay
+from spin_lightning.callbacks.guard import STOPPED, Stopped
+from spin_lightning.errors import SettingError
+from spin_lightning.folder_lock import LOCK_FILE
+from spin_lightning.run_folder import RunFolder
+from tests.toy_runs import contents, play, write_examples
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    play(root, tiny_model_dir, data)
+    return contents(root)
+
+
+class Watch(Callback):
+    """The step of `last.ckpt` at the start of each batch."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.saved: list[int | None] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        last = self.run.last_checkpoint
+        state = torch.load(last, weights_only=True) if last.exists() else {}
+        self.saved.append(state.get("global_step"))
+
+
+class SignalAt(Callback):
+    """Sends this process a SIGTERM at one call of a hook."""
+
+    def __init__(self, hook: str, call: int) -> None:
+        self.left = call
+        setattr(self, hook, self._send)
+
+    def _send(self, *args, **kwargs) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "saved"),
+    [
+        # Two iterates of four steps; a checkpoint at the end of each in any case.
+        ({"checkpoint_minutes": None}, [None, None, None, None, 4, 4, 4, 4]),
+        ({"checkpoint_minutes": None, "checkpoint_steps": 3}, [None, None, None, 3, 4, 4, 4, 7]),
+        ({"checkpoint_minutes": 1e-9}, [None, 1, 2, 3, 4, 5, 6, 7]),
+        ({}, [None, None, None, None, 4, 4, 4, 4]),
+    ],
+)
+def test_checkpoint_is_written_where_steps_or_minutes_say(
+    intervals, saved, tiny_model_dir, data, tmp_path
+):
+    watch = Watch(RunFolder(tmp_path))
+    play(tmp_path, tiny_model_dir, data, callbacks=[SelfPlay(pairs_shown=0, **intervals), watch])
+    assert watch.saved == saved
+
+
+@pytest.mark.parametrize("name", ["checkpoint_minutes", "checkpoint_steps"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_interval_that_is_not_positive_is_refused(name, value):
+    with pytest.raises(SettingError, match=rf"{name}=.*Fix: give more than 0"):
+        SelfPlay(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("hook", "call"),
+    [
+        ("setup", 1),  # before the first row
+        ("on_train_batch_start", 2),
+        ("on_train_batch_end", 7),
+        ("on_validation_end", 3),
+        ("on_train_epoch_end", 1),  # before the rows of the next iterate
+    ],
+)
+def test_sigterm_saves_ends_with_143_and_the_same_start_goes_on(
+    hook, call, whole, tiny_model_dir, data, tmp_path
+):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as end:
+        play(tmp_path, tiny_model_dir, data, callbacks=[SelfPlay(), SignalAt(hook, call)])
+    assert end.value.code == STOPPED == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / LOCK_FILE).exists()
+    last = RunFolder(tmp_path).last_checkpoint
+    play(tmp_path, tiny_model_dir, data, ckpt_path=last if last.exists() else None)
+    assert contents(tmp_path) == whole
+
+
+def test_sigterm_reaches_who_listened_before(tiny_model_dir, data, tmp_path):
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        with pytest.raises(Stopped):
+            play(tmp_path, tiny_model_dir, data, callbacks=[SignalAt("on_train_batch_start", 2)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]

@@ -1,0 +1,56 @@
+"""The command line in a process that kills itself at a point: `python -m tests.faults.killed_fit`.
+
+Nothing in the library knows of this: functions are wrapped from outside.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.points import VARIABLE
+
+
+def kill_at(target: str, moment: str, call: int) -> None:
+    """Wrap a function so that one of its calls ends this process as a power cut would."""
+    module_name, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module_name)
+    for part in owners:
+        owner = getattr(owner, part)
+    function: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and moment == "before":
+            _die()
+        result = function(*args, **kwargs)
+        if calls == call:
+            if moment == "torn":
+                file = next(Path(a) for a in args if isinstance(a, str | Path))
+                os.truncate(file, file.stat().st_size // 2)
+            _die()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    from spin_lightning.cli import main
+
+    if os.environ.get(VARIABLE):
+        target, moment, call = os.environ[VARIABLE].split("|")
+        kill_at(target, moment, int(call))
+    main()

@@ -1,0 +1,78 @@
+"""Where a run is killed: a function, and at which of its calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# What the variable says: target, moment and call of a point, with `|` between them.
+VARIABLE = "SPIN_TEST_KILL_AT"
+
+
+@dataclass(frozen=True)
+class Point:
+    """SIGKILL before or after the nth call of a function, or with half of its file written.
+
+    Attributes:
+        stage: What the run does there.
+        target: The function, `module:name` or `module:Class.name`.
+        moment: before or after the call; torn: after it, with its file cut in half.
+        call: Which of its calls, from 1.
+    """
+
+    stage: str
+    target: str
+    moment: Literal["before", "after", "torn"]
+    call: int
+
+    @property
+    def name(self) -> str:
+        function = self.target.rpartition(":")[2]
+        return f"{self.stage}: {self.moment} {function} {self.call}"
+
+    @property
+    def value(self) -> str:
+        return f"{self.target}|{self.moment}|{self.call}"
+
+
+_GENERATE = "spin_lightning.generation.local:LocalGenerator.generate"
+_SCORE = "spin_lightning.synthesis:Synthesis._score"
+_PART = "spin_lightning.synthesis:write_part"
+_TABLE = "pyarrow.parquet:write_table"
+_MANIFEST = "spin_lightning.synthesis:write_manifest"
+_STEP = "spin_lightning.modules.base:SelfPlayModule.training_step"
+_VALIDATE = "spin_lightning.modules.base:SelfPlayModule.validation_step"
+_OPTIMIZER = "torch.optim:AdamW.step"
+_SNAPSHOT = "spin_lightning.policies.lora:LoraPolicy.snapshot"
+_KEEP = "spin_lightning.callbacks.self_play:replace_synced"
+_RECORD = "spin_lightning.run_folder:RunFolder.write_iterate"
+_SAVE = "spin_lightning.callbacks.guard:RunGuard.save"
+_RENAME = "spin_lightning.callbacks.guard:replace_synced"
+_DUMP = "lightning.pytorch.trainer.trainer:Trainer.save_checkpoint"
+
+# A run of two iterates: a unit of held-out rows and four of training rows, then four steps with a
+# checkpoint after each second one, twice over; and at last a unit of held-out rows.
+POINTS = (
+    Point("generation", _GENERATE, "before", 1),
+    Point("generation", _GENERATE, "after", 3),
+    Point("generation", _GENERATE, "before", 8),
+    Point("generation", _GENERATE, "after", 11),
+    Point("scoring", _SCORE, "before", 2),
+    Point("scoring", _SCORE, "after", 9),
+    Point("rows", _TABLE, "torn", 4),
+    Point("rows", _PART, "after", 7),
+    Point("rows", _MANIFEST, "before", 2),
+    Point("rows", _MANIFEST, "after", 3),
+    Point("training", _STEP, "before", 1),
+    Point("training", _STEP, "after", 4),
+    Point("training", _OPTIMIZER, "after", 7),
+    Point("training", _VALIDATE, "after", 3),
+    Point("snapshot", _SNAPSHOT, "after", 1),
+    Point("snapshot", _KEEP, "after", 3),
+    Point("snapshot", _RECORD, "before", 3),
+    Point("checkpoint", _SAVE, "before", 2),
+    Point("checkpoint", _DUMP, "torn", 3),
+    Point("checkpoint", _RENAME, "before", 4),
+)
+# One of each kind, for every change.
+QUICK = tuple(POINTS[i] for i in (1, 6, 12, 18))
