@@ -129,3 +129,18 @@ def test_fictitious_play_is_stable_where_spin_runs_away(tmp_path, monkeypatch, c
     late = {name: median(fmean(kl[5:]) for kl in runs) for name, runs in curves.items()}
     assert late["SPIN"] >= 3 * late["FictitiousSPIN"], late
     assert median(kl[-1] - kl[0] for kl in curves["SPIN"]) > 0, curves["SPIN"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_reservoir_of_fictitious_play_generates_the_harmonic_share_of_rows(tmp_path, monkeypatch):
+    """Eight iterates: N (1 + 1/2 + … + 1/8) rows within 5 percent."""
+    root = ("--trainer.default_root_dir", tmp_path, "--trainer.enable_progress_bar", "false")
+    variant = ("--model", "FictitiousSPIN", "--model.refresh", "reservoir")
+    arguments = ("fit", "--config", CONFIG, *variant, *root)
+    monkeypatch.setattr("sys.argv", ["spin-lightning", *map(str, arguments)])
+    main()
+    records = [RunFolder(tmp_path).read_iterate(t) for t in range(8)]
+    shares = [record["rows"]["rows/regenerated"] for record in records]
+    print(shares)
+    assert sum(shares) == pytest.approx(sum(1 / k for k in range(1, 9)), rel=0.05)
