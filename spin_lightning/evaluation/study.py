@@ -130,7 +130,8 @@ def draw_study(groups: Mapping[str, Sequence[RunFolder]], path: Path) -> Path:
         axes.grid(alpha=0.3)
         if metric.startswith("exact/"):
             axes.set_yscale("log")
-    panels[0].legend(fontsize=8, ncols=2)
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", fontsize=8, ncols=3)
     panels[-1].set_xlabel("iterate")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     path.parent.mkdir(parents=True, exist_ok=True)
