@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 
 class SpinError(ValueError):
     """Base of every error that spin_lightning raises on purpose.
@@ -35,3 +37,19 @@ class DataError(SpinError):
 
 class RunFolderError(SpinError):
     """A run folder is missing something, was edited, or belongs to another configuration."""
+
+
+def check_names(group: str, values: Mapping[str, object], known: Sequence[str]) -> None:
+    """Refuse settings that a group of them does not have.
+
+    Raises:
+        SettingError: A name in `values` is none of `known`.
+    """
+    for name in values:
+        if name not in known:
+            raise SettingError(
+                f"{group}.{name}",
+                values[name],
+                "there is no such setting",
+                fix=f"choose from {', '.join(known)}",
+            )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import SettingError, check_names
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,7 @@ class GenerationSettings:
         Raises:
             SettingError: There is no such setting, or a value is out of range.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise SettingError(
-                    f"generation.{name}",
-                    values[name],
-                    "there is no such setting",
-                    fix=f"choose from {', '.join(known)}",
-                )
+        check_names("generation", values, [field.name for field in fields(cls)])
         return cls(**values)
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin_lightning.errors import SettingError, SpinError
+from spin_lightning.errors import SettingError, SpinError, check_names
 from spin_lightning.evaluation.mt_bench_data import Query
 from spin_lightning.fingerprint import fingerprint
 
@@ -72,15 +72,7 @@ class JudgeSettings:
         Raises:
             SettingError: There is no such setting, or a value is out of range.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise SettingError(
-                    f"judge.{name}",
-                    values[name],
-                    "there is no such setting",
-                    fix=f"choose from {', '.join(known)}",
-                )
+        check_names("judge", values, [field.name for field in fields(cls)])
         return cls(**values)
 
     @property
