@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_lightning.errors import RunFolderError
+from spin_lightning.errors import RunFolderError, first_line
+from spin_lightning.fingerprint import file_hash
 
 ITERATE_FILE = "iterate.json"
 BEST_FILE = "best.json"
@@ -90,8 +91,31 @@ class RunFolder:
                 f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
                 fix="name one that is there, or a run folder with an iterates folder in it",
             )
-        known: dict[str, Any] = json.loads(file.read_text())
+        try:
+            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(known, dict):
+                raise ValueError("it is no record of an iterate")
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFolderError(
+                f"{file} is damaged ({first_line(error)})",
+                fix="restore it from a copy of the run, or start a new run in another folder",
+            ) from error
         return known
+
+    def check_iterate(self, t: int) -> None:
+        """Hold the files of iterate t against the hashes that were taken when it was made.
+
+        Raises:
+            RunFolderError: The run has no iterate t, or a file of it is missing or was edited.
+        """
+        for name, digest in self.read_iterate(t).get("files", {}).items():
+            file = self.iterate(t) / name
+            if not file.is_file() or file_hash(file) != digest:
+                raise RunFolderError(
+                    f"{file} {'is not what was written' if file.is_file() else 'is missing'}",
+                    fix="restore it from a copy of the run and start the same command again, or "
+                    "start a new run in another folder",
+                )
 
     def write_iterate(self, t: int, fields: Mapping[str, Any]) -> None:
         """Write what is known of iterate t beside its adapter."""

@@ -1,5 +1,6 @@
 """Where a run's files lie, and that they are written whole or not at all."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spin_lightning.errors import RunFolderError
-from spin_lightning.run_folder import RunFolder, replace_synced, write_json
+from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json
 
 
 @pytest.fixture
@@ -157,3 +158,27 @@ def test_replace_synced_moves_between_syncing_every_file_and_the_folder(tmp_path
     replace_synced(tmp_path / "staged", tmp_path / "done")
     assert set(events[:2]) == on_disk
     assert events[2:] == ["moved", tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("damage", ["edited", "missing"])
+def test_check_iterate_with_a_file_that_is_not_what_was_written_names_it(damage, run):
+    folder = run.iterate(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    run.write_iterate(1, {"index": 1, "files": {"adapter_model.safetensors": digest}})
+    run.check_iterate(1)
+    if damage == "edited":
+        (folder / "adapter_model.safetensors").write_bytes(b"weightz")
+    else:
+        (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunFolderError, match=r"adapter_model.safetensors is .*Fix: restore it"):
+        run.check_iterate(1)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_record_of_an_iterate_that_is_damaged_is_one_clear_error(content, run):
+    run.write_iterate(1, {"index": 1})
+    (run.iterate(1) / ITERATE_FILE).write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"iterate.json is damaged.*Fix: restore it"):
+        run.read_iterate(1)

@@ -109,6 +109,10 @@ class SelfPlay(Callback):
         run = self._run
         # Only now does Lightning know what it resumes from.
         check_start(run, trainer.ckpt_path)
+        if trainer.ckpt_path is not None:
+            # Each of them may act, or be the start of the next.
+            for t in range(module.iterate + 1):
+                run.check_iterate(t)
         self._maker = RowMaker(trainer, module, data, run, self._iterates, self.guard, self.dry_run)
         if trainer.is_global_zero:
             console.print(f"Run folder: {run.root}")

@@ -140,6 +140,7 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
 
 
 def _parts(run: RunFolder, t: int) -> tuple[BaseModel, Path | None]:
+    run.check_iterate(t)
     base = BaseModel(**run.read_iterate(t)["base"])
     has_adapter = (run.iterate(t) / ADAPTER_CONFIG).exists()
     return base, run.iterate(t) if has_adapter else None

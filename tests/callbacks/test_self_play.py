@@ -466,3 +466,19 @@ def test_unit_size_changed_changes_ids_only_at_a_boundary_of_the_cumulative_dist
         uniform = position_uniforms(key, place + 1)[place]
         print(f"row {key}: first difference at {place}, uniform {uniform}")
         assert np.abs(edges - uniform).min() < 1e-5
+
+
+def test_resume_with_an_edited_iterate_is_refused_and_nothing_is_lost(
+    finished, tiny_model_dir, data, tmp_path
+):
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    run = RunFolder(root)
+    weights = run.iterate(2) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    before = contents(root)
+    with pytest.raises(RunFolderError, match=r"iterate_002.*is not what was written"):
+        play(root, tiny_model_dir, data, epochs=4, ckpt_path=run.last_checkpoint)
+    assert contents(root) == before
+    with pytest.raises(RunFolderError, match="is not what was written"):
+        load_iterate(root, 2)
