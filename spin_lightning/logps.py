@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from spin_lightning.products import is_linear, product
 from spin_lightning.types import SequenceBatch
 
 # Logits are the largest thing in a step: they exist for this many tokens at a time.
@@ -123,8 +124,7 @@ def sum_by_response(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:
-    # Exactly nn.Linear: with an adapter on it, or quantised, it is another class.
-    return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+    return is_linear(head) and not any(p.requires_grad for p in head.parameters())
 
 
 def _plain_head_logps(
@@ -150,14 +150,10 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        buffer = hidden.new_empty(min(_HEAD_ROWS, len(hidden)), len(weight))
         for start in range(0, len(hidden), _HEAD_ROWS):
             rows = slice(start, start + _HEAD_ROWS)
             h, y = hidden[rows], targets[rows, None]
-            logits = torch.mm(h, weight.t(), out=buffer[: len(h)])
-            if bias is not None:
-                logits += bias
-            z, slope = _capped(logits, softcap)
+            z, slope = _capped(product(h, weight, bias), softcap)
             # From here on in place; z becomes the probabilities, then the gradient of log p(y).
             highest = z.amax(dim=-1, keepdim=True)
             logp = z.gather(-1, y) - highest
@@ -165,7 +161,8 @@ class _FrozenHead(torch.autograd.Function):
             logps[rows] = (logp - total.log()).squeeze(-1)
             if gradient is not None:
                 z.div_(-total).scatter_add_(-1, y, torch.ones_like(total))
-                gradient[rows] = (z if slope is None else z.mul_(slope)).to(h.dtype) @ weight
+                z = z if slope is None else z.mul_(slope)
+                gradient[rows] = product(z.to(h.dtype), weight.t())
         ctx.save_for_backward(gradient)
         return logps
 

@@ -19,7 +19,7 @@ NextLogits = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 
 # Padded tokens of a pass over prompts: enough to keep a processor busy, few enough that prompts of
 # another length, for which they would have to be padded, are read in another pass.
-_PASS_TOKENS = 2048
+_PASS_TOKENS = 1024
 
 
 @dataclass

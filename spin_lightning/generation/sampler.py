@@ -12,6 +12,9 @@ from spin_lightning.sampling import GenerationSettings
 
 # How many of the most likely tokens are looked at first for `top_p`.
 _NUCLEUS = 256
+# Tokens of a block of the cumulative distribution.
+_BLOCK = 256
+_BELOW_ONE = 1 - 2.0**-53
 
 
 class Sampler:
@@ -44,12 +47,7 @@ class Sampler:
         """
         plain = logits.float()
         probabilities = self._probabilities(plain)
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-        # Scaled by the total, which rounding leaves a little off 1; `right` so that a uniform of
-        # exactly 0 cannot pick a token of probability 0.
-        thresholds = (uniforms * cumulative[:, -1])[:, None]
-        tokens = torch.searchsorted(cumulative, thresholds, right=True)
-        tokens = tokens.clamp_max(logits.shape[-1] - 1)
+        tokens = inverse_cdf(probabilities, uniforms)[:, None]
         if self._is_exact:
             return tokens.squeeze(-1), probabilities.gather(1, tokens).log().squeeze(-1)
         logps = plain.gather(1, tokens) - plain.logsumexp(dim=-1, keepdim=True)
@@ -60,6 +58,44 @@ class Sampler:
             logits = warper(torch.empty(0), logits)
         probabilities = logits.softmax(dim=-1)
         return nucleus(probabilities, self._top_p) if self._top_p < 1.0 else probabilities
+
+
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token in whose share of the cumulative distribution each uniform number lies.
+
+    Found in two steps, the block of tokens and the token in it, for summing up a vocabulary in
+    float64 takes as long as the head.
+
+    Args:
+        probabilities: float32, shape [n, vocabulary]; each row's total may be a little off 1.
+        uniforms: In [0, 1), float64, shape [n].
+
+    Returns:
+        Tokens of positive probability, int64, shape [n].
+    """
+    vocabulary = probabilities.shape[-1]
+    whole = vocabulary - vocabulary % _BLOCK
+    blocks = probabilities[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(dim=-1)
+    rest = probabilities[:, whole:].sum(dim=-1, keepdim=True)
+    block, fraction = _find(torch.cat([blocks, rest], dim=-1), uniforms)
+    places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = probabilities.gather(1, places.clamp_max(vocabulary - 1))
+    place, _ = _find(inside.masked_fill(places >= vocabulary, 0.0), fraction)
+    return block * _BLOCK + place
+
+
+def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where fractions of the total, in [0, 1), fall in each row, and how far into that weight."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    # `right` so that a fraction of exactly 0 cannot pick a weight of 0.
+    thresholds = (fractions * cumulative[:, -1])[:, None]
+    found = torch.searchsorted(cumulative, thresholds, right=True)
+    # Rounding may take a threshold to the total, which is reached first by the last weight above 0.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    found = torch.minimum(found, last)
+    share = weights.gather(1, found).double()
+    into = (thresholds - cumulative.gather(1, found) + share) / share
+    return found.squeeze(-1), into.clamp(0.0, _BELOW_ONE).squeeze(-1)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

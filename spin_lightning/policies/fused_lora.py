@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from spin_lightning.products import is_linear, product
+
 
 def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
     """Give the LoRA layers of a PEFT model the fused pass, where it computes what PEFT's does.
@@ -26,7 +28,7 @@ def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
     """
     kinds: dict[type, type] = {lora.Linear: FusedLinear}
     if in_4_bits:
-        kinds[lora.Linear4bit] = _fused_4bit()
+        kinds |= _kinds_in_4_bits()
     for module in model.modules():
         if type(module) in kinds:
             module.__class__ = kinds[type(module)]
@@ -81,7 +83,7 @@ class FusedLinear(_Fused, lora.Linear):
         """Type of the weight."""
         base: Any = self.base_layer
         dtype: torch.dtype = base.weight.dtype
-        return dtype if type(base) in (nn.Linear, Conv1D) else None
+        return dtype if is_linear(base) or type(base) is Conv1D else None
 
     def frozen_weight(self) -> Tensor:
         """The weight; Conv1D holds it the other way round."""
@@ -90,23 +92,41 @@ class FusedLinear(_Fused, lora.Linear):
         return weight.t() if isinstance(base, Conv1D) else weight
 
 
-def _fused_4bit() -> type:
-    """Fused LoRA on a layer held in 4 bits."""
+def _kinds_in_4_bits() -> dict[type, type]:
+    """Layers held in 4 bits, with and without adapters, and what they become.
+
+    They are de-quantised in the forward pass and again in the backward pass, and never kept.
+    """
     import bitsandbytes  # importing it takes seconds and is seldom wanted
 
-    class FusedLinear4bit(_Fused, lora.Linear4bit):
-        """De-quantised in the forward pass and again in the backward pass, never kept."""
+    class FrozenLinear4bit(bitsandbytes.nn.Linear4bit):
+        """Without gradient, the product that `products` chooses."""
 
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled() or x.is_cuda or self.compute_dtype != x.dtype:
+                output: Tensor = super().forward(x)
+                return output
+            return product(x, self.dense(), self.bias)
+
+        def dense(self) -> Tensor:
+            """The weight, shape [outputs, inputs]."""
+            held: Any = self.weight
+            weight: Tensor = bitsandbytes.functional.dequantize_4bit(held, held.quant_state)
+            return weight
+
+    class FusedLinear4bit(_Fused, lora.Linear4bit):
         def computes_in(self) -> torch.dtype | None:
-            known = type(self.base_layer) is bitsandbytes.nn.Linear4bit
+            known = type(self.base_layer) is FrozenLinear4bit
             return self.base_layer.compute_dtype if known else None
 
         def frozen_weight(self) -> Tensor:
-            weight = self.base_layer.weight
-            dense: Tensor = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
+            dense: Tensor = self.base_layer.dense()
             return dense
 
-    return FusedLinear4bit
+    return {
+        bitsandbytes.nn.Linear4bit: FrozenLinear4bit,
+        lora.Linear4bit: FusedLinear4bit,
+    }
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -138,7 +158,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_b = (outer.t() @ low).mul_(ctx.scaling)
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None
-        grad_x = flat @ ctx.layer.frozen_weight().to(flat.dtype)
+        grad_x = product(flat, ctx.layer.frozen_weight().to(flat.dtype).t())
         if a.dtype == grad_x.dtype:
             grad_x.addmm_(inner, a)
         else:

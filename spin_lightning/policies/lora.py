@@ -34,6 +34,7 @@ from spin_lightning.policies.pretrained import (
 )
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
+from spin_lightning.products import freeze_linear
 from spin_lightning.run_folder import write_json
 from spin_lightning.types import PromptBatch, SequenceBatch
 
@@ -355,6 +356,12 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
     Raises:
         SettingError: bitsandbytes cannot quantise this model, or its weights cannot be read.
     """
+    model = _read(base, device)
+    freeze_linear(model)
+    return model
+
+
+def _read(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
     check_quantizable(base)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -387,7 +394,7 @@ def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
     A quantised base is de-quantised first: its adapter was trained on the rounded weights, so they
     are what it belongs to, and merging into 4-bit weights would round the sum once more.
     """
-    model = load_base(base)
+    model = _read(base)
     if base.quantization != "none":
         model = model.dequantize(dtype=base.dtype)
     if adapter is None:

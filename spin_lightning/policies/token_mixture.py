@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spin_lightning.products import is_linear
+
 # What PEFT calls the model without any adapter, in a batch of several.
 BARE = "__base__"
 
@@ -83,5 +85,4 @@ def _linear_head(model: Any) -> nn.Linear | None:
         for name, value in model.config.get_text_config().to_dict().items()
     )
     head = model.get_output_embeddings()
-    # Exactly nn.Linear: with an adapter on it, or quantised, it is another class.
-    return head if type(head) is nn.Linear and not capped else None
+    return head if is_linear(head) and not capped else None

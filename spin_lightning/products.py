@@ -1,0 +1,92 @@
+"""Products with frozen weights, by the fastest kernel that torch has for them.
+
+In float32 on a CPU torch leaves products to MKL, which takes AVX2 on processors that are not
+Intel's. oneDNN, which is part of torch as well, takes AVX-512 wherever there is some: more than
+twice as fast there, and rounded alike (docs/performance.md). It is off where
+`torch.backends.mkldnn.enabled` is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# With fewer rows than this MKL is as fast or faster.
+_FEWEST_ROWS = 4
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weight is not trained: its backward pass is one product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + b, shape [..., outputs], of x of shape [..., inputs]."""
+        if self.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return frozen_linear(x, self.weight, self.bias)
+
+
+def freeze_linear(model: nn.Module) -> None:
+    """Make the plain linear layers of a model that is not trained `FrozenLinear`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FrozenLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an affine map and nothing else: no adapter on it, and not quantised."""
+    return type(module) in (nn.Linear, FrozenLinear)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b with gradient of x alone.
+
+    Args:
+        x: Shape [..., inputs].
+        weight: Shape [outputs, inputs].
+        bias: Shape [outputs].
+
+    Returns:
+        Shape [..., outputs].
+    """
+    if not (torch.is_grad_enabled() and _is_for_onednn(x, weight)):
+        return product(x, weight, bias)
+    output: Tensor = _FrozenLinear.apply(x, weight, bias)
+    return output
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b without gradient by the faster kernel; shapes like those of `frozen_linear`."""
+    if not _is_for_onednn(x, weight):
+        return functional.linear(x, weight, bias)
+    # What torch.compile calls for linear layers; torch has no public name for it.
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _HAS_AVX512
+        and bool(torch.backends.mkldnn.enabled)
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= _FEWEST_ROWS * x.shape[-1]
+    )
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The product, and that of its input's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return product(upstream, ctx.weight.t()), None, None
