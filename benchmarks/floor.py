@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spin_lightning.data.dataset import Pair
+from spin_lightning.products import product
 
 _HEAD_CHUNK = 256
 
@@ -54,14 +55,19 @@ class Floor:
         hidden = torch.randn(responses, self.head.shape[1], **self._like)
         return _Inputs(inputs, [self._segments(*n) for n in lengths], hidden)
 
-    def step(self, inputs: _Inputs) -> None:
-        """Do it all once."""
-        outputs = {width: torch.empty_like(x) for width, x in inputs.tokens.items()}
+    def step(self, inputs: _Inputs, *, own_kernels: bool = False) -> None:
+        """Do it all once.
+
+        Args:
+            inputs: Of `prepare`.
+            own_kernels: Take products by the kernels that this library chooses, not by torch's.
+        """
+        multiply = product if own_kernels else functional.linear
         for layer in self.layers:
             for weight in layer:
                 rows, columns = weight.shape
-                torch.mm(inputs.tokens[columns], weight.T, out=outputs[rows])
-                torch.mm(inputs.tokens[rows], weight, out=outputs[columns])
+                multiply(inputs.tokens[columns], weight)
+                multiply(inputs.tokens[rows], weight.T)
             for segments in inputs.attention:
                 for query, key, value, mask in segments:
                     attended = functional.scaled_dot_product_attention(
@@ -69,7 +75,7 @@ class Floor:
                     )
                     torch.autograd.grad(attended, (query, key, value), attended.detach())
         for hidden in inputs.responses.split(_HEAD_CHUNK):
-            torch.mm(torch.mm(hidden, self.head.T), self.head)
+            multiply(multiply(hidden, self.head), self.head.T)
 
     def _segments(self, prompt: int, real: int, generated: int) -> list[_Segment]:
         """Query, key, value and mask of the two parts of a pair's attention."""

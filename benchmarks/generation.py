@@ -6,9 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from benchmarks import ours, peer
+from benchmarks.floor import Floor
 from benchmarks.measure import Figure, interleaved, median_ratio
 from benchmarks.setup import Setup, benchmark
+from benchmarks.workload import SIZES
 from spin_lightning.generation.base import Request
 from spin_lightning.keyed import row_key
 
@@ -66,7 +70,22 @@ def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
         f"token_mixture{suffix}",
         {"cost": median_ratio(seconds["mixture"], seconds["ours"])},
         seconds={"mixture": seconds["mixture"], "plain": seconds["ours"]},
+        note=f"{_operations(setup, units):.2f}× the operations of plain sampling",
     )
+
+
+def _operations(setup: Setup, units: Sequence[Sequence[Request]]) -> float:
+    """Products of a mixture over those of plain sampling: every layer twice, the head once."""
+    sizes = SIZES[setup.size]
+    layers = sum(
+        weight.numel() for layer in Floor(sizes, "meta", torch.float32).layers for weight in layer
+    )
+    head = sizes["vocab_size"] * sizes["hidden_size"]
+    requests = [request for unit in units for request in unit]
+    # The last token of a response is not read.
+    read = layers * sum(len(request.prompt_ids) + request.cap - 1 for request in requests)
+    answered = head * sum(request.cap for request in requests)
+    return (2 * read + answered) / (read + answered)
 
 
 def _unit(setup: Setup, number: int) -> list[Request]:

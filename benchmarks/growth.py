@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 
-from benchmarks import ours
-from benchmarks.measure import Figure, interleaved, peak_mb, spread
+from benchmarks import memory, ours
+from benchmarks.measure import Figure, interleaved, spread
 from benchmarks.setup import Setup, benchmark
 from benchmarks.workload import pair_of_lengths
 from spin_lightning.data.dataset import Pair
@@ -23,7 +23,7 @@ def run(setup: Setup) -> Iterator[Figure]:
     step = ours.Step(setup)
     yield _over_pairs(setup, step)
     yield _over_prompts(setup, step)
-    yield _memory(setup, step)
+    yield _memory(setup)
 
 
 def _over_pairs(setup: Setup, step: ours.Step) -> Figure:
@@ -70,13 +70,11 @@ def _over_prompts(setup: Setup, step: ours.Step) -> Figure:
     )
 
 
-def _memory(setup: Setup, step: ours.Step) -> Figure:
+def _memory(setup: Setup) -> Figure:
     """Peak memory of steps on pairs of one length, MB per pair that is added."""
     prompt, response = (8, 4) if setup.tiny else (128, 96)
     sizes = _PAIRS[:3] if setup.tiny else _PAIRS
-    pairs = [pair_of_lengths(prompt, response, setup.vocabulary, seed) for seed in range(sizes[-1])]
-    step(pairs[: sizes[0]])
-    peaks = [peak_mb(lambda size=size: step(pairs[:size]), setup.device) for size in sizes]
+    peaks = memory.of_pairs(setup, sizes, (prompt, response))
     points = list(zip(sizes, peaks, strict=True))
     slopes = {
         f"{size}-{larger}": (higher - peak) / (larger - size)

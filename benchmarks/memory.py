@@ -1,4 +1,7 @@
-"""Peak memory of a training step of one side, in a process of its own; prints JSON."""
+"""Peak memory of training steps of one side, in a process of its own; prints JSON.
+
+Of its own, since the heap that earlier work leaves behind serves later steps unseen.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from benchmarks import ours, peer
 from benchmarks.measure import in_subprocess, peak_mb
 from benchmarks.setup import Setup, parser, quiet, setup_of
-from benchmarks.workload import batches_of
+from benchmarks.workload import batches_of, pair_of_lengths
 
 _SIDES: dict[str, Any] = {"ours": ours.Step, "trl": peer.Step}
 
@@ -20,6 +23,23 @@ def of_step(setup: Setup, side: str, workload: str) -> float:
     if setup.tiny:
         return measure(setup, side, workload)
     return float(in_subprocess("benchmarks.memory", *setup.arguments, side, workload)["peak_mb"])
+
+
+def of_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) -> list[float]:
+    """Peak memory of our steps on so many pairs of one prompt and response length, MB."""
+    if setup.tiny:
+        return measure_pairs(setup, sizes, lengths)
+    words = ["ours", "pairs", *map(str, (*lengths, *sizes))]
+    peaks: list[float] = in_subprocess("benchmarks.memory", *setup.arguments, *words)["peak_mb"]
+    return peaks
+
+
+def measure_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) -> list[float]:
+    """The same in this process."""
+    step = ours.Step(setup)
+    pairs = [pair_of_lengths(*lengths, setup.vocabulary, seed) for seed in range(max(sizes))]
+    step(pairs[: min(sizes)])
+    return [peak_mb(lambda size=size: step(pairs[:size]), setup.device) for size in sizes]
 
 
 def measure(setup: Setup, side: str, workload: str) -> float:
@@ -35,10 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     options = parser(__doc__)
     options.add_argument("side", choices=tuple(_SIDES))
-    options.add_argument("workload", choices=("A", "B"))
+    options.add_argument("workload", choices=("A", "B", "pairs"))
+    options.add_argument("numbers", type=int, nargs="*", help="prompt, response, numbers of pairs")
     parsed = options.parse_args(arguments)
+    setup = setup_of(parsed)
+    peak: float | list[float]
     with quiet():
-        peak = measure(setup_of(parsed), parsed.side, parsed.workload)
+        if parsed.workload == "pairs":
+            prompt, response, *sizes = parsed.numbers
+            peak = measure_pairs(setup, sizes, (prompt, response))
+        else:
+            peak = measure(setup, parsed.side, parsed.workload)
     print(json.dumps({"peak_mb": peak}))
 
 

@@ -10,11 +10,13 @@ import torch
 
 from benchmarks import generation, growth, iterate, ours, scoring, step, table
 from benchmarks.floor import Floor
+from benchmarks.generation import _operations
 from benchmarks.goals import SUBJECTS, Goal
 from benchmarks.measure import Figure, median_ratio, peak_mb, spread
 from benchmarks.setup import Setup
 from benchmarks.workload import SIZES, WORKLOADS, batches_of
 from spin_lightning.data.dataset import Pair
+from spin_lightning.generation.base import Request
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL: the bench extra")
 BENCHMARKS = {
@@ -133,6 +135,17 @@ def test_floor_multiplies_what_a_step_has_to():
     weights = [tuple(weight.shape) for weight in floor.layers[0]]
     assert weights == [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
     floor.step(inputs)
+    floor.step(inputs, own_kernels=True)
+
+
+def test_operations_of_a_mixture_are_two_passes_of_the_layers_and_one_of_the_head(setup):
+    """2 · (2 · 64² + 2 · 32 · 64 + 3 · 128 · 64) = 73728 weights of layers, 512 · 64 of the head.
+
+    Of a prompt of 5 and a response of 3 tokens, 7 are read and 3 answered.
+    """
+    request = Request((5, 6, 7, 8, 9), opponent=1, key=0, cap=3)
+    layers, head = 7 * 73728, 3 * 32768
+    assert _operations(setup, [[request]]) == (2 * layers + head) / (layers + head)
 
 
 def test_peak_memory_sees_an_allocation_and_its_end():
