@@ -367,6 +367,9 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch of held-out pairs to the validation metrics."""
+        if not self._rank_share(batch_idx, held_out=True):
+            # Nothing was left for this rank; what it got instead another one counts.
+            return
         logps = self.pair_logps(batch)
         self.val_metrics.update(logps, self.reward_scale, self.anchored_objective(logps))
 
@@ -422,12 +425,13 @@ class SelfPlayModule(L.LightningModule, ABC):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
 
-    def _rank_share(self, batch_idx: int) -> float:
+    def _rank_share(self, batch_idx: int, *, held_out: bool = False) -> float:
         """What this rank's loss weighs in the mean over ranks; 1 but for an uneven last batch."""
         trainer: Any = self.trainer
         if trainer.world_size == 1:
             return 1.0
-        return float(trainer.datamodule.rank_share(self.iterate, batch_idx))
+        share = trainer.datamodule.rank_share(self.iterate, batch_idx, held_out=held_out)
+        return float(share)
 
     def _learning_rate_now(self) -> float:
         return float(self.trainer.optimizers[0].param_groups[0]["lr"])
