@@ -1,7 +1,8 @@
-"""Checkpoints of a run that accumulates gradients lie between two steps, never inside one."""
+"""A run that accumulates gradients: its own checkpoints lie between two steps, others are whole."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 from spin_lightning import SelfPlay
 from spin_lightning.callbacks.guard import Stopped
+from spin_lightning.errors import RunFolderError
 from spin_lightning.run_folder import RunFolder
 from tests.callbacks.test_guard import SignalAt
-from tests.callbacks.test_self_play import CrashAt, LearningRates, StopHere
+from tests.callbacks.test_self_play import CrashAt, KeepCheckpoints, LearningRates, StopHere
 from tests.toy_runs import contents, play, write_examples
 
 # 93 rows: six batches of 16 or less, three steps of two batches; twice over.
@@ -27,15 +29,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model_dir, data, tmp_path_factory):
+def kept(tmp_path_factory) -> Path:
+    """Checkpoints of every batch of the run that nobody stops."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def whole(kept, tiny_model_dir, data, tmp_path_factory):
     root, rates = tmp_path_factory.mktemp("whole"), LearningRates()
-    play(root, tiny_model_dir, data, callbacks=[rates], **SETTINGS)
+    play(root, tiny_model_dir, data, callbacks=[rates, KeepCheckpoints(kept)], **SETTINGS)
     assert list(rates.by_step) == list(range(6))
-    return contents(root), rates.by_step
+    return root, contents(root), rates.by_step
 
 
-def resume(root: Path, model: Path, data: Path) -> dict[int, float]:
-    rates, last = LearningRates(), RunFolder(root).last_checkpoint
+def resume(root: Path, model: Path, data: Path, checkpoint: Path | None = None):
+    rates, last = LearningRates(), checkpoint or RunFolder(root).last_checkpoint
     play(root, model, data, ckpt_path=last, callbacks=[rates], **SETTINGS)
     return rates.by_step
 
@@ -56,7 +64,7 @@ def test_crash_at_any_batch_then_resume_gives_the_same_bytes_and_rates(
         return
     assert torch.load(last, weights_only=True)["global_step"] == saved
     rates = resume(tmp_path, tiny_model_dir, data)
-    files, all_rates = whole
+    _, files, all_rates = whole
     assert contents(tmp_path) == files
     assert rates == {step: rate for step, rate in all_rates.items() if step >= saved}
 
@@ -68,4 +76,32 @@ def test_sigterm_inside_an_accumulation_waits_for_its_step(whole, tiny_model_dir
     last = torch.load(RunFolder(tmp_path).last_checkpoint, weights_only=True)
     assert last["global_step"] == 2
     resume(tmp_path, tiny_model_dir, data)
-    assert contents(tmp_path) == whole[0]
+    assert contents(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("batch", range(6))
+def test_checkpoint_of_any_batch_holds_the_gradients_of_a_half_done_step(
+    batch, whole, kept, tiny_model_dir, data, tmp_path
+):
+    checkpoint = kept / f"batch-0-{batch}.ckpt"
+    gradients = torch.load(checkpoint, weights_only=True)["self_play"]["gradients"]
+    # After batches 0, 2 and 4 a step is half done.
+    assert bool(gradients) == (batch % 2 == 0)
+    root, files, all_rates = whole
+    again = tmp_path / "again"
+    shutil.copytree(root, again)
+    # What comes after the checkpoint is made again, from nothing.
+    RunFolder(again).discard_after(0)
+    rates = resume(again, tiny_model_dir, data, checkpoint)
+    assert contents(again) == files
+    assert rates == {step: rate for step, rate in all_rates.items() if step >= (batch + 1) // 2}
+
+
+def test_checkpoint_inside_a_step_of_several_processes_is_refused(
+    whole, kept, tiny_model_dir, data, tmp_path
+):
+    content = torch.load(kept / "batch-0-0.ckpt", weights_only=True)
+    content["self_play"]["gradients"] = None
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(RunFolderError, match=r"several processes accumulated.*last\.ckpt"):
+        resume(tmp_path / "run", tiny_model_dir, data, tmp_path / "other.ckpt")

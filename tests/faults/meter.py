@@ -36,6 +36,7 @@ class Meter(Callback):
         measured = {
             "iterate": t,
             "resident": resident_bytes(),
+            "peak": _status("VmHWM"),
             "files": len(list(Path("/proc/self/fd").iterdir())),
             "checkpoint": size(run.last_checkpoint),
             "disk": size(run.root),
@@ -50,10 +51,12 @@ def resident_bytes() -> int:
     """Resident memory of this process, with what is free given back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no VmRSS")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def size(path: Path) -> int:

@@ -28,6 +28,8 @@ _OWN = ("spin_lightning", "tests")
 _PYTEST = [
     *("-x", "-q", "--no-header", "--no-summary", "--show-capture=no", "--tb=no"),
     *("-p", "no:cacheprovider", "-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin"),
+    # Its plugins were imported by the parent.
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
 ]
 
 
@@ -36,23 +38,30 @@ def warm_up(suite: Sequence[str]) -> None:
 
     The suite itself runs in a fork: torch's autograd must not have run in a process that forks.
     """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        passed = _passes(suite)
-        os.write(writing, "\n".join([str(passed), *sorted(sys.modules)]).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        passed, *names = pipe.read().split("\n")
-    os.waitpid(child, 0)
-    if passed != "True":
-        raise SystemExit(f"{' '.join(suite)} fails without a mutant")
-    for name in names:
+    for name in _modules_after(suite):
         if name.split(".")[0] not in _OWN:
             with contextlib.suppress(Exception), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module(name)
+    # Else every mutant would seem to be killed.
+    _modules_after(suite)
+
+
+def _modules_after(suite: Sequence[str]) -> list[str]:
+    """Run a suite in a fork; the names of the modules that are there afterwards."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        passed = _passes(suite)
+        os.write(writing, "\n".join(sys.modules if passed else ()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        names = pipe.read().split("\n")
+    os.waitpid(child, 0)
+    if not any(names):
+        raise SystemExit(f"{' '.join(suite)}: it fails without a mutant")
+    return names
 
 
 def judge(
