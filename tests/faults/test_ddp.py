@@ -56,6 +56,12 @@ def test_two_processes_make_the_rows_and_the_adapter_of_one_with_the_doubled_bat
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_four_processes_make_the_rows_of_two(two, tiny_model_dir, data, tmp_path):
+    four = ("--trainer.devices", "4", "--data.batch_size", "16", "--trainer.max_epochs", "1")
+    fit(tmp_path, tiny_model_dir, data, *TWO, *four)
+    assert rows_of_iterate_zero(tmp_path) == rows_of_iterate_zero(two)
+
+
 @pytest.mark.parametrize(
     "wait_for",
     ["rows/iterate_000/part-00001.parquet", "checkpoints/last.ckpt", "iterates/iterate_001"],

@@ -12,6 +12,13 @@ from tests.mutation.mutants import Mutant
 from tests.mutation.reasons import REASONS
 
 
+_HOW = (
+    "Written by `make mutation`: cosmic-ray's operators, one change a mutant. Each mutant's own test",
+    "file runs on it in a fork of a warm process, until the first failure. One that runs into the",
+    "limit of time counts as killed.",
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a mutant."""
@@ -30,14 +37,11 @@ def write_page(outcomes: Sequence[Outcome], places: int, seed: int, path: Path) 
     lines = [
         "# Mutation testing",
         "",
-        "Written by `make mutation`. cosmic-ray's operators, one change a mutant; each mutant's own "
-        "test file runs on it",
-        "in a fork of a warm process, until the first failure. A mutant that runs into the limit of "
-        "time is killed.",
+        *_HOW,
         "",
-        f"{len(outcomes)} mutants drawn with seed {seed} from {places} places: "
-        f"**{len(killed)} killed ({share:.1%})**. Seconds a mutant: median "
-        f"{median(seconds):.1f}, most {max(seconds):.1f}.",
+        f"{len(outcomes)} mutants drawn with seed {seed} from {places} places:",
+        f"**{len(killed)} killed ({share:.1%})**.",
+        f"Seconds a mutant: median {median(seconds):.1f}, most {max(seconds):.1f}.",
         "",
         "| module | mutants | killed | of these by the limit of time | survived |",
         "|---|---|---|---|---|",
