@@ -94,9 +94,10 @@ def test_nothing_piles_up_over_the_iterates(variant, iterates, tiny_model_dir, d
     more = {name: last[name] - early[name] for name in early}
     print(
         f"  from iterate {SETTLED} to {iterates}: resident "
-        f"{more['resident'] / KIB / passed:+.1f} KiB an iterate ({more['resident'] / early['resident']:+.2%}), peak "
-        f"{more['peak'] / KIB / passed:+.1f} KiB, open files {more['files']:+d}, last.ckpt "
-        f"{more['checkpoint']:+d} bytes"
+        f"{more['resident'] / KIB / passed:+.1f} KiB an iterate "
+        f"({more['resident'] / early['resident']:+.2%}), "
+        f"peak {more['peak'] / KIB / passed:+.1f} KiB, open files {more['files']:+d}, "
+        f"last.ckpt {more['checkpoint']:+d} bytes"
     )
     assert more["files"] <= 0
     assert more["checkpoint"] == 0

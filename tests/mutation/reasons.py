@@ -61,7 +61,7 @@ REASONS: dict[tuple[str, str, str], str] = {
     ): _LAST_OF_TWO,
     (
         "logps",
-        "@staticmethod",
+        "",  # where the decorator below was
         "def forward(",
     ): "torch calls it on the class, where a function is the same as a static method",
 }
