@@ -260,7 +260,9 @@ def test_report_of_two_runs_makes_a_table_and_a_picture(finished, spin, tmp_path
 
 def test_fit_that_lost_another_process_says_so_in_one_line(spin, monkeypatch, capsys):
     def lose(args):
-        raise RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4711. There is more.")
+        raise RuntimeError(
+            "[pair.cc:547] Connection closed by peer [127.0.0.1]:4711. There is more."
+        )
 
     monkeypatch.setattr("spin_lightning.cli.SpinCLI", lose)
     with pytest.raises(SystemExit) as end:

@@ -262,7 +262,7 @@ def test_head_logps_of_two_words_equal_the_hand_values():
 
 def test_head_logps_of_more_chunks_of_targets_than_of_hidden_states_are_refused():
     """The first chunk is whole on both sides."""
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         head_logps(nn.Linear(2, 3), torch.zeros(256, 2), torch.zeros(600, dtype=torch.long))
 
 

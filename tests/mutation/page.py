@@ -11,9 +11,8 @@ from tests.mutation.forked import Verdict
 from tests.mutation.mutants import Mutant
 from tests.mutation.reasons import REASONS
 
-
 _HOW = (
-    "Written by `make mutation`: cosmic-ray's operators, one change a mutant. Each mutant's own test",
+    "Written by `make mutation`: cosmic-ray's operators, one change a mutant. The module's test",
     "file runs on it in a fork of a warm process, until the first failure. One that runs into the",
     "limit of time counts as killed.",
 )
