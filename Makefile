@@ -11,9 +11,10 @@ CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
+INSTALLED_MUTATION := $(VENV)/.installed-mutation
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check lint types fmt notebooks bench
+.PHONY: help quickstart test test-slow check lint types fmt coverage mutation notebooks bench
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,11 @@ $(INSTALLED_BENCH): pyproject.toml constraints.txt | $(CREATED)
 	@$(PIP) install -c constraints.txt -e '.[dev,bench]'
 	@touch $(INSTALLED) $(INSTALLED_DEV) $@
 
+$(INSTALLED_MUTATION): pyproject.toml constraints.txt | $(CREATED)
+	@echo "Installing spin-lightning, its test tools and cosmic-ray into $(VENV) (some minutes the first time)"
+	@$(PIP) install -c constraints.txt -e '.[dev,mutation]'
+	@touch $(INSTALLED) $(INSTALLED_DEV) $@
+
 quickstart: $(INSTALLED) ## Play SPIN, and a supervised control, on the embedded data; draw both.
 	$(BIN)/spin-lightning fit --config configs/quickstart.yaml
 	$(BIN)/spin-lightning fit --config configs/quickstart_sft.yaml
@@ -71,6 +77,12 @@ types: $(INSTALLED_DEV) ## Check the types.
 fmt: $(INSTALLED_DEV) ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+coverage: $(INSTALLED_DEV) ## Run the tests of `make test` with line and branch coverage.
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" --cov --cov-report=term
+
+mutation: $(INSTALLED_MUTATION) ## Change the pure layer in 300 places, one at a time: tests have to notice.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation
 
 notebooks: $(INSTALLED_DEV) ## Execute the notebooks.
 	@test -d tests/notebooks || { echo "There are no notebooks yet." >&2; exit 1; }

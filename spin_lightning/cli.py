@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from spin_lightning.callbacks.best_iterate import BestIterate
 from spin_lightning.callbacks.console import console, quiet, show_table
+from spin_lightning.callbacks.guard import RankLost
 from spin_lightning.callbacks.requirements import check_strategy, new_run
 from spin_lightning.callbacks.row_making import DryRunFinished
 from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
@@ -169,7 +170,10 @@ class SpinCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake ends with one message and exit code 2."""
+    """Run the command line; a user's mistake ends with one message and exit code 2.
+
+    A process whose run another one has ended says so in one line, with exit code 1.
+    """
     arguments = list(sys.argv[1:] if args is None else args)
     for message in _NOT_THE_USERS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
@@ -186,9 +190,17 @@ def main(args: Sequence[str] | None = None) -> None:
         mistake = _mistake(error)
         if mistake is None:
             raise
-        errors = Console(stderr=True, soft_wrap=True, highlight=False)
-        errors.print(f"Error: {mistake}", style="red", markup=False)
-        sys.exit(2)
+        _end(mistake, 2)
+    except RuntimeError as error:
+        if not RankLost.is_told_by(error):
+            raise
+        _end(RankLost(), 1)
+
+
+def _end(error: Exception, code: int) -> NoReturn:
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors.print(f"Error: {error}", style="red", markup=False)
+    sys.exit(code)
 
 
 def _mistake(error: BaseException | None) -> Exception | None:

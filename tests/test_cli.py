@@ -258,6 +258,29 @@ def test_report_of_two_runs_makes_a_table_and_a_picture(finished, spin, tmp_path
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
+def test_fit_that_lost_another_process_says_so_in_one_line(spin, monkeypatch, capsys):
+    def lose(args):
+        raise RuntimeError(
+            "[pair.cc:547] Connection closed by peer [127.0.0.1]:4711. There is more."
+        )
+
+    monkeypatch.setattr("spin_lightning.cli.SpinCLI", lose)
+    with pytest.raises(SystemExit) as end:
+        spin("fit")
+    assert end.value.code == 1
+    told = capsys.readouterr().err
+    assert told == "Error: another process of this run has failed; its own message says why\n"
+
+
+def test_fit_with_an_error_of_another_kind_keeps_its_traceback(spin, monkeypatch):
+    def fail(args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("spin_lightning.cli.SpinCLI", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        spin("fit")
+
+
 def test_help_lists_every_command(spin, capsys):
     with pytest.raises(SystemExit):
         spin("--help")

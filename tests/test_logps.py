@@ -17,6 +17,7 @@ from transformers import (
 
 from spin_lightning.logps import (
     head_logps,
+    last_logits,
     response_logps,
     response_token_logps,
     sum_by_response,
@@ -166,9 +167,27 @@ def test_response_logps_of_a_table_equal_the_hand_values():
     table = Bigrams(
         torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.5, 0.25, 0.25]]).log()
     )
-    batch = pack_padded([(1,), (0, 0, 1)], [(2, 2, 2), (2,)], pad_id=0)
+    # Five columns, of which the head's last four are needed.
+    batch = pack_padded([(0, 1), (0, 0, 1)], [(2, 2, 2), (2,)], pad_id=0)
     by_hand = [math.log(3 / 4) + 2 * math.log(1 / 4), math.log(3 / 4)]
     assert response_logps(table, batch).tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+class PositionsSeen(nn.Module):
+    """Keeps the positions that it is given."""
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache):
+        self.seen = position_ids.tolist()
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2))
+
+
+def test_last_logits_give_new_columns_the_positions_behind_those_that_a_cache_holds():
+    """Two of five columns are new; the second sequence has two columns of padding."""
+    model, mask = PositionsSeen(), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    last_logits(model, torch.zeros(2, 2, dtype=torch.long), mask, keep=1)
+    assert model.seen == [[3, 4], [1, 2]]
+    last_logits(model, torch.zeros(2, 5, dtype=torch.long), mask, keep=1)
+    assert model.seen == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
 
 
 def test_response_logps_of_a_bfloat16_model_are_summed_in_double_precision():
@@ -239,6 +258,12 @@ def test_head_logps_of_two_words_equal_the_hand_values():
     assert logps.tolist() == pytest.approx([math.log(3 / 4), -200.0])
     logps.sum().backward()
     assert hidden.grad.flatten().tolist() == pytest.approx([1 / 4, 1.0])
+
+
+def test_head_logps_of_more_chunks_of_targets_than_of_hidden_states_are_refused():
+    """The first chunk is whole on both sides."""
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        head_logps(nn.Linear(2, 3), torch.zeros(256, 2), torch.zeros(600, dtype=torch.long))
 
 
 def test_head_logps_of_a_frozen_head_keep_no_logits_for_the_backward_pass():

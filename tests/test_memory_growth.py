@@ -42,7 +42,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(testbed_seed_0, tmp_path):
     policy.use_bank({0: tmp_path / "0", 1: adapter})
     # No stop ids: every response has all 64 tokens.
     generator = LocalGenerator(load_config(base), (), 0, GenerationSettings())
-    synthesis = Synthesis(policy, generator, pad_id=0, vocabulary=38)
+    synthesis = Synthesis(policy, generator, vocabulary=38)
     prompts = [tuple(1 + (7 * i + j) % 30 for j in range(4 + i % 5)) for i in range(100)]
     examples = [Example(i, prompts[i % 100], (5, 6, 2), True) for i in range(ROWS)]
     plan = RowPlan(

@@ -1,5 +1,6 @@
 """Mixtures: which iterates, how one is drawn, the density of what it writes, the base mixed in."""
 
+import dataclasses
 import itertools
 import math
 
@@ -171,6 +172,17 @@ def test_mixture_own_logps_pick_its_members_with_their_weights(language):
     by_hand = 0.25 * by_iterate[7].exp() + 0.75 * by_iterate[1].exp()
     torch.testing.assert_close(density.exp(), by_hand)
     assert torch.equal(latest(4).logps(by_iterate), by_iterate[4])
+
+
+def test_mixture_own_logps_have_the_shape_of_its_members():
+    """Half of p_1 and half of p_2, for two samples of two responses, and for one number."""
+    one = torch.tensor([[1 / 2, 1 / 4], [1 / 8, 3 / 4]], dtype=torch.float64)
+    other = torch.tensor([[1 / 4, 1 / 4], [3 / 8, 1 / 4]], dtype=torch.float64)
+    wanted = torch.tensor([[3 / 8, 1 / 4], [1 / 4, 1 / 2]], dtype=torch.float64)
+    mixture = window(2, 2)
+    torch.testing.assert_close(mixture.logps({1: one.log(), 2: other.log()}).exp(), wanted)
+    single = mixture.logps({1: one[0, 0].log(), 2: other[0, 0].log()})
+    torch.testing.assert_close(single.exp(), wanted[0, 0])
 
 
 # ------------------------------------------------------------- geometric mixture, whole responses
@@ -348,6 +360,19 @@ def test_coupling_keeps_and_draws_as_worked_out_by_hand(before, now, keep, gaine
     assert coupling.keep == pytest.approx(keep, abs=1e-12)
     found = None if coupling.gained is None else dict(coupling.gained.weights)
     assert found == (gained if gained is None else pytest.approx(gained, abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (latest(1), "token_alpha"),
+        (Geometric(latest(1), 0.5), "alpha"),
+        (Coupling.between(latest(0), latest(1)), "gained"),
+    ],
+)
+def test_opponents_references_and_couplings_do_not_change(value, name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, name, None)
 
 
 def test_coupling_of_weights_that_differ_by_rounding_alone_draws_nothing():

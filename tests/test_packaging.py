@@ -27,6 +27,8 @@ TARGETS = [
     "lint",
     "types",
     "fmt",
+    "coverage",
+    "mutation",
     "notebooks",
     "bench",
 ]

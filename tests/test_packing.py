@@ -15,6 +15,7 @@ from spin_lightning.packing import (
     positions,
     predictors,
 )
+from spin_lightning.types import PromptBatch
 
 quick = settings(deadline=None, database=None, derandomize=True)
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
@@ -74,6 +75,7 @@ def test_pad_left_puts_the_padding_first():
         ([3, 1, 5, 2], 6, [[2], [0, 3], [1]]),
         ([2, 2, 2, 2, 2], 4, [[0, 1], [2, 3], [4]]),
         ([9, 1, 1], 4, [[0], [1, 2]]),
+        ([0, 0], 4, [[0, 1]]),  # padded tokens there are none
         ([], 4, []),
     ],
 )
@@ -124,6 +126,26 @@ def test_pad_prompts_spells_every_response_out():
     assert batch.input_ids.tolist() == [[1, 5, 8, 9, 2], [0, 0, 1, 5, 7], [0, 0, 6, 3, 2]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]
     assert batch.response_lengths.tolist() == [3, 1, 2]
+
+
+def test_second_prompt_of_three_tokens_is_found_behind_the_first():
+    """It starts at 5, where sums and bits of 5 and 3 differ."""
+    batch = pack_prompts([(1, 5, 6), (7, 8, 9)], [[(2, 3)], [(4,), (10, 11)]])
+    assert pad_prompts(batch).input_ids.tolist() == [
+        [1, 5, 6, 2, 3],
+        [0, 7, 8, 9, 4],
+        [7, 8, 9, 10, 11],
+    ]
+    predicting, predicted = predictors(batch)
+    assert predicting.tolist() == [2, 3, 7, 7, 9]
+    assert predicted.tolist() == [3, 4, 8, 9, 10]
+
+
+@pytest.mark.parametrize("reader", [positions, predictors, pad_prompts])
+def test_batch_with_more_prompts_than_groups_of_responses_is_refused(reader):
+    batch = PromptBatch(torch.tensor([1, 8, 5]), prompt_lengths=(1, 1), response_lengths=((1,),))
+    with pytest.raises(ValueError, match="shorter"):
+        reader(batch)
 
 
 @pytest.mark.parametrize("kind", [tuple, list, lambda ids: np.array(ids, dtype=np.int32)])

@@ -23,6 +23,8 @@ from spin_lightning.run_folder import RunFolder, replace_synced, writing
 STOPPED = 128 + signal.SIGTERM
 # A rank may wait for days while another one generates; one that died is noticed at once.
 _LONGEST_WAIT = timedelta(days=365)
+# How torch's backends say that the process at the other end is gone.
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
 
 class Stopped(SystemExit):
@@ -34,6 +36,13 @@ class RankLost(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("another process of this run has failed; its own message says why")
+
+    @classmethod
+    def is_told_by(cls, error: BaseException) -> bool:
+        """Whether an error, of ours or of a collective of torch, says no more than this."""
+        return isinstance(error, cls) or (
+            isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
+        )
 
 
 class StopSignals:

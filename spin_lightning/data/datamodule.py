@@ -146,11 +146,12 @@ class SelfPlayDataModule(L.LightningDataModule):
         """Number of batches that each rank sees in an epoch on the rows of iterate t."""
         return len(EpochBatches(self.rows_at(t), self.batch_size, world_size=world_size))
 
-    def rank_share(self, t: int, batch_idx: int) -> float:
+    def rank_share(self, t: int, batch_idx: int, *, held_out: bool = False) -> float:
         """What this rank's mean over a batch of iterate t weighs, see `EpochBatches.share`."""
         trainer = self._trainer
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        return EpochBatches(self.rows_at(t), self.batch_size, **ranks).share(batch_idx)
+        rows = len(self.val) if held_out else self.rows_at(t)
+        return EpochBatches(rows, self.batch_size, **ranks).share(batch_idx)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """What must stay the same for rows to be those of the same run."""

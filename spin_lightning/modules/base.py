@@ -166,6 +166,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.torch_compile = torch_compile
         self.generation = generation
         self.iterate = 0
+        self._half_step: Mapping[str, Tensor] = {}
         self.val_metrics = PairMetrics()
         self._check_ranges()
 
@@ -367,6 +368,9 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch of held-out pairs to the validation metrics."""
+        if not self._rank_share(batch_idx, held_out=True):
+            # Nothing was left for this rank; what it got instead another one counts.
+            return
         logps = self.pair_logps(batch)
         self.val_metrics.update(logps, self.reward_scale, self.anchored_objective(logps))
 
@@ -382,12 +386,31 @@ class SelfPlayModule(L.LightningModule, ABC):
         trained = {f"policy.{name}" for name, _ in self.policy.trainable()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
-        checkpoint["self_play"] = {"iterate": self.iterate}
+        checkpoint["self_play"] = {"iterate": self.iterate, "gradients": self._gradients()}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take up the iterate; the weights follow."""
+        """Take up the iterate; the weights follow.
+
+        Raises:
+            RunFolderError: The checkpoint was taken inside a step of several processes.
+        """
         self.configure_model()
         self.iterate = checkpoint["self_play"]["iterate"]
+        gradients = checkpoint["self_play"].get("gradients", {})
+        if gradients is None:
+            raise RunFolderError(
+                "the checkpoint was taken while several processes accumulated gradients, of which "
+                "each had its own",
+                fix="resume from the run's checkpoints/last.ckpt, which lies between two steps",
+            )
+        self._half_step = gradients
+
+    def on_train_start(self) -> None:
+        """Take up the gradients of a step that was half done."""
+        for name, parameter in self.policy.trainable():
+            if name in self._half_step:
+                parameter.grad = self._half_step[name].to(parameter)
+        self._half_step = {}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -422,12 +445,22 @@ class SelfPlayModule(L.LightningModule, ABC):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
 
-    def _rank_share(self, batch_idx: int) -> float:
+    def _gradients(self) -> dict[str, Tensor] | None:
+        """Gradients that a half done step has accumulated; None where they differ by rank."""
+        trainer: Any = self.trainer
+        if not trainer.fit_loop._should_accumulate():
+            return {}
+        if trainer.world_size > 1:
+            return None
+        return {n: p.grad for n, p in self.policy.trainable() if p.grad is not None}
+
+    def _rank_share(self, batch_idx: int, *, held_out: bool = False) -> float:
         """What this rank's loss weighs in the mean over ranks; 1 but for an uneven last batch."""
         trainer: Any = self.trainer
         if trainer.world_size == 1:
             return 1.0
-        return float(trainer.datamodule.rank_share(self.iterate, batch_idx))
+        share = trainer.datamodule.rank_share(self.iterate, batch_idx, held_out=held_out)
+        return float(share)
 
     def _learning_rate_now(self) -> float:
         return float(self.trainer.optimizers[0].param_groups[0]["lr"])

@@ -327,6 +327,15 @@ def test_train_loaders_of_two_ranks_share_the_rows(set_up, write, tmp_path):
     assert all(shares)
 
 
+def test_shares_of_two_ranks_in_the_held_out_rows_count_each_row_once(set_up, write):
+    """Three rows in batches of 2 x 1: the second rank has none of the last one, and repeats it."""
+    places = [{"global_rank": rank, "world_size": 2} for rank in range(2)]
+    for place, shares in zip(places, ([1.0, 2.0], [1.0, 0.0]), strict=True):
+        data = set_up(write(pairs(20)), val_examples=3, batch_size=1, trainer=place)
+        assert len(data.val) == 3
+        assert [data.rank_share(0, batch, held_out=True) for batch in range(2)] == shares
+
+
 def test_val_loader_without_held_out_examples_is_none(set_up, write):
     assert set_up(write(pairs(20)), val_examples=0).val_dataloader() == []
 

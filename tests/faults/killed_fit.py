@@ -1,4 +1,4 @@
-"""The command line in a process that kills itself at a point: `python -m tests.faults.killed_fit`.
+"""The command line in a process that comes to harm at a point: `python -m tests.faults.killed_fit`.
 
 Nothing in the library knows of this: functions are wrapped from outside.
 """
@@ -9,15 +9,19 @@ import functools
 import importlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.points import VARIABLE
+from tests.faults.points import BROKEN, RANK, SLOW_SECONDS, VARIABLE
 
 
 def kill_at(target: str, moment: str, call: int) -> None:
-    """Wrap a function so that one of its calls ends this process as a power cut would."""
+    """Wrap a function so that one of its calls ends this process as a power cut would.
+
+    Or, as a point says, so that the call fails, or takes long.
+    """
     module_name, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module_name)
@@ -30,10 +34,15 @@ def kill_at(target: str, moment: str, call: int) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call and moment == "before":
+        here = calls == call
+        if here and moment == "before":
             _die()
+        if here and moment == "raises":
+            raise RuntimeError(BROKEN)
+        if here and moment == "slow":
+            time.sleep(SLOW_SECONDS)
         result = function(*args, **kwargs)
-        if calls == call:
+        if here and moment in ("after", "torn"):
             if moment == "torn":
                 file = next(Path(a) for a in args if isinstance(a, str | Path))
                 os.truncate(file, file.stat().st_size // 2)
@@ -50,7 +59,8 @@ def _die() -> None:
 if __name__ == "__main__":
     from spin_lightning.cli import main
 
-    if os.environ.get(VARIABLE):
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if os.environ.get(VARIABLE) and os.environ.get(RANK, rank) == rank:
         target, moment, call = os.environ[VARIABLE].split("|")
         kill_at(target, moment, int(call))
     main()

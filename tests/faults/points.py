@@ -7,22 +7,28 @@ from typing import Literal
 
 # What the variable says: target, moment and call of a point, with `|` between them.
 VARIABLE = "SPIN_TEST_KILL_AT"
+# In which process alone, where a run has several.
+RANK = "SPIN_TEST_KILL_RANK"
+# What a call that raises says, and how long a slow one takes.
+BROKEN = "the disk is on fire"
+SLOW_SECONDS = 25
 
 
 @dataclass(frozen=True)
 class Point:
-    """SIGKILL before or after the nth call of a function, or with half of its file written.
+    """Harm at the nth call of a function: SIGKILL before or after it, or with half a file written.
 
     Attributes:
         stage: What the run does there.
         target: The function, `module:name` or `module:Class.name`.
-        moment: before or after the call; torn: after it, with its file cut in half.
+        moment: before or after the call; torn: after it, with its file cut in half; raises: the
+            call fails; slow: it takes `SLOW_SECONDS` more.
         call: Which of its calls, from 1.
     """
 
     stage: str
     target: str
-    moment: Literal["before", "after", "torn"]
+    moment: Literal["before", "after", "torn", "raises", "slow"]
     call: int
 
     @property

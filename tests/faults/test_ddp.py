@@ -1,5 +1,6 @@
 """Two real processes through the command line, against one."""
 
+import csv
 import signal
 import subprocess
 import time
@@ -8,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from spin_lightning.run_folder import RunFolder
+from tests.faults.points import BROKEN, RANK, VARIABLE, Point
 from tests.faults.processes import environment, fit, fit_command
 from tests.toy_runs import contents, write_examples
 
@@ -54,13 +56,21 @@ def test_two_processes_make_the_rows_and_the_adapter_of_one_with_the_doubled_bat
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_four_processes_make_the_rows_of_two(two, tiny_model_dir, data, tmp_path):
+    four = ("--trainer.devices", "4", "--data.batch_size", "16", "--trainer.max_epochs", "1")
+    fit(tmp_path, tiny_model_dir, data, *TWO, *four)
+    assert rows_of_iterate_zero(tmp_path) == rows_of_iterate_zero(two)
+
+
 @pytest.mark.parametrize(
-    "wait_for", ["rows/iterate_000/part-00001.parquet", "iterates/iterate_001"]
+    "wait_for",
+    ["rows/iterate_000/part-00001.parquet", "checkpoints/last.ckpt", "iterates/iterate_001"],
 )
 def test_two_processes_killed_and_started_again_end_with_the_same_bytes(
     wait_for, two, tiny_model_dir, data, tmp_path
 ):
-    command = fit_command(tmp_path, tiny_model_dir, data, *TWO)
+    # (The first last.ckpt is that of the first of two steps.)
+    command = fit_command(tmp_path, tiny_model_dir, data, *TWO, "--checkpoint_steps", "1")
     process = subprocess.Popen(command, env=environment(), start_new_session=True)
     while not (tmp_path / wait_for).exists():
         assert process.poll() is None
@@ -70,3 +80,71 @@ def test_two_processes_killed_and_started_again_end_with_the_same_bytes(
     process.wait()
     fit(tmp_path, tiny_model_dir, data, *TWO)
     assert contents(tmp_path) == contents(two)
+
+
+_GENERATE = "spin_lightning.generation.local:LocalGenerator.generate"
+_STEP = "spin_lightning.modules.base:SelfPlayModule.training_step"
+
+
+@pytest.mark.parametrize(
+    ("target", "call", "rank"), [(_GENERATE, 2, 1), (_STEP, 2, 1), (_STEP, 2, 0)]
+)
+def test_failure_on_one_rank_ends_all_with_its_message_and_the_next_start_goes_on(
+    target, call, rank, two, tiny_model_dir, data, tmp_path
+):
+    harm = {VARIABLE: Point("", target, "raises", call).value, RANK: str(rank)}
+    start = time.monotonic()
+    done = subprocess.run(
+        fit_command(tmp_path, tiny_model_dir, data, *TWO),
+        env=environment(**harm),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    print(f"exit code {done.returncode} after {time.monotonic() - start:.0f} s\n{done.stderr}")
+    assert done.returncode not in (0, 143)
+    assert f"RuntimeError: {BROKEN}" in done.stderr
+    # That of the rank which failed; who lost it says so in a line, if it had the time.
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    fit(tmp_path, tiny_model_dir, data, *TWO)
+    assert contents(tmp_path) == contents(two)
+
+
+@pytest.mark.parametrize(
+    ("target", "call", "rank"),
+    [(_GENERATE, 2, 1), ("spin_lightning.callbacks.self_play:measure_iterate", 1, 0)],
+)
+def test_wait_longer_than_the_process_group_allows_is_not_the_end(
+    target, call, rank, two, tiny_model_dir, data, tmp_path
+):
+    """Collectives of torch give up after 12 seconds here, and one rank takes 25 longer."""
+    harm = {VARIABLE: Point("", target, "slow", call).value, RANK: str(rank)}
+    strategy = "--trainer.strategy"
+    more = (strategy, "lightning.pytorch.strategies.DDPStrategy", f"{strategy}.timeout", "0:00:12")
+    start = time.monotonic()
+    done = subprocess.run(
+        fit_command(tmp_path, tiny_model_dir, data, *TWO, *more),
+        env=environment(**harm),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start > 25
+    assert contents(tmp_path) == contents(two)
+
+
+def test_held_out_row_without_a_partner_is_counted_once(tiny_model_dir, data, tmp_path):
+    """33 held-out rows, 32 in a global batch: the second rank has none of the last one."""
+    measured = []
+    for name, size, more in (("one", 32, ROWS), ("two", 16, TWO)):
+        held_out = ("--data.val_examples", "33", "--data.batch_size", size)
+        settings = (*more, *held_out, "--trainer.max_epochs", "1")
+        fit(tmp_path / name, tiny_model_dir, data, *map(str, settings))
+        with (tmp_path / name / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["val/logps/real"]]
+        measured.append({n: float(v) for n, v in rows[0].items() if n.startswith("val/") and v})
+    one, other = measured
+    assert one.keys() == other.keys()
+    assert {"val/loss", "val/logps/real", "val/logps/generated"} <= one.keys()
+    assert other == pytest.approx(one, rel=1e-6, abs=1e-6)

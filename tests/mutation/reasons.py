@@ -1,0 +1,67 @@
+"""Why a mutant may survive: it computes the same, or what differs is no behaviour."""
+
+_LAST_OF_TWO = "the tensor has two dimensions, of which the last is dimension 1"
+
+# Module, the line as it is, the line as it was changed: why no test can or should tell them apart.
+REASONS: dict[tuple[str, str, str], str] = {
+    (
+        "mixtures",
+        "return Mixture.normalized(dict.fromkeys(members, 1.0))",
+        "return Mixture.normalized(dict.fromkeys(members, 2.0))",
+    ): "equal weights of any size are normalised to the same",
+    (
+        "mixtures",
+        "grown = {i: more for i, more in growth.items() if more > _SAME_WEIGHT}",
+        "grown = {i: more for i, more in growth.items() if more >= _SAME_WEIGHT}",
+    ): "differs at a growth of 1e-12 to the last bit alone, which is rounding either way",
+    (
+        "mixtures",
+        "kept = {i: self.weights[i] for i in sorted(self.weights) if self.weights[i] > 0}",
+        "kept = {i: self.weights[i] for i in sorted(self.weights) if self.weights[i] != 0}",
+    ): "negative weights were refused before",
+    (
+        "mixtures",
+        "growth = {i: now.weights.get(i, 0.0) - before.weights.get(i, 0.0) for i in indices}",
+        "growth = {i: now.weights.get(i, -1.0) - before.weights.get(i, 0.0) for i in indices}",
+    ): "of an iterate that is gone the sign alone is used, and it is negative either way",
+    (
+        "mixtures",
+        "if last == first:",
+        "if last is first:",
+    ): "members differ, so the two are equal only as the one member, the same object",
+    (
+        "mixtures",
+        "if abs(total - 1.0) > 1e-9:",
+        "if abs(total - 1.0) >= 1e-9:",
+    ): "differs at a sum that is off by 1e-9 to the last bit alone",
+    (
+        "mixtures",
+        "def rows_per_sample(opponent: Mixture | None, *, union: bool) -> int:",
+        "def rows_per_sample(opponent: Mixture | None, /, union: bool) -> int:",
+    ): "another signature, the same result for every call that both take",
+    (
+        "packing",
+        "order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))",
+        "order = sorted(range(len(lengths)), key=lambda i: (~lengths[i], i))",
+    ): "~n is -n - 1: the same order",
+    (
+        "logps",
+        "positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)",
+        "positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)",
+    ): _LAST_OF_TWO,
+    (
+        "logps",
+        "positions = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)",
+        "positions = (attention_mask.cumsum(dim=+1) - 1).clamp_min(0)",
+    ): _LAST_OF_TWO,
+    (
+        "logps",
+        "return torch.where(mask, token_logps.double(), 0.0).sum(dim=-1)",
+        "return torch.where(mask, token_logps.double(), 0.0).sum(dim=+1)",
+    ): _LAST_OF_TWO,
+    (
+        "logps",
+        "",  # where the decorator below was
+        "def forward(",
+    ): "torch calls it on the class, where a function is the same as a static method",
+}
