@@ -12,9 +12,11 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_MUTATION := $(VENV)/.installed-mutation
+# In an environment of its own: what it needs is no dependency of ours.
+AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check lint types fmt coverage mutation notebooks bench
+.PHONY: help quickstart test test-slow check lint types audit fmt coverage mutation notebooks bench
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,7 +66,7 @@ test: $(INSTALLED_DEV) ## Run the tests, but for the slow ones and those that ne
 test-slow: $(INSTALLED_DEV) ## Run the slow tests.
 	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
 
-check: lint types test ## All that a change must pass: lint, types and test.
+check: lint types test audit ## All that a change must pass: lint, types, test and audit.
 
 lint: $(INSTALLED_DEV) ## Check style, format and who may import whom.
 	$(BIN)/ruff check .
@@ -73,6 +75,13 @@ lint: $(INSTALLED_DEV) ## Check style, format and who may import whom.
 
 types: $(INSTALLED_DEV) ## Check the types.
 	$(BIN)/mypy
+
+audit: | $(CREATED) ## Look the pinned versions up among known vulnerabilities, if a network allows.
+	@test -x $(AUDIT)/bin/pip-audit || { \
+		$(BIN)/python -m venv $(AUDIT) && \
+		$(AUDIT)/bin/python -m pip -qq --disable-pip-version-check install 'pip-audit>=2.9,<3'; \
+	} || echo "audit: pip-audit cannot be installed from here; nothing was checked."
+	@test ! -x $(AUDIT)/bin/pip-audit || $(BIN)/python tools/audit.py $(AUDIT)/bin/pip-audit
 
 fmt: $(INSTALLED_DEV) ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix-only --quiet .

@@ -22,12 +22,12 @@ from rich.console import Console
 from spin_lightning.callbacks.best_iterate import BestIterate
 from spin_lightning.callbacks.console import console, quiet, show_table
 from spin_lightning.callbacks.guard import RankLost
-from spin_lightning.callbacks.requirements import check_strategy, new_run
+from spin_lightning.callbacks.requirements import check_folder, check_strategy, new_run
 from spin_lightning.callbacks.row_making import DryRunFinished
 from spin_lightning.callbacks.run_files import ConfigFile, RunCSVLogger
 from spin_lightning.callbacks.self_play import SelfPlay
 from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.errors import RunFolderError, SpinError
+from spin_lightning.errors import RunFolderError, SettingError, SpinError, first_line
 from spin_lightning.evaluation.contestants import contestants
 from spin_lightning.evaluation.evaluate import Benchmark, evaluate_run
 from spin_lightning.evaluation.judge import JudgeSettings
@@ -39,7 +39,7 @@ from spin_lightning.evaluation.results import read_results, score_table
 from spin_lightning.evaluation.study import STABILITY_VARIANTS, Play, draw_study, study_table
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies.saved import export_iterate
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run_folder import RunFolder, is_of_the_disk, unwritable
 from spin_lightning.testbed import ensure, train_base
 
 # What Lightning and PEFT call that torch and transformers are about to rename.
@@ -127,6 +127,26 @@ class SpinCLI(LightningCLI):
             help="Write it after this many optimiser steps, too.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the arguments; refuse a seed that numpy cannot take."""
+        try:
+            super().parse_arguments(parser, args)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise SpinError(
+                f"a config file cannot be read ({first_line(error)})",
+                fix="give YAML in UTF-8, such as the config.yaml of a run",
+            ) from error
+        given = self.config[self.config.subcommand]
+        if not isinstance(given.trainer, Namespace):
+            raise SettingError(
+                "trainer", given.trainer, "it is no group of settings", fix="give trainer.<name>"
+            )
+        seed = given.seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise SettingError(
+                "seed_everything", seed, "out of range", fix="give a whole number, 0 to 2^32 - 1"
+            )
+
     def _parse_ckpt_path(self) -> None:
         """The config given always counts; Lightning would put the checkpoint's values back."""
 
@@ -140,6 +160,8 @@ class SpinCLI(LightningCLI):
         parser = self._parser(self.config.subcommand)
         self._config_text = parser.dump(config, skip_unset=False)
         run = RunFolder(Path(config.trainer.default_root_dir))
+        if self.config.subcommand == "fit":
+            check_folder(run)
         config.ckpt_path = _checkpoint(run, config.ckpt_path, config.resume)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -166,7 +188,12 @@ class SpinCLI(LightningCLI):
                 RunCSVLogger(root),
                 TensorBoardLogger(root / "tensorboard", name="", version=""),
             ]
-        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise SpinError(
+                f"trainer: {first_line(error)}", fix="see spin-lightning fit --help"
+            ) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -186,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> None:
             SpinCLI(args)
     except DryRunFinished:
         console.print("Dry run: nothing was trained. What was made is kept and used by `fit`.")
-    except (ValueError, MisconfigurationException, ArgumentError) as error:
+    except (OSError, ValueError, MisconfigurationException, ArgumentError) as error:
         mistake = _mistake(error)
         if mistake is None:
             raise
@@ -203,12 +230,17 @@ def _end(error: Exception, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _mistake(error: BaseException | None) -> Exception | None:
+def _mistake(error: BaseException | None) -> SpinError | None:
     """The user's mistake behind an error: jsonargparse wraps what a class raises in its own."""
     cause = error
     while cause is not None:
-        if isinstance(cause, SpinError | MisconfigurationException):
+        if isinstance(cause, SpinError):
             return cause
+        if isinstance(cause, MisconfigurationException):
+            return SpinError(first_line(cause), fix="see spin-lightning fit --help")
+        if isinstance(cause, OSError) and is_of_the_disk(cause):
+            # A logger's or a library's own file: those of the run say so by themselves.
+            return unwritable(cause.filename or "a file", cause)
         cause = cause.__cause__ or cause.__context__
     return _unread(error) if isinstance(error, ArgumentError) else None
 
@@ -365,6 +397,13 @@ def _resolve_testbed(config: Namespace) -> None:
             namespace[key] = str(getattr(ensure(int(seed or 0)), key))
 
 
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _checkpoint(run: RunFolder, given: str | None, resume: str) -> str | None:
     """The checkpoint to start from.
 
@@ -379,7 +418,7 @@ def _checkpoint(run: RunFolder, given: str | None, resume: str) -> str | None:
             fix="set resume: auto, or name a new folder with --trainer.default_root_dir",
         )
     if given not in (None, "last"):
-        if not Path(given).is_file():
+        if not _is_file(given):
             raise RunFolderError(
                 f"ckpt_path={given!r}: there is no such file",
                 fix="name a checkpoint of the run, or leave it out: resume: auto finds the last",

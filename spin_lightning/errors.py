@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from spin_lightning.masking import masked
+
+# Past these a number is a slip of the hand: torch and parquet would overflow somewhere in a run.
+MOST = 2**31 - 1
+MOST_REAL = 1e30
+
 
 class SpinError(ValueError):
     """Base of every error that spin_lightning raises on purpose.
@@ -12,7 +18,8 @@ class SpinError(ValueError):
     """
 
     def __init__(self, problem: str, *, fix: str) -> None:
-        super().__init__(f"{problem.rstrip('.')}. Fix: {fix.rstrip('.')}.")
+        # A path or an address in it may hold somebody's token.
+        super().__init__(masked(f"{problem.rstrip('.')}. Fix: {fix.rstrip('.')}."))
         self.problem = problem
         self.fix = fix
 
@@ -37,6 +44,20 @@ class DataError(SpinError):
 
 class RunFolderError(SpinError):
     """A run folder is missing something, was edited, or belongs to another configuration."""
+
+
+def is_whole(value: object, least: int, most: int = MOST) -> bool:
+    """Whether a setting is a whole number in a range; `True` is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a finite number; `True` is none."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -MOST_REAL <= value <= MOST_REAL
+    )
 
 
 def check_names(group: str, values: Mapping[str, object], known: Sequence[str]) -> None:

@@ -21,11 +21,15 @@ def differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """One line `field: run has …, you gave …` for each field that differs, by field name."""
     # A round trip through JSON makes tuples and lists, written and read back, compare equal.
     run, given = json.loads(json.dumps(run)), json.loads(json.dumps(given))
-    return [
-        f"{name}: run has {run.get(name)!r}, you gave {given.get(name)!r}"
-        for name in sorted({*run, *given})
-        if run.get(name) != given.get(name)
-    ]
+    lines = []
+    for name in sorted({*run, *given}):
+        had, has = run.get(name), given.get(name)
+        if isinstance(had, dict) and isinstance(has, dict):
+            # Of the files of a model, say, only those that differ.
+            lines += [f"{name}.{line}" for line in differences(had, has)]
+        elif had != has:
+            lines.append(f"{name}: run has {had!r}, you gave {has!r}")
+    return lines
 
 
 def file_hash(path: Path) -> str:

@@ -22,6 +22,9 @@ from torch.nn import functional
 LossName = Literal["logistic", "hinge", "exponential", "ipo"]
 MarginLoss = Callable[[Tensor, float], Tensor]
 
+# e^40 = 2.4e17, and an optimiser's squared gradient 5.5e34: float32 ends at 3.4e38.
+_MOST_EXPONENT = 40.0
+
 
 def logistic(margin: Tensor, beta: float) -> Tensor:
     """SPIN's and DPO's loss: -log sigmoid(beta * m).
@@ -56,6 +59,9 @@ def hinge(margin: Tensor, beta: float) -> Tensor:
 def exponential(margin: Tensor, beta: float) -> Tensor:
     """Exponential loss: exp(-beta * m), the harshest on pairs that are lost.
 
+    Beyond an exponent of 40 it goes on along its tangent, so that neither it nor the square of its
+    gradient overflows a float32; `overflows` counts these pairs.
+
     Args:
         margin: Log-ratio margin, nats, shape [batch].
         beta: Temperature of the implicit reward, > 0.
@@ -63,7 +69,19 @@ def exponential(margin: Tensor, beta: float) -> Tensor:
     Returns:
         Loss per pair, shape [batch].
     """
-    return torch.exp(-beta * margin)
+    exponent = -beta * margin
+    clamped = exponent.clamp_max(_MOST_EXPONENT)
+    return torch.exp(clamped) * (1.0 + (exponent - clamped))
+
+
+def overflows(margin: Tensor, beta: float) -> Tensor:
+    """Number of pairs whose exponential loss is clamped, int64, shape [].
+
+    Args:
+        margin: Log-ratio margin, nats, shape [batch].
+        beta: Temperature of the implicit reward, > 0.
+    """
+    return (-beta * margin > _MOST_EXPONENT).sum()
 
 
 def ipo(margin: Tensor, beta: float) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import SettingError, is_number, is_whole
 
 # What log-ratios are taken against: what the opponent is, or the last iterate alone.
 Against = Literal["opponent", "previous"]
@@ -223,7 +223,7 @@ def check_alpha(alpha: float) -> None:
     Raises:
         SettingError: `alpha` outside [0, 1].
     """
-    if not 0 <= alpha <= 1:
+    if not is_number(alpha) or not 0 <= alpha <= 1:
         raise SettingError(
             "alpha",
             alpha,
@@ -248,7 +248,7 @@ def window(t: int, history: int | None) -> Mixture:
     Raises:
         SettingError: `history` below 1.
     """
-    if history is not None and history < 1:
+    if history is not None and not is_whole(history, 1):
         raise SettingError(
             "history",
             history,

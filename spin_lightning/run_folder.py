@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_lightning.errors import RunFolderError, first_line
-from spin_lightning.fingerprint import file_hash
+from spin_lightning.errors import RunFolderError, first_line, is_whole
+from spin_lightning.fingerprint import file_hash, folder_hashes
 
 ITERATE_FILE = "iterate.json"
+_ITERATE_NAME = re.compile(r"iterate_(\d{3,9})")
+_ELSEWHERE = "or name another folder with --trainer.default_root_dir"
+_ADVICE = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EROFS: f"mount it writable, {_ELSEWHERE}",
+    errno.EACCES: f"make it writable, {_ELSEWHERE}",
+    errno.EPERM: f"make it writable, {_ELSEWHERE}",
+    errno.ENOTDIR: f"move the file away that is in its place, {_ELSEWHERE}",
+    errno.EEXIST: f"move the file away that is in its place, {_ELSEWHERE}",
+    errno.ENAMETOOLONG: f"shorten it, {_ELSEWHERE}",
+}
 BEST_FILE = "best.json"
+
+
+_RECORD = {
+    "files": dict,
+    "base": dict,
+    "metrics": dict,
+    "rows": dict,
+    "fingerprint": str,
+    "fingerprint_fields": dict,
+    "tokenizer_files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +97,8 @@ class RunFolder:
     def known_iterates(self) -> list[int]:
         """Indices of the iterates that are there, ascending."""
         files = self.iterates.glob(f"iterate_*/{ITERATE_FILE}")
-        return sorted(int(file.parent.name.removeprefix("iterate_")) for file in files)
+        names = (_ITERATE_NAME.fullmatch(file.parent.name) for file in files)
+        return sorted(int(name[1]) for name in names if name)
 
     def bank(self) -> dict[int, Path]:
         """Folder of each iterate that is there."""
@@ -93,14 +118,27 @@ class RunFolder:
             )
         try:
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(known, dict):
-                raise ValueError("it is no record of an iterate")
+            _check_record(known, t)
         except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(
                 f"{file} is damaged ({first_line(error)})",
                 fix="restore it from a copy of the run, or start a new run in another folder",
             ) from error
         return known
+
+    def field(self, t: int, name: str) -> Any:
+        """What iterate t's record says under `name`.
+
+        Raises:
+            RunFolderError: The run has no iterate t, or its record does not say.
+        """
+        record = self.read_iterate(t)
+        if name not in record:
+            raise RunFolderError(
+                f"{self.iterate(t) / ITERATE_FILE} does not say its {name}",
+                fix="restore it from a copy of the run, or start a new run in another folder",
+            )
+        return record[name]
 
     def check_iterate(self, t: int) -> None:
         """Hold the files of iterate t against the hashes that were taken when it was made.
@@ -115,6 +153,27 @@ class RunFolder:
                     f"{file} {'is not what was written' if file.is_file() else 'is missing'}",
                     fix="restore it from a copy of the run and start the same command again, or "
                     "start a new run in another folder",
+                )
+
+    def tokenizer_hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of the tokenizer as used, by name."""
+        return folder_hashes(self.tokenizer, (".json", ".jinja", ".model", ".txt"))
+
+    def check_tokenizer(self) -> None:
+        """Hold the tokenizer's files against the hashes that were taken when the run began.
+
+        Raises:
+            RunFolderError: The run has no iterates, or a file is missing or was edited.
+        """
+        # (A run of an earlier version knows no hashes of them.)
+        wanted = self.read_iterate(min(self.known_iterates(), default=0)).get("tokenizer_files", {})
+        for name, digest in wanted.items():
+            file = self.tokenizer / name
+            if not file.is_file() or file_hash(file) != digest:
+                raise RunFolderError(
+                    f"{file} {'is not what the run wrote' if file.is_file() else 'is missing'}",
+                    fix="restore it from a copy of the run, or save the tokenizer of the run's "
+                    "base model there again with save_pretrained",
                 )
 
     def write_iterate(self, t: int, fields: Mapping[str, Any]) -> None:
@@ -142,7 +201,18 @@ class RunFolder:
     def known_best(self) -> dict[str, Any] | None:
         """Index, metric and value of the best iterate; None where nobody said which it is."""
         file = self.iterates / BEST_FILE
-        return json.loads(file.read_text()) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            best: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(best, dict) or not is_whole(best.get("index"), 0):
+                raise ValueError("it names no iterate")
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFolderError(
+                f"{file} is damaged ({first_line(error)})",
+                fix="delete it: the run writes it again; or name the iterate by its number",
+            ) from error
+        return best
 
     def staged_iterate(self, t: int) -> Path:
         """An empty folder in which iterate t is put together before `replace_synced`."""
@@ -157,8 +227,22 @@ class RunFolder:
             if known > t:
                 shutil.rmtree(self.iterate(known))
         for folder in (self.root / "rows").glob("iterate_*"):
-            if int(folder.name.removeprefix("iterate_")) >= t:
+            name = _ITERATE_NAME.fullmatch(folder.name)
+            if name and int(name[1]) >= t:
                 shutil.rmtree(folder)
+
+
+def _check_record(record: Any, t: int) -> None:
+    """Refuse what is no record of iterate t, as far as it says anything."""
+    if not isinstance(record, dict) or record.get("index", t) != t:
+        raise ValueError("it is no record of this iterate")
+    for name, kind in _RECORD.items():
+        if not isinstance(record.get(name, kind()), kind):
+            raise ValueError(f"its {name!r} is no {kind.__name__}")
+    for file in record.get("files", {}):
+        # They are opened: none may lead out of the folder.
+        if Path(file).name != file:
+            raise ValueError(f"it names a file {file!r} elsewhere")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -188,18 +272,16 @@ def writing(path: Path) -> Iterator[None]:
         raise unwritable(path, error) from error
 
 
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether it is a full, broken or read-only disk that an error tells of."""
+    return error.errno in _ADVICE or error.errno == errno.EIO
+
+
 def unwritable(path: Path | str, error: OSError) -> RunFolderError:
     """The error for a file that the disk refused."""
-    advice = {
-        errno.ENOSPC: "free some space there",
-        errno.EDQUOT: "free some of your quota there",
-        errno.EROFS: "mount it writable, or name another folder with --trainer.default_root_dir",
-        errno.EACCES: "make it writable, or name another folder with --trainer.default_root_dir",
-        errno.EPERM: "make it writable, or name another folder with --trainer.default_root_dir",
-    }
     return RunFolderError(
         f"{path} cannot be written ({error.strerror or error})",
-        fix=f"{advice.get(error.errno or 0, 'mend the disk')}, and start the same command again: "
+        fix=f"{_ADVICE.get(error.errno or 0, 'mend the disk')}, and start the same command again: "
         "what was written before is whole and is used",
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from spin_lightning.errors import SettingError, check_names
+from spin_lightning.errors import SettingError, check_names, is_number, is_whole
+
+# Below this the logits overflow a float32.
+_COLDEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,19 @@ class GenerationSettings:
         """Check the ranges."""
         checks = {
             "batch_tokens": (
-                self.batch_tokens is None or self.batch_tokens > 0,
-                "a number > 0, or null",
+                self.batch_tokens is None or is_whole(self.batch_tokens, 1),
+                "a whole number > 0, or null",
             ),
-            "unit_size": (self.unit_size > 0, "a number of rows > 0"),
+            "unit_size": (is_whole(self.unit_size, 1), "a whole number of rows > 0"),
             "temperature": (
-                0 < self.temperature < math.inf,
-                "a number > 0; 1 is what self-play assumes",
+                is_number(self.temperature) and self.temperature >= _COLDEST,
+                f"a number >= {_COLDEST}; 1 is what self-play assumes, top_k: 1 is greedy",
             ),
-            "top_p": (0 < self.top_p <= 1, "a number in (0, 1]; 1 is what self-play assumes"),
-            "top_k": (self.top_k >= 0, "a number >= 0; 0 keeps every token"),
+            "top_p": (
+                is_number(self.top_p) and 0 < self.top_p <= 1,
+                "a number in (0, 1]; 1 is what self-play assumes",
+            ),
+            "top_k": (is_whole(self.top_k, 0), "a whole number >= 0; 0 keeps every token"),
         }
         for name, (valid, fix) in checks.items():
             if not valid:

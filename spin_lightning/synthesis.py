@@ -27,6 +27,7 @@ from spin_lightning.drawing import NO_ROWS, EarlierRows, RowDraw, RowPlan, Score
 from spin_lightning.errors import SpinError
 from spin_lightning.fingerprint import differences
 from spin_lightning.generation.base import Generator, Request, Response
+from spin_lightning.not_finite import check_rows
 from spin_lightning.packing import group_by_length, pack_prompts
 from spin_lightning.policies.base import Policy
 from spin_lightning.types import Example, Row
@@ -117,6 +118,9 @@ class Synthesis:
         Yields:
             The index of each unit once its part is on disk. The manifest is left to `finish`, when
             all ranks are through.
+
+        Raises:
+            NotFiniteError: A log-prob of a unit is nan or infinite; nothing of it is written.
         """
         for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:
@@ -126,6 +130,8 @@ class Synthesis:
                 report.advance("scoring", len(draws), 0.0)
             else:
                 rows = self._unit(plan, draws, earlier, report)
+                made = f"scoring rows of iterate {plan.iterate}, work unit {unit}"
+                check_rows(rows, folder / f"not_finite-{unit:05d}.json", made)
                 write_part(folder, unit, rows, self.generator.deviations)
             yield unit
 

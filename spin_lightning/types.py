@@ -157,16 +157,19 @@ class PairBatch:
             uses one.
         reference_real: log R(y|x), nats, float64, shape [n].
         reference_generated: log R(y'|x), likewise; None without generated responses.
+        row_ids: Example and sample of each pair; empty where nobody will ask.
     """
 
     pairs: PromptBatch
     reference_real: Tensor
     reference_generated: Tensor | None
+    row_ids: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Return a copy on `device`."""
         reference = self.reference_generated
-        return PairBatch(
+        return replace(
+            self,
             pairs=self.pairs.to(device),
             reference_real=self.reference_real.to(device),
             reference_generated=None if reference is None else reference.to(device),

@@ -190,15 +190,20 @@ def test_last_logits_give_new_columns_the_positions_behind_those_that_a_cache_ho
     assert model.seen == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
 
 
-def test_response_logps_of_a_bfloat16_model_are_summed_in_double_precision():
-    """2000 tokens of probability 1/4: bfloat16 has no -log 4, and sums of it get stuck."""
-    table = Bigrams(torch.zeros(4, 4, dtype=torch.bfloat16))
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_response_logps_of_a_model_in_half_precision_are_summed_in_double_precision(dtype):
+    """2000 tokens of probability 1/4: neither type has -log 4, and sums of it get stuck."""
+    table = Bigrams(torch.zeros(4, 4, dtype=dtype))
     logps = response_logps(table, pack_padded([(1,)], [(2,) * 2000], pad_id=0))
     assert logps.item() == pytest.approx(-2000 * math.log(4), abs=1e-3)
 
 
-def test_response_logps_of_a_bfloat16_llama_are_those_of_its_own_logits(batch):
-    model = build(CONFIGS["llama"]).bfloat16()
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_response_logps_of_a_llama_in_half_precision_are_those_of_its_own_logits(batch, dtype):
+    model = build(CONFIGS["llama"]).to(dtype)
     with torch.no_grad():
         logps = response_logps(model, batch)
         positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
@@ -209,7 +214,7 @@ def test_response_logps_of_a_bfloat16_llama_are_those_of_its_own_logits(batch):
         for i, (_, response) in enumerate(PAIRS)
         for n in [len(response)]
     ]
-    assert logits.dtype == torch.bfloat16
+    assert logits.dtype == dtype
     assert logps.tolist() == pytest.approx(by_hand, abs=1e-5)
 
 
@@ -276,11 +281,12 @@ def test_head_logps_of_a_frozen_head_keep_no_logits_for_the_backward_pass():
     assert saved == [(300, 8)]
 
 
-def test_head_logps_in_bfloat16_are_as_near_as_its_logits_allow():
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_head_logps_in_half_precision_are_as_near_as_its_logits_allow(dtype):
     """Logits are rounded by the product; what comes after is float32."""
     generator = torch.Generator().manual_seed(0)
-    head = nn.Linear(16, 50, bias=False).requires_grad_(False).bfloat16()
-    hidden = torch.randn(40, 16, generator=generator).bfloat16().requires_grad_(True)
+    head = nn.Linear(16, 50, bias=False).requires_grad_(False).to(dtype)
+    hidden = torch.randn(40, 16, generator=generator).to(dtype).requires_grad_(True)
     targets = torch.randint(50, (40,), generator=generator)
     found = head_logps(head, hidden, targets)
     by_hand = (hidden @ head.weight.t()).float().log_softmax(-1)[range(40), targets]
@@ -288,7 +294,7 @@ def test_head_logps_in_bfloat16_are_as_near_as_its_logits_allow():
     torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-6)
     (gradient,) = torch.autograd.grad(found.sum(), hidden)
     (wanted,) = torch.autograd.grad(plain_head_logps(head, hidden, targets).sum(), hidden)
-    assert gradient.dtype == torch.bfloat16
+    assert gradient.dtype == dtype
     assert (gradient - wanted).norm() < 0.01 * wanted.norm()
 
 

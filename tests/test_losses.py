@@ -1,6 +1,6 @@
 """Losses: values and slopes by hand, at arguments that make them simple, and by differences."""
 
-from math import log
+from math import exp, log
 from typing import get_args
 
 import pytest
@@ -29,6 +29,10 @@ BY_HAND = [
     ("exponential", 2.0, 0.0, 1.0, -2.0),
     ("exponential", 2.0, LOG_3 / 2, 1 / 3, -2 / 3),
     ("exponential", 2.0, -LOG_3 / 2, 3.0, -6.0),
+    # Past an exponent of 40 along the tangent there: e^40 (1 + x - 40), slope -beta e^40.
+    ("exponential", 2.0, -20.0, exp(40), -2 * exp(40)),
+    ("exponential", 2.0, -25.0, 11 * exp(40), -2 * exp(40)),
+    ("exponential", 1.0, -10_000.0, 9_961 * exp(40), -exp(40)),
     # Least at 1 / (2 * 0.25) = 2; the slope is 2 (m - 2).
     ("ipo", 0.25, 2.0, 0.0, 0.0),
     ("ipo", 0.25, 0.0, 4.0, -4.0),
@@ -150,3 +154,17 @@ def test_gradient_of_real_nll_is_that_of_finite_differences():
     logps = torch.tensor([-6.0, -5.0, -0.2], dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([2, 5, 1])
     assert torch.autograd.gradcheck(lambda x: losses.real_nll(x, lengths), logps)
+
+
+def test_exponential_loss_of_a_hopeless_pair_stays_a_float32_with_its_squared_slope():
+    margin = torch.tensor([-1e6, -50.0, 1e6], requires_grad=True)
+    loss = losses.exponential(margin, 1.0)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert margin.grad.square().isfinite().all()
+
+
+def test_overflows_counts_the_pairs_past_an_exponent_of_forty():
+    margins = torch.tensor([-81.0, -80.0, -79.0, 0.0, 100.0, -1e9], dtype=torch.float64)
+    assert losses.overflows(margins, 0.5).item() == 2
+    assert losses.overflows(margins, 1.0).item() == 4

@@ -25,6 +25,7 @@ TARGETS = [
     "test-slow",
     "check",
     "lint",
+    "audit",
     "types",
     "fmt",
     "coverage",

@@ -13,8 +13,15 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.fingerprint import differences
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run_folder import RunFolder, writing
 
+# What a run that ended before its first iterate may have left, and what loggers put there.
+_OWN = frozenset(
+    {"checkpoints", "config.yaml", "evaluation", "iterates", "metrics.csv", "report", "rows"}
+    | {"tensorboard", "tokenizer", "lightning_logs", "mlruns", "wandb"}
+)
+# What is caught of its output.
+_LOGS = frozenset({".log", ".out", ".err", ".tmp"})
 _STRATEGIES = frozenset(
     {"auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"}
 )
@@ -33,7 +40,7 @@ def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) ->
     known = run.known_iterates()
     if not known:
         return
-    newest = run.read_iterate(known[-1])["fingerprint_fields"]
+    newest = run.field(known[-1], "fingerprint_fields")
     changed = differences(newest, fields_at(known[-1]))
     if changed:
         raise RunFolderError(
@@ -45,6 +52,9 @@ def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) ->
 def check_start(run: RunFolder, checkpoint: object) -> None:
     """Refuse to start from scratch over iterates that were trained.
 
+    A run that ended between its first iterate and its first checkpoint may: it makes the same
+    iterate again.
+
     Args:
         run: The run folder.
         checkpoint: The checkpoint that training resumes from, None when it starts from scratch.
@@ -53,12 +63,35 @@ def check_start(run: RunFolder, checkpoint: object) -> None:
         RunFolderError: The folder has trained iterates, and nothing is resumed.
     """
     known = run.known_iterates()
-    if checkpoint is None and known and known[-1] > 0:
+    untouched = 0 if run.last_checkpoint.exists() else 1
+    if checkpoint is None and known and known[-1] > untouched:
         raise RunFolderError(
             f"{run.root} already holds iterates 0 to {known[-1]}, and this start is from scratch",
             fix="resume (the command line's resume: auto, or Trainer.fit(ckpt_path="
             f"{str(run.last_checkpoint)!r})), or name a new folder",
         )
+
+
+def check_folder(run: RunFolder) -> None:
+    """Refuse to put a run among files of something else; make the folder.
+
+    Raises:
+        RunFolderError: The folder holds no run but other files, or it cannot be made.
+    """
+    if run.root.is_dir() and not run.iterates.is_dir():
+        foreign = [
+            path.name
+            for path in sorted(run.root.iterdir())
+            if path.name not in _OWN and not path.name.startswith(".") and path.suffix not in _LOGS
+        ]
+        if foreign:
+            raise RunFolderError(
+                f"{run.root} holds no run, but {len(foreign)} other files and folders, such as "
+                f"{foreign[0]}",
+                fix="name a new or an empty folder with --trainer.default_root_dir",
+            )
+    with writing(run.root):
+        run.root.mkdir(parents=True, exist_ok=True)
 
 
 def run_root(trainer: L.Trainer, module: SelfPlayModule) -> Path:

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from spin_lightning.run_folder import replace_synced, write_text
+from spin_lightning.masking import masked
+from spin_lightning.run_folder import replace_synced, write_text, writing
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -26,6 +27,15 @@ class _AppendingWriter(ExperimentWriter):
             _drop_torn_line(path)
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+
+    def save(self) -> None:
+        """Write what was logged.
+
+        Raises:
+            RunFolderError: The disk refuses.
+        """
+        with writing(Path(self.metrics_file_path)):
+            super().save()
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """Add columns, whole or not at all; Lightning's would lose the file to a crash."""
@@ -88,9 +98,9 @@ class ConfigFile(Callback):
     """
 
     def __init__(self, root: Path, text: str) -> None:
-        """Keep what to write; it is written when training starts."""
+        """Keep what to write, less keys and tokens; it is written when training starts."""
         self._root = root
-        self._text = text
+        self._text = masked(text)
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,5 +110,5 @@ class ConfigFile(Callback):
             if not path.exists():
                 write_text(path, self._text)
                 return
-            if path.read_text() == self._text:
+            if path.read_text(encoding="utf-8", errors="replace") == self._text:
                 return

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
+from spin_lightning.callbacks.checkpoints import check_lineage_of, read_safely, write_lineage
 from spin_lightning.callbacks.console import console, show_iterates, show_samples
 from spin_lightning.callbacks.evaluate import IterateEvaluator, IterateListener
 from spin_lightning.callbacks.guard import RunGuard
@@ -32,7 +34,8 @@ from spin_lightning.evaluation.report import draw_iterates
 from spin_lightning.evaluation.samples import sample_pairs
 from spin_lightning.fingerprint import fingerprint
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json
+from spin_lightning.modules.skipping import check_weights
+from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json, writing
 
 _PAIRS_LOGGED = 20
 
@@ -86,6 +89,7 @@ class SelfPlay(Callback):
         if self.run is None:
             self.run = RunFolder(trainer.strategy.broadcast(run_root(trainer, module)))
         data.run_folder = self.run
+        read_safely(trainer)
         if stage != "fit":
             return
         self._iterates = module.check_trainer()
@@ -113,11 +117,13 @@ class SelfPlay(Callback):
             # Each of them may act, or be the start of the next.
             for t in range(module.iterate + 1):
                 run.check_iterate(t)
+            run.check_tokenizer()
         self._maker = RowMaker(trainer, module, data, run, self._iterates, self.guard, self.dry_run)
         if trainer.is_global_zero:
             console.print(f"Run folder: {run.root}")
             if 0 not in run.known_iterates():
-                module.tokenizer.save_pretrained(run.tokenizer)
+                with writing(run.tokenizer):
+                    module.tokenizer.save_pretrained(run.tokenizer)
                 self._keep(trainer, module, data, 0, training=None)
             if module.iterate < self._iterates:
                 console.print(self._maker.cost())
@@ -172,6 +178,20 @@ class SelfPlay(Callback):
         """Let the folder go."""
         self.guard.close(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say which run's iterate the checkpoint goes on from."""
+        module, _ = _parts(trainer, pl_module)
+        write_lineage(checkpoint, self._run, module.iterate)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to train on from a checkpoint of another run."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_lineage_of(checkpoint, self._run)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
         return {"iterate_step": self._iterate_step}
@@ -199,6 +219,7 @@ class SelfPlay(Callback):
         self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
     ) -> None:
         """Keep the policy as the next iterate and go on to it. Doing it twice is harmless."""
+        check_weights(module)
         training = self._training_record(trainer, module, data)
         self._iterate_step = trainer.global_step
         if trainer.is_global_zero:
@@ -235,6 +256,8 @@ class SelfPlay(Callback):
             "step": self._iterate_step,
             "training": training,
         }
+        if t == 0:
+            record["tokenizer_files"] = run.tokenizer_hashes()
         write_json(staged / ITERATE_FILE, record)
         replace_synced(staged, run.iterate(t))
 

@@ -25,4 +25,5 @@ def collate(pairs: Sequence[Pair]) -> PairBatch:
         )
         if paired
         else None,
+        row_ids=tuple((pair.example_id, pair.sample) for pair in pairs),
     )

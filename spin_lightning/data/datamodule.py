@@ -17,11 +17,20 @@ from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.formats import describe_bad_rows, read_conversations
 from spin_lightning.data.rows import read_rows
 from spin_lightning.data.tokenise import PromptFormat
-from spin_lightning.errors import DataError, RunFolderError, SettingError
+from spin_lightning.errors import (
+    MOST,
+    DataError,
+    RunFolderError,
+    SettingError,
+    is_number,
+    is_whole,
+)
 from spin_lightning.run_folder import RunFolder
 from spin_lightning.types import BadRow, Conversation, Example
 
 _MOST_VAL_EXAMPLES = 256
+# Collating is quick: more processes than this would only fill the machine.
+_MOST_WORKERS = 256
 # With fewer prompts than this, holding whole prompts out would leave little to learn or to test.
 _FEWEST_PROMPTS = 64
 
@@ -291,13 +300,21 @@ class SelfPlayDataModule(L.LightningDataModule):
         )
         for name in positive:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"data.{name}", value, "out of range", fix="give 1 or more")
-        for name in ("val_examples", "num_workers"):
+            if value is not None and not is_whole(value, 1):
+                raise SettingError(
+                    f"data.{name}", value, "out of range", fix="give a whole number, 1 or more"
+                )
+        if self.bad_rows not in ("skip", "refuse"):
+            raise SettingError(
+                "data.bad_rows", self.bad_rows, "there is no such choice", fix="skip, or refuse"
+            )
+        for name, most in (("val_examples", MOST), ("num_workers", _MOST_WORKERS)):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise SettingError(f"data.{name}", value, "out of range", fix="give 0 or more")
-        if not 0 <= self.val_fraction < 1:
+            if value is not None and not is_whole(value, 0, most):
+                raise SettingError(
+                    f"data.{name}", value, "out of range", fix=f"give a whole number, 0 to {most}"
+                )
+        if not is_number(self.val_fraction) or not 0 <= self.val_fraction < 1:
             raise SettingError(
                 "data.val_fraction", self.val_fraction, "out of range", fix="give a share in [0, 1)"
             )

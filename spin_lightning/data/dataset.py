@@ -27,6 +27,8 @@ class Pair(NamedTuple):
     generated_ids: NDArray[np.int32]
     reference_real: float
     reference_generated: float
+    example_id: int = -1
+    sample: int = -1
 
 
 class PairDataset(Dataset[Pair]):
@@ -62,6 +64,8 @@ class PairDataset(Dataset[Pair]):
             self._table.generated_ids[index],
             float(self._real[index]),
             float(self._generated[index]),
+            int(self._table.example_id[index]),
+            int(self._table.sample[index]),
         )
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from spin_lightning.errors import DataError, first_line
+from spin_lightning.data.sources import SourceRow, load_rows
+from spin_lightning.errors import DataError
 from spin_lightning.types import BadRow, Conversation, Message
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -24,11 +18,9 @@ _PAIRS = (
     ("prompt", "real"),
     ("question", "answer"),
 )
-_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>\w[\w.-]*))?(:(?P<split>.+))?")
 # Of many kinds of bad rows, the most frequent ones are told.
 _MOST_KINDS = 5
 
-_Row = Mapping[str, Any]
 _Turns = tuple[Message, ...]
 
 
@@ -63,7 +55,7 @@ def read_conversations(
     Raises:
         DataError: No such data, data that cannot be read, no rows, or no usable columns.
     """
-    rows = _load(source, setting)
+    rows = load_rows(source, setting)
     if not rows:
         raise DataError(
             f"{setting}={source!r} is empty, it has no rows",
@@ -102,122 +94,9 @@ def describe_bad_rows(bad: Sequence[BadRow], total: int) -> str:
     return f"{len(bad)} of {total} rows ({'; '.join(told)})"
 
 
-# ---------------------------------------------------------------------------- where rows come from
-
-
-def _load(source: str, setting: str) -> list[_Row]:
-    path = Path(source).expanduser()
-    if path.exists():
-        return [row for file in _files(path, setting) for row in _read_file(file, setting)]
-    hub_id = _HUB_ID.fullmatch(source)
-    if hub_id is None or path.suffix.lower() in _READERS:
-        raise DataError(
-            f"{setting}={source!r}: there is no such file",
-            fix="check the path, or give a hub id owner/name[/configuration][:split]",
-        )
-    return _read_hub(source, hub_id, setting)
-
-
-def _files(path: Path, setting: str) -> list[Path]:
-    candidates = [path] if path.is_file() else sorted(path.iterdir())
-    files = [
-        file
-        for file in candidates
-        if file.is_file() and file.suffix.lower() in _READERS and not file.name.startswith(".")
-    ]
-    if not files:
-        what = "is" if path.is_file() else "holds"
-        raise DataError(
-            f"{setting}={str(path)!r} {what} no {', '.join(_READERS)} file",
-            fix="give a file of one of these kinds, or a folder of them",
-        )
-    return files
-
-
-def _read_file(file: Path, setting: str) -> Sequence[_Row]:
-    try:
-        return _READERS[file.suffix.lower()](file)
-    # A broken json, text that is not UTF-8 and most of what Arrow complains about: ValueError.
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise DataError(
-            f"{setting}={str(file)!r} cannot be read ({first_line(error)})",
-            fix="check that the file is whole and of the kind its name says (json: a list of "
-            "objects, or one object a line)",
-        ) from error
-
-
-def _read_json(file: Path) -> list[_Row]:
-    """A list of objects, or one object a line, whichever of the two names the file has."""
-    with file.open(encoding="utf-8-sig") as stream:
-        is_list = stream.read(64).lstrip().startswith("[")
-        stream.seek(0)
-        if is_list:
-            rows = list(enumerate(json.load(stream), 1))
-        else:
-            rows = [(n, _parsed(n, line)) for n, line in enumerate(stream, 1) if line.strip()]
-    for n, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{'object' if is_list else 'line'} {n} has no columns")
-    return [row for _, row in rows]
-
-
-def _parsed(n: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {n} is not valid json: {error.msg}") from error
-
-
-def _read_csv(file: Path) -> list[_Row]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        header, *records = [cells for cells in csv.reader(stream, strict=True) if cells] or [[]]
-    for n, cells in enumerate(records, 1):
-        if len(cells) != len(header):
-            raise ValueError(f"record {n} has {len(cells)} cells, the header has {len(header)}")
-    return [dict(zip(header, cells, strict=True)) for cells in records]
-
-
-def _read_parquet(file: Path) -> list[_Row]:
-    # `read_table` would add columns for folders that are named like `split=train`.
-    with pq.ParquetFile(file) as parquet:
-        rows: list[_Row] = parquet.read().to_pylist()
-    return rows
-
-
-_READERS: Mapping[str, Callable[[Path], list[_Row]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}
-
-
-def _read_hub(source: str, hub_id: re.Match[str], setting: str) -> list[_Row]:
-    import datasets
-    import huggingface_hub
-
-    try:
-        if not huggingface_hub.is_offline_mode():
-            # Without a network `load_dataset` tries for half a minute before it says so.
-            huggingface_hub.HfApi().dataset_info(hub_id["name"], timeout=10)
-        return list(
-            datasets.load_dataset(
-                hub_id["name"], hub_id["config"], split=hub_id["split"] or "train"
-            )
-        )
-    # Whatever a client of the network raises: its errors have no base class in common.
-    except Exception as error:
-        raise DataError(
-            f"{setting}={source!r} is no file, and reading it from the hub failed "
-            f"({first_line(error.__cause__ or error)})",
-            fix="check the path or the hub id owner/name[/configuration][:split]; without a "
-            "network give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before",
-        ) from error
-
-
 # ---------------------------------------------------------------------------- what a row means
 
-_RowReader = Callable[[_Row], tuple[_Turns, str]]
+_RowReader = Callable[[SourceRow], tuple[_Turns, str]]
 
 
 def _row_reader(source: str, present: Sequence[str], columns: Mapping[str, str]) -> _RowReader:
@@ -292,19 +171,21 @@ def _turns(messages: Any) -> _Turns:
     if not isinstance(messages, list) or not messages:
         raise _Unusable("no messages")
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in _ROLES:
             raise _Unusable("a message without a known role")
     return tuple(_message(m["role"], m.get("content"), f"{m['role']} turn") for m in messages)
 
 
 def _message(role: str, content: Any, what: str) -> Message:
     """A turn with usable contents; only a system turn may be empty, as in zephyr's data."""
+    one = f"an {what}" if what[0] in "aeo" else f"a {what}"
     if not isinstance(content, str):
-        raise _Unusable(f"a {what} that is no text")
+        raise _Unusable(f"{one} that is no text")
     if role != "system" and not content.strip():
         raise _Unusable(f"an empty {what}")
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise _Unusable(f"a {what} that is not valid Unicode") from error
+        raise _Unusable(f"{one} that is not valid Unicode") from error
     return Message(role=role, content=content)

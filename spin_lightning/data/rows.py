@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spin_lightning.errors import RunFolderError, first_line
+from spin_lightning.errors import RunFolderError, first_line, is_whole
 from spin_lightning.fingerprint import file_hash
 from spin_lightning.run_folder import replace_synced, write_json, writing
 from spin_lightning.types import Row
@@ -181,14 +181,34 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or "schema_version" not in manifest:
-            raise ValueError("no manifest of rows")
+        _check_manifest(manifest)
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(
             f"{path} is damaged ({first_line(error)})",
             fix="delete it and start the same command again: parts that are whole are kept",
         ) from error
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Refuse what is no manifest of rows, as far as this version knows them."""
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        raise ValueError("no manifest of rows")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        return
+    for name in ("units", "rows"):
+        if not is_whole(manifest.get(name, 1), 1):
+            raise ValueError(f"its {name!r} is no number of them")
+    for name in ("members", "token_members"):
+        members = manifest.get(name, [])
+        if not isinstance(members, list) or not all(is_whole(i, 0) for i in members):
+            raise ValueError(f"its {name!r} are no iterates")
+    parts = manifest.get("parts", {})
+    # They are opened: none may lead out of the folder.
+    if not isinstance(parts, dict) or any(Path(name).name != name for name in parts):
+        raise ValueError("its 'parts' are no files of the folder")
+    if not isinstance(manifest.get("token_alpha"), int | float | None):
+        raise ValueError("its 'token_alpha' is no number")
 
 
 def part_hashes(folder: Path, units: int) -> dict[str, str]:
@@ -225,6 +245,8 @@ def read_rows(folder: Path) -> RowTable:
             f"version of spin-lightning reads {SCHEMA_VERSION}",
             fix="use the version that made the run, or start a new run",
         )
+    if lacking := {"units", "rows", "members"} - set(manifest):
+        raise _damaged(folder / MANIFEST, f"it does not say its {min(lacking)}")
     for path in damaged_parts(folder, manifest):
         raise _damaged(path, "its bytes are not those that were written")
     parts = [_read_part(folder, unit) for unit in range(manifest["units"])]
@@ -234,6 +256,14 @@ def read_rows(folder: Path) -> RowTable:
             f"{folder} has {len(table)} rows, its manifest says {manifest['rows']}",
             fix=f"delete {folder / MANIFEST} and start the run again",
         )
+    try:
+        return _row_table(table, manifest)
+    # Lists of other lengths than there are members, values that are missing.
+    except ValueError as error:
+        raise _damaged(folder, first_line(error)) from error
+
+
+def _row_table(table: pa.Table, manifest: Mapping[str, Any]) -> RowTable:
     members, token_members = tuple(manifest["members"]), tuple(manifest.get("token_members", ()))
     return RowTable(
         example_id=_flat(table, "example_id"),
@@ -280,12 +310,16 @@ def _damaged(path: Path, reason: str) -> RunFolderError:
 
 
 def _flat(table: pa.Table, name: str) -> NDArray[Any]:
+    if table[name].null_count:
+        raise ValueError(f"values of {name} are missing")
     values: NDArray[Any] = table[name].to_numpy()
     return values
 
 
 def _ragged(table: pa.Table, name: str) -> Ragged:
     column = table[name].combine_chunks()
+    if column.null_count or column.values.null_count:
+        raise ValueError(f"values of {name} are missing")
     return Ragged(column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64))
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import SettingError, first_line
 from spin_lightning.types import BadRow, Conversation, Example, Message
 
 # Content that no template writes by itself, to see what one writes after the assistant's turn.
@@ -177,13 +177,30 @@ class PromptFormat:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _rendered(self, turns: tuple[Message, ...], *, to_be_answered: bool) -> str:
+        return _render(self.tokenizer, turns, to_be_answered=to_be_answered)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, turns: tuple[Message, ...], *, to_be_answered: bool
+) -> str:
+    """Turns as the template writes them.
+
+    Raises:
+        jinja2.TemplateError: The template does not take them.
+    """
+    try:
         return str(
-            self.tokenizer.apply_chat_template(
+            tokenizer.apply_chat_template(
                 [{"role": turn["role"], "content": turn["content"]} for turn in turns],
                 tokenize=False,
                 add_generation_prompt=to_be_answered,
             )
         )
+    except TemplateError:
+        raise
+    # A template is a program: it may divide by zero, or add a text to a number.
+    except Exception as error:
+        raise TemplateError(first_line(error)) from error
 
 
 def _prompt_problem(length: int, longest: int | None, context: int) -> str | None:
@@ -202,11 +219,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     eos = int(tokenizer.eos_token_id)
     if tokenizer.chat_template is None:
         return eos
-    turns = [
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": _SENTINEL},
-    ]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    turns = Message(role="user", content="hello"), Message(role="assistant", content=_SENTINEL)
+    whole = _render(tokenizer, turns, to_be_answered=False)
     _, found, after = whole.rpartition(_SENTINEL)
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}

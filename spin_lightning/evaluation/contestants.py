@@ -99,6 +99,6 @@ def _indices(run: RunFolder, name: str, known: list[int]) -> list[int]:
 def _identity(run: RunFolder, mixture: Mixture) -> str:
     made_of = {}
     for t, weight in mixture.weights.items():
-        record = run.read_iterate(t)
-        made_of[str(t)] = [weight, record["base"], record["files"], record["fingerprint"]]
+        said = [run.field(t, name) for name in ("base", "files", "fingerprint")]
+        made_of[str(t)] = [weight, *said]
     return fingerprint(made_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import threading
 import time
@@ -13,12 +14,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spin_lightning.errors import SettingError, SpinError, check_names
+from spin_lightning.errors import (
+    RunFolderError,
+    SettingError,
+    SpinError,
+    check_names,
+    first_line,
+)
 from spin_lightning.evaluation.mt_bench_data import Query
 from spin_lightning.fingerprint import fingerprint
+from spin_lightning.masking import masked
+from spin_lightning.run_folder import writing
 
 if TYPE_CHECKING:
     from openai import OpenAI
+
+# What is kept of a verdict.
+_SAID = ("judgment", "prompt_tokens", "completion_tokens")
 
 
 class JudgeError(SpinError):
@@ -53,17 +65,19 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.concurrency < 1:
-            raise SettingError(
-                "judge.concurrency", self.concurrency, "too few", fix="give 1 or more"
-            )
-        if self.requests_per_minute is not None and not self.requests_per_minute > 0:
-            raise SettingError(
-                "judge.requests_per_minute",
-                self.requests_per_minute,
-                "out of range",
-                fix="give a number > 0, or leave it out",
-            )
+        pace = self.requests_per_minute
+        checks = {
+            "concurrency": (self.concurrency >= 1, "1 or more"),
+            "requests_per_minute": (pace is None or pace > 0, "a number > 0, or leave it out"),
+            "temperature": (0 <= self.temperature < math.inf, "a number >= 0"),
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "retries": (self.retries >= 0, "0 or more"),
+            "timeout": (0 < self.timeout < math.inf, "a number of seconds > 0"),
+        }
+        for name, (valid, fix) in checks.items():
+            if not valid:
+                value = getattr(self, name)
+                raise SettingError(f"judge.{name}", value, "out of range", fix=f"give {fix}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JudgeSettings:
@@ -168,7 +182,9 @@ class Judge:
             there = sum(key in known for key in keys)
             raise JudgeError(
                 f"the judge {self.settings.model} gave {there} of {len(keys)} verdicts; the last "
-                f"error was {type(failures[-1]).__name__}: {failures[-1]}",
+                f"error was {type(failures[-1]).__name__}: "
+                # A server may repeat the key that it was given.
+                + masked(str(failures[-1]), [os.environ.get(self.settings.key_variable)]),
                 fix="check judge.base_url, judge.model and the key, and run the command again: "
                 f"the verdicts in {path} are not asked for again",
             )
@@ -226,29 +242,55 @@ class _Pace:
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Add a line of JSON, on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read what `append_line` wrote; a last line that a crash has torn is cut off the file."""
+    """Read what `append_line` wrote; a last line that a crash has torn is cut off the file.
+
+    Raises:
+        RunFolderError: A line before it is damaged.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    rows = []
+    # (Not by splitlines, which knows more ends of lines than JSON escapes.)
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+                raise ValueError("it has no key")
+        except (ValueError, RecursionError) as error:
+            raise damaged_line(path, number, error) from error
+        rows.append(row)
+    return rows
+
+
+def damaged_line(path: Path, number: int, error: Exception) -> RunFolderError:
+    """The error for a line that `append_line` did not write."""
+    return RunFolderError(
+        f"line {number} of {path} is damaged ({first_line(error)})",
+        fix="delete this line: what it held is asked for again, all else is kept",
+    )
 
 
 def _read_verdicts(path: Path) -> dict[str, Verdict]:
-    return {
-        row["key"]: Verdict(row["judgment"], row["prompt_tokens"], row["completion_tokens"])
-        for row in read_lines(path)
-    }
+    verdicts = {}
+    for number, row in enumerate(read_lines(path), 1):
+        text, read, written = (row.get(name) for name in _SAID)
+        if not isinstance(text, str) or not isinstance(read, int) or not isinstance(written, int):
+            raise damaged_line(path, number, ValueError("it holds no verdict"))
+        verdicts[row["key"]] = Verdict(text, read, written)
+    return verdicts
 
 
 def _client(settings: JudgeSettings) -> OpenAI:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Final, Literal
 
 from spin_lightning.errors import DataError
@@ -30,6 +31,13 @@ OTHER_TEMPERATURE: Final = 0.7
 # What has an answer that is right or wrong is judged with a reference answer at hand.
 WITH_REFERENCE: Final = frozenset({"math", "reasoning", "coding"})
 TURNS: Final = (1, 2)
+
+# What a judge prompt may ask for.
+_FIELDS: Final = frozenset(
+    {"question", "answer", "answer_a", "answer_b"}
+    | {f"{name}_{turn}" for name in ("question", "answer", "ref_answer") for turn in TURNS}
+    | {f"answer_{side}_{turn}" for side in "ab" for turn in TURNS}
+)
 
 _RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _RATING_IN_ONE_BRACKET = re.compile(r"\[(\d+\.?\d*)\]")
@@ -171,10 +179,13 @@ def read_mt_bench(source: str) -> MTBenchData:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(source)
+    path = _find(folder, "judge_prompts.jsonl")
     prompts = {
         row["name"]: (row["system_prompt"], row["prompt_template"])
-        for row in _rows(_find(folder, "judge_prompts.jsonl"), "name", "prompt_template")
+        for row in _rows(path, name=str, system_prompt=str, prompt_template=str)
     }
+    for name, (_, template) in prompts.items():
+        _check_template(name, template, path)
     for name in ("single-v1", "single-math-v1", "pair-v2", "pair-math-v1"):
         for full in (name, f"{name}-multi-turn"):
             if full not in prompts:
@@ -184,17 +195,19 @@ def read_mt_bench(source: str) -> MTBenchData:
                 )
     answered = _find(folder, "reference_answer*.jsonl", "reference_answer/*.jsonl")
     references = {
-        row["question_id"]: _two(row["choices"][0]["turns"], answered)
-        for row in _rows(answered, "question_id", "choices")
+        row["question_id"]: _two(_first_turns(row["choices"]), answered)
+        for row in _rows(answered, question_id=int, choices=list)
     }
     path = _find(folder, "question.jsonl")
     return MTBenchData(tuple(_questions(path, references)), prompts)
 
 
 def _questions(path: Path, references: Mapping[int, tuple[str, str]]) -> list[Question]:
-    questions = []
-    for row in _rows(path, "question_id", "category", "turns"):
+    questions: list[Question] = []
+    for row in _rows(path, question_id=int, category=str, turns=list):
         number, category = row["question_id"], row["category"]
+        if any(question.question_id == number for question in questions):
+            raise DataError(f"{path} has question {number} twice", fix="leave one of them out")
         needed = category in WITH_REFERENCE
         if needed and number not in references:
             raise DataError(
@@ -203,14 +216,22 @@ def _questions(path: Path, references: Mapping[int, tuple[str, str]]) -> list[Qu
             )
         reference = references[number] if needed else None
         questions.append(Question(number, category, _two(row["turns"], path), reference))
+    if not questions:
+        raise DataError(f"{path} has no questions", fix="use FastChat's question.jsonl")
     return questions
 
 
-def _two(turns: Sequence[str], path: Path) -> tuple[str, str]:
-    if len(turns) != 2:
+def _first_turns(choices: Any) -> Any:
+    first = choices[0] if choices else None
+    return first.get("turns") if isinstance(first, dict) else None
+
+
+def _two(turns: Any, path: Path) -> tuple[str, str]:
+    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, str) for t in turns):
+        what = f"{len(turns)} turns" if isinstance(turns, list) else "no turns"
         raise DataError(
-            f"{path} has a conversation of {len(turns)} turns",
-            fix="MT-Bench has two turns in each; leave the others out",
+            f"{path} has a conversation of {what}",
+            fix="MT-Bench has two turns in each, both of them texts; leave the others out",
         )
     return turns[0], turns[1]
 
@@ -226,17 +247,45 @@ def _find(folder: Path, *patterns: str) -> Path:
     return found[0]
 
 
-def _rows(path: Path, *fields: str) -> list[dict[str, Any]]:
+def _check_template(name: str, template: str, path: Path) -> None:
+    """Refuse a judge prompt whose fields are not plain names that a query fills in.
+
+    A field of `str.format` may reach into what it names, and be padded to any width.
+    """
+    try:
+        fields = [(f, spec, cast) for _, f, spec, cast in Formatter().parse(template)]
+        if any(f is not None and (f not in _FIELDS or spec or cast) for f, spec, cast in fields):
+            raise ValueError(f"it has other fields than {', '.join(sorted(_FIELDS))}")
+    except ValueError as error:
+        raise DataError(
+            f"the prompt {name} of {path} cannot be filled in ({error})",
+            fix="use FastChat's fastchat/llm_judge/data/judge_prompts.jsonl",
+        ) from error
+
+
+def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:
+    """Lines of JSON that have these fields, of these types."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error})", fix="give FastChat's file, in UTF-8"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            rows.append({name: row[name] for name in fields} | row)
-        except (ValueError, KeyError, TypeError) as error:
+            for name, kind in fields.items():
+                if not isinstance(row[name], kind):
+                    raise ValueError(f"its {name} is no {kind.__name__}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"line {number} of {path} is not in FastChat's format ({error!r})",
                 fix=f"give it the fields {', '.join(fields)}",
             ) from error
+        rows.append(row)
     return rows
 
 

@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.evaluation.contestants import Contestant, contestants, label_of
 from spin_lightning.fingerprint import fingerprint
 from spin_lightning.run_folder import RunFolder, write_json
@@ -56,14 +58,14 @@ def cached_result(
     path = run.evaluation(contestant.name) / _file_name(benchmark, settings)
     if not path.exists():
         return None
-    result = _read(path.read_text())
+    result = _read(path)
     return result if result.identity == contestant.identity else None
 
 
 def read_results(run: RunFolder) -> list[Result]:
     """All results of a run that still speak of its iterates, by benchmark, then contestant."""
     known = {one.name: one for one in contestants(run, ["all", "mixture"])}
-    found = [_read(path.read_text()) for path in run.evaluations.glob("*/*.json")]
+    found = [_read(path) for path in run.evaluations.glob("*/*.json")]
     current = [
         r for r in found if r.contestant in known and r.identity == known[r.contestant].identity
     ]
@@ -127,6 +129,22 @@ def _file_name(benchmark: str, settings: Mapping[str, Any]) -> str:
     return f"{slug}-{fingerprint(settings)[:12]}.json"
 
 
-def _read(text: str) -> Result:
-    fields = json.loads(text)
-    return Result(**{**fields, "lower_is_better": tuple(fields["lower_is_better"])})
+def _read(path: Path) -> Result:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        result = Result(**{**fields, "lower_is_better": tuple(fields["lower_is_better"])})
+        for name, kind in (("contestant", str), ("benchmark", str), ("settings", dict)):
+            if not isinstance(getattr(result, name), kind):
+                raise ValueError(f"its {name!r} is no {kind.__name__}")
+        if not isinstance(result.scores, dict) or not all(map(_is_score, result.scores.values())):
+            raise ValueError("its scores are no numbers")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunFolderError(
+            f"{path} is no result of an evaluation ({first_line(error)})",
+            fix="delete it: `spin-lightning evaluate` measures it again",
+        ) from error
+    return result
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

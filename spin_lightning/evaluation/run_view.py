@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from spin_lightning.data.rows import RowTable, read_manifest, read_rows
-from spin_lightning.errors import RunFolderError
+from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.evaluation.results import Result, read_results
 from spin_lightning.evaluation.samples import PromptSamples, samples_of_prompts
 from spin_lightning.policies.saved import load_tokenizer
@@ -127,7 +127,18 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
 
 def _settings(run: RunFolder) -> dict[str, Any]:
     path = Path(run.root) / "config.yaml"
-    return dict(_flat(yaml.safe_load(path.read_text()))) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RunFolderError(
+            f"{path} is damaged ({first_line(error)})",
+            fix="restore it, or delete it: the report then takes the settings from the iterates",
+        ) from error
+    return dict(_flat(settings))
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
-from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.errors import RunFolderError, SettingError, is_number, is_whole
 from spin_lightning.fingerprint import folder_hashes
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
 from spin_lightning.mixtures import Mixture, Reference, rows_per_sample
 from spin_lightning.modules.requirements import check_opponents, iterates_to_play
-from spin_lightning.modules.settings import at_iterate, lora_settings
+from spin_lightning.modules.settings import at_iterate, check_choices, lora_settings
+from spin_lightning.modules.skipping import check_weights, leaves_out, no_gradient
 from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.lora import LoraPolicy, check_adapter
@@ -45,6 +46,7 @@ _NOT_COMPARED = frozenset({"model", "revision", "generation"}) | {
     "packing",
     "fused_lora",
     "torch_compile",
+    "max_skipped_batches",
 }
 _MARGIN_ALARM = 0.1
 
@@ -92,6 +94,8 @@ class SelfPlayModule(L.LightningModule, ABC):
         fused_lora: Run LoRA layers by a pass of our own where it computes what PEFT's does.
         torch_compile: Compile the layers for training, which takes minutes at its first steps;
             generation and scoring run uncompiled.
+        max_skipped_batches: Batches of a run that may be left out because their loss or a log-prob
+            is nan or infinite; 0 stops at the first. Their rows are written down either way.
         generation: How the opponents' responses are sampled.
 
     Raises:
@@ -134,6 +138,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         packing: Packing = "auto",
         fused_lora: bool = True,
         torch_compile: bool = False,
+        max_skipped_batches: int = 0,
         generation: GenerationSettings | dict[str, Any] | None = None,
     ) -> None:
         """Keep the settings; weights are loaded by `configure_model`."""
@@ -143,6 +148,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         # Plain values only: anything else breaks a weights_only resume.
         self.save_hyperparameters(ignore=["generation", *self.without])
         self.save_hyperparameters({"generation": asdict(generation)})
+        check_choices(self)
         self.base = BaseModel(model, revision, quantization, compute_dtype, trust_remote_code)
         self.lora = lora_settings(
             lora_r, lora_alpha, lora_dropout, lora_target_modules, initial_adapter
@@ -159,11 +165,13 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.rows = rows
         self.refresh = refresh
         self.epochs_per_iterate = epochs_per_iterate
-        self.schedule_epochs = schedule_epochs or epochs_per_iterate
+        self.schedule_epochs = epochs_per_iterate if schedule_epochs is None else schedule_epochs
         self.activation_checkpointing = activation_checkpointing
         self.packing = packing
         self.fused_lora = fused_lora
         self.torch_compile = torch_compile
+        self.max_skipped_batches = max_skipped_batches
+        self.skipped_batches = 0
         self.generation = generation
         self.iterate = 0
         self._half_step: Mapping[str, Tensor] = {}
@@ -350,8 +358,15 @@ class SelfPlayModule(L.LightningModule, ABC):
         """One step on a batch of pairs."""
         logps = self.pair_logps(batch)
         loss = self.anchored_objective(logps)
+        if self.max_skipped_batches:
+            self.log("train/skipped_batches", float(self.skipped_batches))
+        if leaves_out(self, batch, logps, loss):
+            return no_gradient(self)
         statistics = {n: s.mean for n, s in pair_statistics(logps, self.reward_scale).items()}
         statistics["loss"] = loss.detach()
+        if self.loss == "exponential":
+            overflows = losses.overflows(logps.margin.detach(), self.reward_scale)
+            statistics["overflows"] = overflows.double()
         self.log_dict({f"train/{name}": v for name, v in statistics.items()}, batch_size=len(batch))
         self.log("train/learning_rate", self._learning_rate_now())
         self.log(
@@ -382,11 +397,20 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.val_metrics.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained adapter and which iterate it is on its way to; drop the base."""
+        """Keep the trained adapter and which iterate it is on its way to; drop the base.
+
+        Raises:
+            NotFiniteError: The adapter has weights that are no numbers.
+        """
+        check_weights(self)
         trained = {f"policy.{name}" for name, _ in self.policy.trainable()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
-        checkpoint["self_play"] = {"iterate": self.iterate, "gradients": self._gradients()}
+        checkpoint["self_play"] = {
+            "iterate": self.iterate,
+            "gradients": self._gradients(),
+            "skipped_batches": self.skipped_batches,
+        }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Take up the iterate; the weights follow.
@@ -396,6 +420,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         """
         self.configure_model()
         self.iterate = checkpoint["self_play"]["iterate"]
+        self.skipped_batches = checkpoint["self_play"].get("skipped_batches", 0)
         gradients = checkpoint["self_play"].get("gradients", {})
         if gradients is None:
             raise RunFolderError(
@@ -425,6 +450,13 @@ class SelfPlayModule(L.LightningModule, ABC):
             raise RunFolderError(
                 f"the checkpoint holds another adapter: {len(trained ^ set(state_dict))} names "
                 f"differ, such as {min(trained ^ set(state_dict))}",
+                fix="use the model and the lora_* settings that the checkpoint was made with",
+            )
+        shapes = {f"policy.{name}": weight.shape for name, weight in self.policy.trainable()}
+        odd = [n for n, shape in shapes.items() if n in state_dict and state_dict[n].shape != shape]
+        if odd:
+            raise RunFolderError(
+                f"the checkpoint holds another adapter: {len(odd)} shapes differ, such as {odd[0]}",
                 fix="use the model and the lora_* settings that the checkpoint was made with",
             )
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -500,20 +532,30 @@ class SelfPlayModule(L.LightningModule, ABC):
                     fix="give a value, or leave it out",
                 )
         checks = {
-            "beta": (all(0 < b < math.inf for b in every(self.beta)), "values > 0; 0.1 is SPIN's"),
+            "beta": (
+                all(is_number(b) and b > 0 for b in every(self.beta)),
+                "values > 0; 0.1 is SPIN's",
+            ),
             "learning_rate": (
-                all(0 < rate < math.inf for rate in every(self.learning_rate)),
+                all(is_number(rate) and rate > 0 for rate in every(self.learning_rate)),
                 "values > 0",
             ),
-            "warmup_ratio": (0 <= self.warmup_ratio <= 1, "a share between 0 and 1"),
-            "epochs_per_iterate": (self.epochs_per_iterate >= 1, "a whole number >= 1"),
+            "warmup_ratio": (
+                is_number(self.warmup_ratio) and 0 <= self.warmup_ratio <= 1,
+                "a share between 0 and 1",
+            ),
+            "epochs_per_iterate": (is_whole(self.epochs_per_iterate, 1), "a whole number >= 1"),
             "schedule_epochs": (
-                self.schedule_epochs >= self.epochs_per_iterate,
+                is_whole(self.schedule_epochs, self.epochs_per_iterate),
                 f"at least epochs_per_iterate ({self.epochs_per_iterate})",
             ),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "a number >= 0"),
+            "weight_decay": (
+                is_number(self.weight_decay) and self.weight_decay >= 0,
+                "a number >= 0",
+            ),
+            "max_skipped_batches": (is_whole(self.max_skipped_batches, 0), "a whole number >= 0"),
             "real_nll_weight": (
-                0 <= self.real_nll_weight < math.inf,
+                is_number(self.real_nll_weight) and self.real_nll_weight >= 0,
                 "a number >= 0; 0 for no anchor",
             ),
         }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from spin_lightning import losses
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import SettingError, is_number
 from spin_lightning.mixtures import Geometric, Level, Mixture, Reference, latest, pulled_to_base
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.modules.settings import at_iterate
@@ -49,7 +48,7 @@ class SPACE(SelfPlayModule):
     ) -> None:
         """Keep the settings."""
         super().__init__(beta=None, loss=None, **kwargs)
-        if not 0 < ratio < math.inf:
+        if not is_number(ratio) or ratio <= 0:
             raise SettingError("ratio", ratio, "out of range", fix="give a number > 0")
         self.ratio = ratio
         self.alpha = alpha

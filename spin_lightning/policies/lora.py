@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,7 +36,7 @@ from spin_lightning.policies.pretrained import (
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
 from spin_lightning.products import freeze_linear
-from spin_lightning.run_folder import write_json
+from spin_lightning.run_folder import write_json, writing
 from spin_lightning.types import PromptBatch, SequenceBatch
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -91,22 +92,28 @@ def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | No
         )
 
     folder = Path(initial_adapter)
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise refusal(f"there is no {name} in it")
     try:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise refusal(f"there is no {name} in it")
         config = peft.PeftConfig.from_pretrained(initial_adapter)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            given = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SettingError:
+        raise
+    # PEFT hands what is in the file to a class of its own, unchecked: anything may come of it.
+    except Exception as error:
         raise refusal(f"it cannot be read ({first_line(error)})") from error
     if not isinstance(config, peft.LoraConfig):
         raise refusal(f"it is a {config.peft_type} adapter")
     try:
         wanted = get_peft_model_state_dict(peft.get_peft_model(model, config))
-    except ValueError as error:
+    except Exception as error:
         raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
-    if given != {name: list(weight.shape) for name, weight in wanted.items()}:
+    if any(not t.is_floating_point() or not t.isfinite().all() for t in tensors.values()):
+        raise refusal("it has weights that are no finite numbers")
+    given = {name: weight.shape for name, weight in tensors.items()}
+    if given != {name: weight.shape for name, weight in wanted.items()}:
         raise refusal(f"its weights do not have the shapes of {base.name}")
 
 
@@ -117,7 +124,7 @@ def _check_targets(base: BaseModel, model: nn.Module, lora: LoraSettings) -> Non
     kinds = nn.Linear | nn.Embedding | Conv1D
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if isinstance(targets, str):
-        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        unmatched = [] if _matches_any(targets, names) else [targets]
     else:
         unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
     if unmatched:
@@ -133,6 +140,13 @@ def _check_targets(base: BaseModel, model: nn.Module, lora: LoraSettings) -> Non
             ),
             fix=f"choose from {', '.join(leaves)}, or give all-linear",
         )
+
+
+def _matches_any(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
 
 
 class LoraPolicy(Policy):
@@ -231,12 +245,17 @@ class LoraPolicy(Policy):
 
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained adapter as PEFT reads it; return the SHA-256 of each file."""
-        folder.mkdir(parents=True, exist_ok=True)
         weights = get_peft_model_state_dict(
             self.model, adapter_name=_TRAINED, save_embedding_layers=False
         )
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        with writing(folder / ADAPTER_WEIGHTS):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            except SafetensorError as error:
+                # It tells what the disk said in words alone.
+                raise OSError(_os_errno(error), first_line(error)) from error
         write_json(folder / ADAPTER_CONFIG, _plain(self.model.peft_config[_TRAINED]))
         return {name: file_hash(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
 
@@ -364,21 +383,25 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
 def _read(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
     check_quantizable(base)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        # (With `output_loading_info` it gives a pair, which its types do not say.)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.name,
             config=load_config(base),
             dtype=base.dtype,
             quantization_config=_quantization_config(base),
             device_map={"": str(device)},
+            output_loading_info=True,
             **base.source,
         )
-    except (OSError, SafetensorError) as error:
-        raise SettingError(
-            "model",
-            base.name,
-            f"its weights cannot be read ({first_line(error)})",
-            fix="copy the model folder anew, with its *.safetensors files",
-        ) from error
+    except (AssertionError, torch.OutOfMemoryError):  # of the device
+        raise
+    # A reader of each kind of file, and a check of shapes: they raise whatever they like.
+    except Exception as error:
+        raise _unreadable(base, first_line(error)) from error
+    model: PreTrainedModel = loaded[0]
+    if told := sorted(loaded[1]["missing_keys"]):
+        # transformers draws them at random, and only logs that.
+        raise _unreadable(base, f"{len(told)} tensors are missing, such as {told[0]}")
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in eval mode, in place, for a
         # kernel that has no gradient and computes in bfloat16; training would go on with them.
@@ -386,6 +409,15 @@ def _read(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedMode
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.requires_grad_(False)
     return model.eval()
+
+
+def _unreadable(base: BaseModel, problem: str) -> SettingError:
+    return SettingError(
+        "model",
+        base.name,
+        f"its weights cannot be read ({problem})",
+        fix="copy the model folder anew, with its *.safetensors files",
+    )
 
 
 def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
@@ -454,6 +486,12 @@ def _plain(config: peft.PeftConfig) -> dict[str, Any]:
     """The adapter's config as PEFT's save_pretrained writes it, with sets in a fixed order."""
     fields = {**config.to_dict(), "inference_mode": True}
     return {n: sorted(v) if isinstance(v, set | frozenset) else v for n, v in fields.items()}
+
+
+def _os_errno(error: Exception) -> int:
+    """The number in `… (os error 28)`."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else errno.EIO
 
 
 def _adapter_name(iterate: int) -> str:

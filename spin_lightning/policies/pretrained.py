@@ -74,7 +74,8 @@ def load_config(base: BaseModel) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(base.name, **base.source)
-    except (OSError, ValueError) as error:
+    # A config's own class may raise anything at values that it does not know.
+    except Exception as error:
         raise SettingError(
             "model",
             base.name,
@@ -97,7 +98,7 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(base.name, **base.source)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise SettingError(
             "model",
             base.name,
@@ -140,11 +141,20 @@ def content_hashes(base: BaseModel) -> dict[str, str]:
 @cache
 def skeleton(base: BaseModel) -> PreTrainedModel:
     """The model without weights (on the meta device), to check names and sizes before loading."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about initialising what is never initialised
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            load_config(base), trust_remote_code=base.trust_remote_code
-        )
+    config = load_config(base)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about initialising what is never initialised
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=base.trust_remote_code
+            )
+    except Exception as error:
+        raise SettingError(
+            "model",
+            base.name,
+            f"no model can be built from its config.json ({first_line(error)})",
+            fix="copy the model folder anew",
+        ) from error
     return model
 
 

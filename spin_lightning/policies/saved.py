@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import RunFolderError, SettingError, first_line
 from spin_lightning.mixtures import Mixture, uniform
 from spin_lightning.policies.lora import (
     ADAPTER_CONFIG,
@@ -141,10 +141,26 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
 
 def _parts(run: RunFolder, t: int) -> tuple[BaseModel, Path | None]:
     run.check_iterate(t)
-    base = BaseModel(**run.read_iterate(t)["base"])
+    try:
+        base = BaseModel(**run.field(t, "base"))
+    except TypeError as error:
+        raise RunFolderError(
+            f"{run.iterate(t)} does not say its base model as this version does "
+            f"({first_line(error)})",
+            fix="restore its iterate.json from a copy of the run",
+        ) from error
     has_adapter = (run.iterate(t) / ADAPTER_CONFIG).exists()
     return base, run.iterate(t) if has_adapter else None
 
 
 def _tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(run.tokenizer)
+    run.check_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(run.tokenizer)
+    # (Its files are read by several libraries.)
+    except Exception as error:
+        raise RunFolderError(
+            f"the tokenizer in {run.tokenizer} cannot be read ({first_line(error)})",
+            fix="restore it from a copy of the run, or save the base model's tokenizer there with "
+            "save_pretrained",
+        ) from error

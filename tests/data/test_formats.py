@@ -269,7 +269,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "contents None": (
         {"messages": [user("a"), assistant(None)]},
-        "a assistant turn that is no text",
+        "an assistant turn that is no text",
     ),
     "contents in parts": (
         {"messages": [user([{"type": "text", "text": "a"}]), assistant("b")]},
@@ -404,9 +404,9 @@ BROKEN: dict[str, tuple[bytes, str, str]] = {
     "json over lines": (b'{\n "data": []\n}', "data.json", "line 1 is not valid json"),
     "no object": (b'{"prompt": "a"}\n3\n', "data.jsonl", "line 2 has no columns"),
     "list of texts": (b'["a"]', "data.json", "object 1 has no columns"),
-    "binary": (bytes(range(256)), "data.jsonl", "codec can't decode"),
+    "binary": (bytes(range(256)), "data.jsonl", "it is not UTF-8"),
     "zeros": (bytes(64), "data.jsonl", "line 1 is not valid json"),
-    "parquet named jsonl": (b"PAR1\x15\x04\xff\xfe", "data.jsonl", "codec can't decode"),
+    "parquet named jsonl": (b"PAR1\x15\x04\xff\xfe", "data.jsonl", "it is not UTF-8"),
     "parquet of text": (b'{"prompt": "a"}', "data.parquet", "arquet"),
     "csv cut": (b'prompt,response\na,"b', "data.csv", "unexpected end of data"),
     "csv short": (b"prompt,response\na\n", "data.csv", "record 1 has 1 cells, the header has 2"),

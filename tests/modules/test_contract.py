@@ -123,7 +123,7 @@ def test_configure_model_twice_loads_once(variant, tiny_model_dir):
         ({"warmup_ratio": 1.5}, "warmup_ratio=1.5"),
         ({"epochs_per_iterate": 0}, "epochs_per_iterate=0"),
         ({"epochs_per_iterate": 3, "schedule_epochs": 2}, "schedule_epochs=2"),
-        ({"lora_r": 0}, "give r >= 1"),
+        ({"lora_r": 0}, "lora_r=0: out of range. Fix: give a whole number >= 1"),
         ({"lora_r": 8, "initial_adapter": "somewhere"}, "leave the lora_. settings out"),
         ({"generation": {"temperature": 0.0}}, "generation.temperature=0.0"),
     ],

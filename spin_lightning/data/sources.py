@@ -1,0 +1,191 @@
+"""Rows out of files and hub data sets, as they are: nothing guessed, nothing lost."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_lightning.errors import DataError, first_line
+
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>\w[\w.-]*))?(:(?P<split>.+))?")
+
+SourceRow = Mapping[str, Any]
+
+
+def load_rows(source: str, setting: str) -> list[SourceRow]:
+    """All rows of a file, a folder of files or a hub data set, in order.
+
+    Args:
+        source: A json (a list of objects, or one object a line), jsonl, parquet or csv file, a
+            folder of them, or a hub id `owner/name[/configuration][:split]`.
+        setting: Which setting named the source, for messages.
+
+    Raises:
+        DataError: No such data, or data that cannot be read.
+    """
+    try:
+        path = Path(source).expanduser()
+        # (An empty name would be the folder that the process was started in.)
+        if source.strip() and path.exists():
+            return [row for file in _files(path, setting) for row in _read_file(file, setting)]
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{setting}={source[:200]!r} cannot be opened ({first_line(error)})",
+            fix="check the path and who may read it",
+        ) from error
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id is None or path.suffix.lower() in _READERS:
+        raise DataError(
+            f"{setting}={source!r}: there is no such file",
+            fix="check the path, or give a hub id owner/name[/configuration][:split]",
+        )
+    return _read_hub(source, hub_id, setting)
+
+
+def _files(path: Path, setting: str) -> list[Path]:
+    is_folder = path.is_dir()
+    files = [
+        file
+        for file in (sorted(path.iterdir()) if is_folder else [path])
+        if file.is_file() and file.suffix.lower() in _READERS and not file.name.startswith(".")
+    ]
+    if not files:
+        raise DataError(
+            f"{setting}={str(path)!r} {'holds' if is_folder else 'is'} no {', '.join(_READERS)} "
+            "file",
+            fix="give a file of one of these kinds, or a folder of them",
+        )
+    return files
+
+
+def _read_file(file: Path, setting: str) -> Sequence[SourceRow]:
+    try:
+        return _READERS[file.suffix.lower()](file)
+    # A broken json, text that is not UTF-8 and most of what Arrow complains about: ValueError.
+    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
+        raise DataError(
+            f"{setting}={str(file)!r} cannot be read ({_problem(error)})",
+            fix="check that the file is whole and of the kind its name says (json: a list of "
+            "objects, or one object a line)",
+        ) from error
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file, in words that say where."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}"
+    if isinstance(error, RecursionError):
+        return "its values are nested too deeply"
+    return first_line(error)
+
+
+def _read_json(file: Path) -> list[SourceRow]:
+    """A list of objects, or one object a line, whichever of the two names the file has."""
+    with file.open(encoding="utf-8-sig") as stream:
+        is_list = stream.read(64).lstrip().startswith("[")
+        stream.seek(0)
+        if is_list:
+            rows = list(enumerate(json.load(stream), 1))
+        else:
+            rows = [(n, _parsed(n, line)) for n, line in enumerate(stream, 1) if line.strip()]
+    for n, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{'object' if is_list else 'line'} {n} has no columns")
+    return [row for _, row in rows]
+
+
+def _parsed(n: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {n} is not valid json: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        raise ValueError(f"line {n}: {_problem(error)}") from error
+
+
+def _read_csv(file: Path) -> list[SourceRow]:
+    with file.open(encoding="utf-8-sig", newline="") as stream, _cells_of_any_length():
+        header, *records = [cells for cells in csv.reader(stream, strict=True) if cells] or [[]]
+    _check_columns_differ(header)
+    for n, cells in enumerate(records, 1):
+        if len(cells) != len(header):
+            raise ValueError(f"record {n} has {len(cells)} cells, the header has {len(header)}")
+    return [dict(zip(header, cells, strict=True)) for cells in records]
+
+
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Read cells of more than the 131,072 characters that the csv module takes by itself."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(file: Path) -> list[SourceRow]:
+    # `read_table` would add columns for folders that are named like `split=train`.
+    with pq.ParquetFile(file) as parquet:
+        table = parquet.read()
+    _check_columns_differ(table.column_names)
+    columns = {name: _cells(table, name) for name in table.column_names}
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _cells(table: pa.Table, name: str) -> list[Any]:
+    try:
+        cells: list[Any] = table[name].to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError) as error:  # a date that Python has no number for
+        raise ValueError(f"column {name!r}: {first_line(error)}") from error
+    return cells
+
+
+def _check_columns_differ(names: Sequence[str]) -> None:
+    """Refuse a name that two columns have: one of them would be lost."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"it has the column {name!r} twice")
+        seen.add(name)
+
+
+_READERS: Mapping[str, Callable[[Path], list[SourceRow]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+
+
+def _read_hub(source: str, hub_id: re.Match[str], setting: str) -> list[SourceRow]:
+    import datasets
+    import huggingface_hub
+
+    try:
+        if not huggingface_hub.is_offline_mode():
+            # Without a network `load_dataset` tries for half a minute before it says so.
+            huggingface_hub.HfApi().dataset_info(hub_id["name"], timeout=10)
+        return list(
+            datasets.load_dataset(
+                hub_id["name"], hub_id["config"], split=hub_id["split"] or "train"
+            )
+        )
+    # Whatever a client of the network raises: its errors have no base class in common.
+    except Exception as error:
+        raise DataError(
+            f"{setting}={source!r} is no file, and reading it from the hub failed "
+            f"({first_line(error.__cause__ or error)})",
+            fix="check the path or the hub id owner/name[/configuration][:split]; without a "
+            "network give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before",
+        ) from error
