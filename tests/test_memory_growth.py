@@ -11,7 +11,8 @@ from spin_lightning.data.rows import read_rows
 from spin_lightning.drawing import EarlierRows, RowPlan
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.mixtures import Mixture
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
 from spin_lightning.sampling import GenerationSettings
 from spin_lightning.synthesis import Synthesis, Timing, finish

@@ -13,7 +13,8 @@ import torch
 from spin_lightning.data.rows import read_manifest, read_rows
 from spin_lightning.errors import SpinError
 from spin_lightning.generation.local import LocalGenerator
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import load_config
 from spin_lightning.sampling import GenerationSettings
 from spin_lightning.synthesis import Synthesis, Timing, finish, is_finished

@@ -28,7 +28,8 @@ from spin_lightning.modules.settings import at_iterate, check_choices, lora_sett
 from spin_lightning.modules.skipping import check_weights, leaves_out, no_gradient
 from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
-from spin_lightning.policies.lora import LoraPolicy, check_adapter
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import check_adapter
 from spin_lightning.policies.optimizers import (
     OptimizerName,
     ScheduleName,

@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from spin_lightning.errors import SettingError, is_number, is_whole
-from spin_lightning.policies.lora import LoraSettings
+from spin_lightning.policies.lora_settings import LoraSettings
 
 
 def at_iterate(value: float | list[float], t: int) -> float:

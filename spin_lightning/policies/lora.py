@@ -2,151 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.errors import RunFolderError, SettingError, first_line
+from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.fingerprint import file_hash
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
 from spin_lightning.policies.base import Actor, Policy, Seats
+from spin_lightning.policies.loading import adapter_name, load_base
+from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
 from spin_lightning.policies.pretrained import (
     BaseModel,
-    check_quantizable,
-    load_config,
-    skeleton,
 )
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
-from spin_lightning.products import freeze_linear
 from spin_lightning.run_folder import write_json, writing
 from spin_lightning.types import PromptBatch, SequenceBatch
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TRAINED = "policy"
 # Most iterates in one batch: their adapters are in memory twice while they act.
 _TEAM = 16
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Shape of the trained adapter, in PEFT's terms."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-
-    def peft_config(self, base: BaseModel) -> peft.LoraConfig:
-        """The same as PEFT takes it."""
-        targets = self.target_modules
-        turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
-        return peft.LoraConfig(
-            r=self.r,
-            fan_in_fan_out=turned,  # which PEFT would set by itself, with a warning
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base.name,
-            revision=base.revision,
-        )
-
-
-def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | None) -> None:
-    """Refuse, before weights are read, an adapter that cannot be put on the base.
-
-    Raises:
-        SettingError: A target module matches nothing, or the initial adapter is not there, is none
-            of LoRA, is damaged, or was made for another model.
-    """
-    model = copy.deepcopy(skeleton(base))
-    if initial_adapter is None:
-        _check_targets(base, model, lora)
-        return
-
-    def refusal(problem: str) -> SettingError:
-        return SettingError(
-            "initial_adapter",
-            initial_adapter,
-            problem,
-            fix="give the folder of a PEFT LoRA adapter of this model, as PEFT saves it",
-        )
-
-    folder = Path(initial_adapter)
-    try:
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            if not (folder / name).is_file():
-                raise refusal(f"there is no {name} in it")
-        config = peft.PeftConfig.from_pretrained(initial_adapter)
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SettingError:
-        raise
-    # PEFT hands what is in the file to a class of its own, unchecked: anything may come of it.
-    except Exception as error:
-        raise refusal(f"it cannot be read ({first_line(error)})") from error
-    if not isinstance(config, peft.LoraConfig):
-        raise refusal(f"it is a {config.peft_type} adapter")
-    try:
-        wanted = get_peft_model_state_dict(peft.get_peft_model(model, config))
-    except Exception as error:
-        raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
-    if any(not t.is_floating_point() or not t.isfinite().all() for t in tensors.values()):
-        raise refusal("it has weights that are no finite numbers")
-    given = {name: weight.shape for name, weight in tensors.items()}
-    if given != {name: weight.shape for name, weight in wanted.items()}:
-        raise refusal(f"its weights do not have the shapes of {base.name}")
-
-
-def _check_targets(base: BaseModel, model: nn.Module, lora: LoraSettings) -> None:
-    targets = lora.target_modules
-    if targets == "all-linear":
-        return
-    kinds = nn.Linear | nn.Embedding | Conv1D
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    if isinstance(targets, str):
-        unmatched = [] if _matches_any(targets, names) else [targets]
-    else:
-        unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
-    if unmatched:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise SettingError(
-            "lora_target_modules",
-            unmatched[0],
-            f"no layer of {base.name} has this name"
-            + (
-                ": without a list it is a pattern for full names"
-                if isinstance(targets, str)
-                else ""
-            ),
-            fix=f"choose from {', '.join(leaves)}, or give all-linear",
-        )
-
-
-def _matches_any(pattern: str, names: list[str]) -> bool:
-    try:
-        return any(re.fullmatch(pattern, name) for name in names)
-    except re.error:
-        return False
 
 
 class LoraPolicy(Policy):
@@ -266,7 +155,7 @@ class LoraPolicy(Policy):
     def evict(self, keep: Collection[int] = ()) -> None:
         """Free the memory of every loaded iterate but `keep`."""
         for name in [n for n in self.model.peft_config if n != _TRAINED]:
-            if name not in {_adapter_name(iterate) for iterate in keep}:
+            if name not in {adapter_name(iterate) for iterate in keep}:
                 self.model.delete_adapter(name)
 
     @contextmanager
@@ -363,123 +252,10 @@ class LoraPolicy(Policy):
             )
         if not (folder / ADAPTER_CONFIG).exists():
             return None
-        name = _adapter_name(iterate)
+        name = adapter_name(iterate)
         if name not in self.model.peft_config:
             self.model.load_adapter(str(folder), adapter_name=name, torch_device=str(self.device))
         return name
-
-
-def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the frozen base, quantised as it says, in eval mode and without gradients.
-
-    Raises:
-        SettingError: bitsandbytes cannot quantise this model, or its weights cannot be read.
-    """
-    model = _read(base, device)
-    freeze_linear(model)
-    return model
-
-
-def _read(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    check_quantizable(base)
-    try:
-        # (With `output_loading_info` it gives a pair, which its types do not say.)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base.name,
-            config=load_config(base),
-            dtype=base.dtype,
-            quantization_config=_quantization_config(base),
-            device_map={"": str(device)},
-            output_loading_info=True,
-            **base.source,
-        )
-    except (AssertionError, torch.OutOfMemoryError):  # of the device
-        raise
-    # A reader of each kind of file, and a check of shapes: they raise whatever they like.
-    except Exception as error:
-        raise _unreadable(base, first_line(error)) from error
-    model: PreTrainedModel = loaded[0]
-    if told := sorted(loaded[1]["missing_keys"]):
-        # transformers draws them at random, and only logs that.
-        raise _unreadable(base, f"{len(told)} tensors are missing, such as {told[0]}")
-    for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in eval mode, in place, for a
-        # kernel that has no gradient and computes in bfloat16; training would go on with them.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    model.requires_grad_(False)
-    return model.eval()
-
-
-def _unreadable(base: BaseModel, problem: str) -> SettingError:
-    return SettingError(
-        "model",
-        base.name,
-        f"its weights cannot be read ({problem})",
-        fix="copy the model folder anew, with its *.safetensors files",
-    )
-
-
-def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
-    """Return the base with an adapter merged into its weights, in full precision.
-
-    A quantised base is de-quantised first: its adapter was trained on the rounded weights, so they
-    are what it belongs to, and merging into 4-bit weights would round the sum once more.
-    """
-    model = _read(base)
-    if base.quantization != "none":
-        model = model.dequantize(dtype=base.dtype)
-    if adapter is None:
-        return model
-    merged: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return merged
-
-
-def load_with_adapter(
-    base: BaseModel, adapter: Path | None, device: torch.device | str = "cpu"
-) -> nn.Module:
-    """Return the base with a frozen adapter on it (or bare), ready to generate from."""
-    model = load_base(base, device)
-    return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter)).eval()
-
-
-def load_with_adapters(
-    base: BaseModel, adapters: Mapping[int, Path | None], device: torch.device | str = "cpu"
-) -> nn.Module:
-    """Return the base with a frozen adapter per iterate on it, for `acting_as`."""
-    model: nn.Module = load_base(base, device)
-    for t, folder in adapters.items():
-        if folder is None:
-            continue
-        if isinstance(model, peft.PeftModel):
-            model.load_adapter(str(folder), adapter_name=_adapter_name(t), torch_device=str(device))
-        else:
-            model = peft.PeftModel.from_pretrained(
-                model, str(folder), adapter_name=_adapter_name(t)
-            )
-    return model.eval()
-
-
-def acting_as(model: nn.Module, t: int) -> AbstractContextManager[Any]:
-    """Make a model of `load_with_adapters` act as iterate t inside the block."""
-    if not isinstance(model, peft.PeftModel):
-        return nullcontext()
-    if _adapter_name(t) not in model.peft_config:
-        disabled: AbstractContextManager[Any] = model.disable_adapter()
-        return disabled
-    model.set_adapter(_adapter_name(t))
-    return nullcontext()
-
-
-def _quantization_config(base: BaseModel) -> BitsAndBytesConfig | None:
-    if base.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=base.dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if base.quantization == "int8" else None
 
 
 def _plain(config: peft.PeftConfig) -> dict[str, Any]:
@@ -492,7 +268,3 @@ def _os_errno(error: Exception) -> int:
     """The number in `… (os error 28)`."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else errno.EIO
-
-
-def _adapter_name(iterate: int) -> str:
-    return f"iterate_{iterate:03d}"

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from spin_lightning.logps import response_logps
 from spin_lightning.mixtures import Mixture
-from spin_lightning.policies.lora import acting_as
+from spin_lightning.policies.loading import acting_as
 from spin_lightning.types import SequenceBatch
 
 

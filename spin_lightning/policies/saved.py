@@ -13,15 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spin_lightning.errors import RunFolderError, SettingError, first_line
 from spin_lightning.mixtures import Mixture, uniform
-from spin_lightning.policies.lora import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    LoraPolicy,
-    LoraSettings,
-    load_with_adapter,
-    load_with_adapters,
-    merge_adapter,
-)
+from spin_lightning.policies.loading import load_with_adapter, load_with_adapters, merge_adapter
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.mixture_model import MixtureModel
 from spin_lightning.policies.pretrained import BaseModel
 from spin_lightning.run_folder import RunFolder

@@ -22,7 +22,7 @@ from spin_lightning.evaluation.judge import _read_verdicts
 from spin_lightning.evaluation.mt_bench_data import read_mt_bench
 from spin_lightning.evaluation.results import _read as read_result
 from spin_lightning.evaluation.run_view import config_differences, read_runs
-from spin_lightning.policies.lora import load_base
+from spin_lightning.policies.loading import load_base
 from spin_lightning.policies.pretrained import BaseModel
 from spin_lightning.run_folder import RunFolder
 from spin_lightning.types import BadRow, Conversation, Message

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.keyed import position_uniforms
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
 from spin_lightning.sampling import GenerationSettings
 from tests.toy_adapters import plain_model, write_adapter

@@ -18,7 +18,8 @@ from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator, default_batch_tokens
 from spin_lightning.generation.sampler import nucleus
 from spin_lightning.keyed import position_uniforms
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import load_config
 from spin_lightning.sampling import GenerationSettings
 from tests.testbed.chi_square import chi_square

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from spin_lightning.policies import fused_lora
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings, load_base
+from spin_lightning.policies.loading import load_base
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel
 from tests.toy_adapters import IDS, write_adapter, write_wide_model
 

@@ -14,14 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.packing import pack_padded
-from spin_lightning.policies.lora import (
-    LoraPolicy,
-    LoraSettings,
-    check_adapter,
-    load_base,
-    load_with_adapter,
-    merge_adapter,
-)
+from spin_lightning.policies.loading import load_base, load_with_adapter, merge_adapter
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings, check_adapter
 from spin_lightning.policies.pretrained import BaseModel
 from tests.toy_adapters import (
     IDS,

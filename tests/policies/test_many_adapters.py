@@ -10,7 +10,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel
 from tests.toy_adapters import plain_model, write_adapter, write_wide_model
 

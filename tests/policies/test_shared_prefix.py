@@ -26,7 +26,8 @@ from spin_lightning.errors import SettingError
 from spin_lightning.losses import logistic
 from spin_lightning.packing import pack_prompts, pad_prompts
 from spin_lightning.policies import shared_prefix
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel
 from spin_lightning.policies.shared_prefix import ARCHITECTURES, shares_prefixes
 from spin_lightning.types import PromptBatch

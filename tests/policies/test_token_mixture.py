@@ -19,7 +19,8 @@ from spin_lightning.generation.kv_cache import PreallocatedCache
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.packing import pack_padded, pad_left
-from spin_lightning.policies.lora import LoraPolicy, LoraSettings
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
 from spin_lightning.sampling import GenerationSettings
 from tests.toy_adapters import plain_model, write_adapter

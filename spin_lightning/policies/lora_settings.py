@@ -1,0 +1,123 @@
+"""Shape of the trained adapter, and whether it, or one to start from, fits the base."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spin_lightning.errors import SettingError, first_line
+from spin_lightning.policies.pretrained import BaseModel, skeleton
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape of the trained adapter, in PEFT's terms."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    def peft_config(self, base: BaseModel) -> peft.LoraConfig:
+        """The same as PEFT takes it."""
+        targets = self.target_modules
+        turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
+        return peft.LoraConfig(
+            r=self.r,
+            fan_in_fan_out=turned,  # which PEFT would set by itself, with a warning
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base.name,
+            revision=base.revision,
+        )
+
+
+def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | None) -> None:
+    """Refuse, before weights are read, an adapter that cannot be put on the base.
+
+    Raises:
+        SettingError: A target module matches nothing, or the initial adapter is not there, is none
+            of LoRA, is damaged, or was made for another model.
+    """
+    model = copy.deepcopy(skeleton(base))
+    if initial_adapter is None:
+        _check_targets(base, model, lora)
+        return
+
+    def refusal(problem: str) -> SettingError:
+        return SettingError(
+            "initial_adapter",
+            initial_adapter,
+            problem,
+            fix="give the folder of a PEFT LoRA adapter of this model, as PEFT saves it",
+        )
+
+    folder = Path(initial_adapter)
+    try:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            if not (folder / name).is_file():
+                raise refusal(f"there is no {name} in it")
+        config = peft.PeftConfig.from_pretrained(initial_adapter)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SettingError:
+        raise
+    # PEFT hands what is in the file to a class of its own, unchecked: anything may come of it.
+    except Exception as error:
+        raise refusal(f"it cannot be read ({first_line(error)})") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise refusal(f"it is a {config.peft_type} adapter")
+    try:
+        wanted = get_peft_model_state_dict(peft.get_peft_model(model, config))
+    except Exception as error:
+        raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
+    if any(not t.is_floating_point() or not t.isfinite().all() for t in tensors.values()):
+        raise refusal("it has weights that are no finite numbers")
+    given = {name: weight.shape for name, weight in tensors.items()}
+    if given != {name: weight.shape for name, weight in wanted.items()}:
+        raise refusal(f"its weights do not have the shapes of {base.name}")
+
+
+def _check_targets(base: BaseModel, model: nn.Module, lora: LoraSettings) -> None:
+    targets = lora.target_modules
+    if targets == "all-linear":
+        return
+    kinds = nn.Linear | nn.Embedding | Conv1D
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if isinstance(targets, str):
+        unmatched = [] if _matches_any(targets, names) else [targets]
+    else:
+        unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if unmatched:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise SettingError(
+            "lora_target_modules",
+            unmatched[0],
+            f"no layer of {base.name} has this name"
+            + (
+                ": without a list it is a pattern for full names"
+                if isinstance(targets, str)
+                else ""
+            ),
+            fix=f"choose from {', '.join(leaves)}, or give all-linear",
+        )
+
+
+def _matches_any(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
