@@ -87,8 +87,9 @@ fmt: $(INSTALLED_DEV) ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-coverage: $(INSTALLED_DEV) ## Run the tests of `make test` with line and branch coverage.
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" --cov --cov-report=term
+coverage: $(INSTALLED_DEV) ## Run `make test` and runs of several processes with line and branch coverage.
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" --cov --cov-report= --cov-fail-under=0
+	$(PYTEST) -m slow tests/faults/test_ddp.py --cov --cov-append --cov-report=term
 
 mutation: $(INSTALLED_MUTATION) ## Change the pure layer in 300 places, one at a time: tests have to notice.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation

@@ -135,6 +135,42 @@ def test_fit_ckpt_path_last_without_one_is_an_error(spin, tiny_model_dir, data, 
     assert "ckpt_path is last, and there is no" in capsys.readouterr().err
 
 
+def test_fit_ckpt_path_of_a_file_that_is_not_there_is_an_error(
+    spin, tiny_model_dir, data, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as end:
+        spin(*fit_arguments(tmp_path, tiny_model_dir, data), "--ckpt_path", tmp_path / "x.ckpt")
+    assert end.value.code == 2
+    assert "x.ckpt': there is no such file" in capsys.readouterr().err
+
+
+def test_fit_without_a_folder_takes_the_next_one_and_the_users_callbacks_as_they_are(
+    spin, tiny_model_dir, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "SPIN-0").mkdir(parents=True)
+    arguments = list(map(str, fit_arguments(tmp_path, tiny_model_dir, data)))
+    place = arguments.index("--trainer.default_root_dir")
+    del arguments[place : place + 2]
+    callbacks = ("SelfPlay", "callbacks.best_iterate.BestIterate")
+    more = [part for c in callbacks for part in ("--trainer.callbacks+", f"spin_lightning.{c}")]
+    more += ["--trainer.callbacks+", "lightning.pytorch.callbacks.ModelCheckpoint"]
+    more += ["--trainer.max_epochs", "1", "--data.max_examples", "40", "--trainer.logger", "false"]
+    spin(*arguments, *more)
+    run = RunFolder(tmp_path / "runs" / "SPIN-1")
+    assert run.known_iterates() == [0, 1]
+    assert run.known_best() is not None
+    assert len(list(run.root.rglob("*.ckpt"))) == 2
+    assert not (run.root / "metrics.csv").exists()
+
+
+def test_testbed_command_says_where_model_and_data_lie(spin, testbed_seed_0, capsys):
+    spin("testbed")
+    told = capsys.readouterr().out
+    assert f"model: {testbed_seed_0.model}" in told
+    assert f"data:  {testbed_seed_0.data}" in told
+
+
 def test_fit_other_settings_in_the_same_folder_lists_each_difference(finished, spin, capsys):
     before = contents(finished)
     with pytest.raises(SystemExit) as end:
@@ -240,6 +276,7 @@ def test_export_adapter_and_merged_model_give_the_iterates_logits(finished, spin
         (["export", "{run}", "{out}", "--iterate", "0"], "is the base model"),
         (["export", "{run}", "{run}"], "the folder is not empty"),
         (["report", "{out}"], "holds no iterates"),
+        (["evaluate", "--run", "{run}"], "nothing to evaluate. Fix: give --tasks or --mt-bench"),
     ],
 )
 def test_command_on_what_is_not_there_says_what_to_do(

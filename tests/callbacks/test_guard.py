@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -111,3 +112,22 @@ def test_sigterm_reaches_who_listened_before(tiny_model_dir, data, tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
+
+
+def test_run_in_another_thread_than_the_main_one_plays_without_its_signals(
+    whole, tiny_model_dir, data, tmp_path
+):
+    before, failed = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        try:
+            play(tmp_path, tiny_model_dir, data)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not failed
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert contents(tmp_path) == whole

@@ -80,3 +80,16 @@ def test_wandb_offline_has_metrics_and_a_table_of_samples(tiny_model_dir, tmp_pa
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["prompt", "real", "generated"]
     assert len(table["data"]) > 3
+
+
+def test_metrics_csv_with_a_torn_line_loses_that_line_alone(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("loss,step\n0.5,1\n0.2")
+    logger = RunCSVLogger(tmp_path)
+    logger.log_metrics({"loss": 0.25}, step=2)
+    logger.save()
+    lines = file.read_text().splitlines()
+    assert list(csv.DictReader(lines)) == [
+        {"loss": "0.5", "step": "1"},
+        {"loss": "0.25", "step": "2"},
+    ]

@@ -349,6 +349,18 @@ def test_train_loader_before_rows_are_made_says_who_makes_them(set_up, write, tm
         data.train_dataloader()
 
 
+def test_other_prompts_in_every_iterate_and_rows_that_are_kept_are_refused(
+    write, tiny_model_dir, monkeypatch
+):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    data = SelfPlayDataModule(write(pairs(20)), prompts_per_iterate=5)
+    module = SPIN(model=str(tiny_model_dir), refresh="reservoir")
+    attached: Any = SimpleNamespace(lightning_module=module)
+    data.trainer = attached
+    with pytest.raises(SettingError, match=r"data.prompts_per_iterate=5.*refresh: all"):
+        data.setup("validate")
+
+
 def test_data_module_without_a_trainer_says_to_pass_it_to_fit():
     with pytest.raises(RunFolderError, match=r"Fix: pass it to Trainer.fit"):
         SelfPlayDataModule("anything").setup("fit")

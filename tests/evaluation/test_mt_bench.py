@@ -196,6 +196,51 @@ def test_question_without_its_reference_answer_is_refused(bench, tmp_path):
         read_mt_bench(str(tmp_path / "bench"))
 
 
+@pytest.mark.parametrize(
+    ("file", "edit", "said"),
+    [
+        (
+            "judge_prompts.jsonl",
+            lambda text: text.replace("pair-v2-multi-turn", "mine"),
+            "has no prompt pair-v2-multi-turn",
+        ),
+        (
+            "question.jsonl",
+            lambda text: text.replace('"w0 w0 w2"', '"w0 w0 w2", "a third turn"'),
+            "a conversation of 3 turns",
+        ),
+        ("question.jsonl", lambda text: text + "{\n", r"line 17 of .* not in FastChat's format"),
+        (
+            "question.jsonl",
+            lambda text: text.replace('"category"', '"kind"', 1),
+            "line 1 of .*category",
+        ),
+    ],
+)
+def test_file_of_another_form_is_refused(file, edit, said, bench, tmp_path):
+    shutil.copytree(bench, tmp_path / "bench")
+    path = tmp_path / "bench" / file
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(DataError, match=said):
+        read_mt_bench(str(tmp_path / "bench"))
+
+
+def test_bench_that_is_neither_folder_nor_on_the_hub_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is no folder, and no data set that the hub gives"):
+        read_mt_bench(str(tmp_path / "nowhere"))
+
+
+def test_contestants_are_named_by_number_and_by_what_they_are(run):
+    assert [c.label for c in contestants(run, ["last"])] == [
+        c.label for c in contestants(run, ["1"])
+    ]
+    assert len(contestants(run, ["all", "1", "last"])) == 2
+    run.write_best(0, "val/real_nll_per_token", 1.0)
+    assert contestants(run, ["best"]) == contestants(run, ["0"])
+    with pytest.raises(SettingError, match=r"iterates='first'.*best, last, mixture or all"):
+        contestants(run, ["first"])
+
+
 # ------------------------------------------------------------------ scores
 
 
@@ -474,3 +519,20 @@ def test_judge_inside_a_run_rates_every_iterate_and_its_outage_does_not_end_the_
 def test_judge_setting_with_a_typo_is_refused(bench):
     with pytest.raises(SettingError, match=r"judge\.modle.*choose from base_url, model"):
         EvaluateIterates(mt_bench=str(bench), judge={"modle": "x"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"concurrency": 0}, "judge.concurrency=0.*1 or more"),
+        ({"requests_per_minute": 0}, "judge.requests_per_minute=0.*number > 0"),
+    ],
+)
+def test_judge_setting_out_of_range_is_refused(settings, said):
+    with pytest.raises(SettingError, match=said):
+        JudgeSettings(**settings)
+
+
+def test_evaluation_of_nothing_is_refused():
+    with pytest.raises(SettingError, match=r"nothing to evaluate.*name a task, or mt_bench"):
+        EvaluateIterates()
