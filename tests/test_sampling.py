@@ -26,14 +26,14 @@ def test_generation_settings_that_only_change_the_cost_are_exact():
 @pytest.mark.parametrize(
     ("name", "value", "fix"),
     [
-        ("batch_tokens", 0, "give a number > 0, or null"),
-        ("unit_size", 0, "give a number of rows > 0"),
-        ("temperature", 0.0, "give a number > 0"),
-        ("temperature", -1.0, "give a number > 0"),
-        ("temperature", nan, "give a number > 0"),
+        ("batch_tokens", 0, "give a whole number > 0, or null"),
+        ("unit_size", 0, "give a whole number of rows > 0"),
+        ("temperature", 0.0, "give a number >= 1e-06"),
+        ("temperature", -1.0, "give a number >= 1e-06"),
+        ("temperature", nan, "give a number >= 1e-06"),
         ("top_p", 0.0, r"give a number in \(0, 1\]"),
         ("top_p", 1.5, r"give a number in \(0, 1\]"),
-        ("top_k", -1, "give a number >= 0"),
+        ("top_k", -1, "give a whole number >= 0"),
     ],
 )
 def test_generation_settings_out_of_range_name_field_value_and_fix(name, value, fix):

@@ -92,7 +92,8 @@ def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
     found = torch.searchsorted(cumulative, thresholds, right=True)
     # Rounding may take a threshold to the total, which is reached first by the last weight above 0.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    found = torch.minimum(found, last)
+    # (Of a row that is not finite, which scoring will refuse, nothing is found.)
+    found = torch.minimum(found, last).clamp_max(weights.shape[-1] - 1)
     share = weights.gather(1, found).double()
     into = (thresholds - cumulative.gather(1, found) + share) / share
     return found.squeeze(-1), into.clamp(0.0, _BELOW_ONE).squeeze(-1)
