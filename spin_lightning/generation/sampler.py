@@ -81,7 +81,8 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
     inside = probabilities.gather(1, places.clamp_max(vocabulary - 1))
     place, _ = _find(inside.masked_fill(places >= vocabulary, 0.0), fraction)
-    return block * _BLOCK + place
+    # Of a row that is not finite, which scoring will refuse, nothing is found.
+    return (block * _BLOCK + place).clamp_max(vocabulary - 1)
 
 
 def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,6 @@ def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
     found = torch.searchsorted(cumulative, thresholds, right=True)
     # Rounding may take a threshold to the total, which is reached first by the last weight above 0.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    # (Of a row that is not finite, which scoring will refuse, nothing is found.)
     found = torch.minimum(found, last).clamp_max(weights.shape[-1] - 1)
     share = weights.gather(1, found).double()
     into = (thresholds - cumulative.gather(1, found) + share) / share

@@ -50,3 +50,10 @@ def test_every_boundary_lies_where_it_should():
     assert inverse_cdf(probabilities, middles).tolist() == list(range(600))
     just_inside = (torch.arange(600, dtype=torch.float64) + 1e-4) / 600
     assert inverse_cdf(probabilities, just_inside).tolist() == list(range(600))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 24, 256, 300])
+def test_a_row_that_is_not_finite_gives_some_token_and_no_error(vocabulary):
+    rows = torch.full((2, vocabulary), torch.nan)
+    tokens = inverse_cdf(rows, torch.tensor([0.0, 0.9], dtype=torch.float64))
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
