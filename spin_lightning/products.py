@@ -63,9 +63,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + b without gradient by the faster kernel; shapes like those of `frozen_linear`."""
     if not _is_for_onednn(x, weight):
         return functional.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    count = len(flat)
+    if (padded := _rounded_up(count)) > count:
+        flat = functional.pad(flat, (0, 0, 0, padded - count))
     # What torch.compile calls for linear layers; torch has no public name for it.
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
+    return result[:count].view(*x.shape[:-1], -1)
+
+
+def _rounded_up(rows: int) -> int:
+    """One of eight numbers of rows between powers of two.
+
+    oneDNN compiles a kernel for each that it meets, and keeps it: half a megabyte.
+    """
+    step = max(8, (1 << rows.bit_length()) // 16)
+    return -(-rows // step) * step
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:

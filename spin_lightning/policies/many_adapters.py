@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.policies.base import Actor
 from spin_lightning.policies.token_mixture import meeting
-from spin_lightning.products import product
 
 # Adapter and rank of a layer's hidden units, in their order.
 Layout = tuple[tuple[str, int], ...]
@@ -192,14 +191,16 @@ def _concatenated(layer: Any, seats: AdapterSeats) -> Callable[..., Tensor]:
     downs = [layer.lora_A[name].weight for name in names]
     ups = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
     layout = tuple((name, len(down)) for name, down in zip(names, downs, strict=True))
-    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    down, up = torch.cat(downs).t(), torch.cat(ups, dim=1).t()
 
     def forward(x: Tensor) -> Tensor:
         y = base(x)
-        hidden = product(x.to(down.dtype), down) * seats.mask(layout, down.dtype)
-        added = product(hidden, up)
-        # In place where it may be: nobody else has seen the product with W yet.
-        return y.add_(added) if y.dtype == added.dtype else (y + added).to(y.dtype)
+        hidden = (x.to(down.dtype) @ down) * seats.mask(layout, down.dtype)
+        if y.dtype == up.dtype:
+            # Into the product with W, which nobody else has seen yet.
+            flat = y.flatten(0, -2).addmm_(hidden.flatten(0, -2), up)
+            return flat.view_as(y)
+        return (y + hidden @ up).to(y.dtype)
 
     return forward
 
