@@ -56,14 +56,8 @@ def suspects_of_batch(batch: PairBatch, logps: PairLogps) -> list[Suspect]:
         batch: n pairs.
         logps: Their log-probs.
     """
-    sides = {"policy_real": logps.policy_real}
-    if logps.policy_generated is not None and logps.reference_generated is not None:
-        sides |= {
-            "policy_generated": logps.policy_generated,
-            "reference_real": logps.reference_real,
-            "reference_generated": logps.reference_generated,
-        }
-    table = torch.stack([side.detach().double() for side in sides.values()], dim=-1).cpu()
+    sides = _sides(logps)
+    table = torch.stack(list(sides.values()), dim=-1).cpu()
     at_fault = ~table.isfinite().all(dim=-1)
     if not at_fault.any():
         at_fault = torch.ones_like(at_fault)
@@ -77,11 +71,8 @@ def suspects_of_batch(batch: PairBatch, logps: PairLogps) -> list[Suspect]:
 
 def all_finite(logps: PairLogps, loss: Tensor) -> bool:
     """Whether a loss and all log-probs behind it are numbers."""
-    sides = [logps.policy_real]
-    if logps.policy_generated is not None and logps.reference_generated is not None:
-        sides += [logps.policy_generated, logps.reference_real, logps.reference_generated]
     # One sum, so that a GPU is waited for once: it is finite only where every term is.
-    total = loss.detach().double() + torch.stack([s.detach().double() for s in sides]).sum()
+    total = loss.detach().double() + torch.stack(list(_sides(logps).values())).sum()
     return bool(total.isfinite())
 
 
@@ -161,6 +152,18 @@ def stop_at(problem: str) -> NotFiniteError:
         fix=f"{_CAUSES}; to go on without such batches, set model.max_skipped_batches to how many "
         "may be left out, and start the same command again",
     )
+
+
+def _sides(logps: PairLogps) -> dict[str, Tensor]:
+    """The log-probs that a loss is made of, by name, float64, without gradient."""
+    sides = {"policy_real": logps.policy_real}
+    if logps.policy_generated is not None and logps.reference_generated is not None:
+        sides |= {
+            "policy_generated": logps.policy_generated,
+            "reference_real": logps.reference_real,
+            "reference_generated": logps.reference_generated,
+        }
+    return {name: side.detach().double() for name, side in sides.items()}
 
 
 def _ids(batch: PromptBatch) -> Iterator[dict[str, list[int]]]:

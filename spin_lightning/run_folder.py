@@ -116,14 +116,11 @@ class RunFolder:
                 f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
                 fix="name one that is there, or a run folder with an iterates folder in it",
             )
-        try:
+        with reading(
+            file, "restore it from a copy of the run, or start a new run in another folder"
+        ):
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             _check_record(known, t)
-        except (OSError, ValueError, RecursionError) as error:
-            raise RunFolderError(
-                f"{file} is damaged ({first_line(error)})",
-                fix="restore it from a copy of the run, or start a new run in another folder",
-            ) from error
         return known
 
     def field(self, t: int, name: str) -> Any:
@@ -146,14 +143,13 @@ class RunFolder:
         Raises:
             RunFolderError: The run has no iterate t, or a file of it is missing or was edited.
         """
-        for name, digest in self.read_iterate(t).get("files", {}).items():
-            file = self.iterate(t) / name
-            if not file.is_file() or file_hash(file) != digest:
-                raise RunFolderError(
-                    f"{file} {'is not what was written' if file.is_file() else 'is missing'}",
-                    fix="restore it from a copy of the run and start the same command again, or "
-                    "start a new run in another folder",
-                )
+        _check_hashes(
+            self.iterate(t),
+            self.read_iterate(t).get("files", {}),
+            edited="is not what was written",
+            fix="restore it from a copy of the run and start the same command again, or "
+            "start a new run in another folder",
+        )
 
     def tokenizer_hashes(self) -> dict[str, str]:
         """SHA-256 of each file of the tokenizer as used, by name."""
@@ -167,14 +163,13 @@ class RunFolder:
         """
         # (A run of an earlier version knows no hashes of them.)
         wanted = self.read_iterate(min(self.known_iterates(), default=0)).get("tokenizer_files", {})
-        for name, digest in wanted.items():
-            file = self.tokenizer / name
-            if not file.is_file() or file_hash(file) != digest:
-                raise RunFolderError(
-                    f"{file} {'is not what the run wrote' if file.is_file() else 'is missing'}",
-                    fix="restore it from a copy of the run, or save the tokenizer of the run's "
-                    "base model there again with save_pretrained",
-                )
+        _check_hashes(
+            self.tokenizer,
+            wanted,
+            edited="is not what the run wrote",
+            fix="restore it from a copy of the run, or save the tokenizer of the run's "
+            "base model there again with save_pretrained",
+        )
 
     def write_iterate(self, t: int, fields: Mapping[str, Any]) -> None:
         """Write what is known of iterate t beside its adapter."""
@@ -203,15 +198,11 @@ class RunFolder:
         file = self.iterates / BEST_FILE
         if not file.exists():
             return None
-        try:
+        fix = "delete it: the run writes it again; or name the iterate by its number"
+        with reading(file, fix):
             best: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(best, dict) or not is_whole(best.get("index"), 0):
                 raise ValueError("it names no iterate")
-        except (OSError, ValueError, RecursionError) as error:
-            raise RunFolderError(
-                f"{file} is damaged ({first_line(error)})",
-                fix="delete it: the run writes it again; or name the iterate by its number",
-            ) from error
         return best
 
     def staged_iterate(self, t: int) -> Path:
@@ -230,6 +221,15 @@ class RunFolder:
             name = _ITERATE_NAME.fullmatch(folder.name)
             if name and int(name[1]) >= t:
                 shutil.rmtree(folder)
+
+
+def _check_hashes(folder: Path, hashes: Mapping[str, str], edited: str, fix: str) -> None:
+    """Refuse a folder in which a file is missing or has another hash than it had."""
+    for name, digest in hashes.items():
+        file = folder / name
+        if not file.is_file() or file_hash(file) != digest:
+            problem = edited if file.is_file() else "is missing"
+            raise RunFolderError(f"{file} {problem}", fix=fix)
 
 
 def _check_record(record: Any, t: int) -> None:
@@ -270,6 +270,19 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+@contextmanager
+def reading(path: Path, fix: str) -> Iterator[None]:
+    """Refuse a file of the run that is not what was written there.
+
+    Raises:
+        RunFolderError: It cannot be read, or what the block makes of it is refused by a ValueError.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} is damaged ({first_line(error)})", fix=fix) from error
 
 
 def is_of_the_disk(error: OSError) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spin_lightning.errors import RunFolderError, first_line, is_whole
 from spin_lightning.fingerprint import file_hash
-from spin_lightning.run_folder import replace_synced, write_json, writing
+from spin_lightning.run_folder import reading, replace_synced, write_json, writing
 from spin_lightning.types import Row
 
 _LOG = logging.getLogger(__name__)
@@ -179,14 +179,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    try:
+    fix = "delete it and start the same command again: parts that are whole are kept"
+    with reading(path, fix):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         _check_manifest(manifest)
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({first_line(error)})",
-            fix="delete it and start the same command again: parts that are whole are kept",
-        ) from error
     return manifest
 
 
