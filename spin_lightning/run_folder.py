@@ -19,6 +19,7 @@ from spin_lightning.fingerprint import file_hash, folder_hashes
 ITERATE_FILE = "iterate.json"
 _ITERATE_NAME = re.compile(r"iterate_(\d{3,9})")
 _ELSEWHERE = "or name another folder with --trainer.default_root_dir"
+_RESTORE = "restore it from a copy of the run, or start a new run in another folder"
 _ADVICE = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",
@@ -116,9 +117,7 @@ class RunFolder:
                 f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
                 fix="name one that is there, or a run folder with an iterates folder in it",
             )
-        with reading(
-            file, "restore it from a copy of the run, or start a new run in another folder"
-        ):
+        with reading(file, _RESTORE):
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             _check_record(known, t)
         return known
@@ -133,7 +132,7 @@ class RunFolder:
         if name not in record:
             raise RunFolderError(
                 f"{self.iterate(t) / ITERATE_FILE} does not say its {name}",
-                fix="restore it from a copy of the run, or start a new run in another folder",
+                fix=_RESTORE,
             )
         return record[name]
 
