@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -31,6 +32,36 @@ def pack_prompts(
         prompt_lengths=tuple(np.size(prompt) for prompt, _ in groups),
         response_lengths=tuple(tuple(np.size(ids) for ids in group) for _, group in groups),
     )
+
+
+def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:
+    """Cut a batch between prompts into pieces of about as many tokens each.
+
+    Args:
+        batch: n prompts and their responses.
+        most: Tokens of a piece; where prompts do not fit evenly, one has up to a prompt more.
+
+    Returns:
+        The pieces in order; the batch alone where it has no more tokens than that.
+    """
+    groups = list(zip(batch.prompt_lengths, batch.response_lengths, strict=True))
+    lengths = [prompt + sum(responses) for prompt, responses in groups]
+    total = sum(lengths)
+    count = -(-total // most)
+    # A prompt belongs to the piece in which its middle lies.
+    middles = [end - length / 2 for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    pieces: dict[int, list[int]] = {}
+    for i, middle in enumerate(middles):
+        pieces.setdefault(int(middle * count / total), []).append(i)
+    sizes = [sum(lengths[i] for i in piece) for piece in pieces.values()]
+    return [
+        PromptBatch(
+            input_ids=ids,
+            prompt_lengths=tuple(batch.prompt_lengths[i] for i in piece),
+            response_lengths=tuple(batch.response_lengths[i] for i in piece),
+        )
+        for ids, piece in zip(torch.split(batch.input_ids, sizes), pieces.values(), strict=True)
+    ]
 
 
 def positions(batch: PromptBatch) -> Tensor:

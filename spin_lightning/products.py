@@ -85,6 +85,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _HAS_AVX512
         and bool(torch.backends.mkldnn.enabled)
+        and not torch.compiler.is_compiling()  # the compiler chooses kernels itself
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= _FEWEST_ROWS * x.shape[-1]

@@ -14,6 +14,7 @@ from spin_lightning.packing import (
     pad_prompts,
     positions,
     predictors,
+    split_prompts,
 )
 from spin_lightning.types import PromptBatch
 
@@ -109,6 +110,54 @@ def test_pack_prompts_puts_everything_in_one_row():
     assert SHARED.prompt_lengths == (2, 1)
     assert SHARED.response_lengths == ((3, 1), (2,))
     assert SHARED.flat_lengths == [3, 1, 2]
+
+
+def prompts_of(*lengths: int) -> PromptBatch:
+    """Prompts of one token, each with a response; tokens are numbered through."""
+    return PromptBatch(
+        torch.arange(sum(lengths)),
+        prompt_lengths=tuple(1 for _ in lengths),
+        response_lengths=tuple((length - 1,) for length in lengths),
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "sizes"),
+    [
+        ((4, 4, 4, 4), 16, [[4, 4, 4, 4]]),
+        ((4, 4, 4, 4), 15, [[4, 4], [4, 4]]),
+        ((4, 4, 4, 4), 8, [[4, 4], [4, 4]]),
+        # Three pieces of 5 1/3: the middles of the prompts lie at 2, 6, 10 and 14.
+        ((4, 4, 4, 4), 7, [[4], [4, 4], [4]]),
+        # Two pieces of 7: the middle of the first prompt lies at 5, of the others at 11 and 13.
+        ((10, 2, 2), 8, [[10], [2, 2]]),
+        # Nothing begins in the second of three pieces of 4 1/3.
+        ((2, 9, 2), 5, [[2], [9], [2]]),
+        ((12,), 5, [[12]]),
+    ],
+)
+def test_split_prompts_equals_the_hand_split(lengths, most, sizes):
+    pieces = split_prompts(prompts_of(*lengths), most)
+    assert [[n + 1 for n in piece.flat_lengths] for piece in pieces] == sizes
+    assert [piece.prompt_lengths for piece in pieces] == [(1,) * len(size) for size in sizes]
+    ids = [piece.input_ids.tolist() for piece in pieces]
+    assert [len(piece) for piece in ids] == [sum(size) for size in sizes]
+    assert [i for piece in ids for i in piece] == list(range(sum(lengths)))
+
+
+def test_split_prompts_keeps_all_responses_with_their_prompt():
+    first, second = split_prompts(SHARED, 5)
+    assert first.input_ids.tolist() == [1, 5, 8, 9, 2, 7]
+    assert (first.prompt_lengths, first.response_lengths) == ((2,), ((3, 1),))
+    assert second.input_ids.tolist() == [6, 3, 2]
+    assert (second.prompt_lengths, second.response_lengths) == ((1,), ((2,),))
+
+
+@quick
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(1, 100))
+def test_split_prompts_gives_no_piece_more_than_a_prompt_beyond_the_most(lengths, most):
+    for piece in split_prompts(prompts_of(*lengths), most):
+        assert len(piece.input_ids) <= most + max(lengths)
 
 
 def test_positions_start_anew_for_every_response():

@@ -75,27 +75,29 @@ def read_prompts(
     """
     prompts = list(dict.fromkeys((r.prompt_ids, r.actor) for r in requests))
     lanes = seats.take([request.actor for request in requests])
-    batch = _unread(requests, seats, lanes.device)
-    device = lanes.device
+    device = lanes.rows.device
+    batch = _unread(requests, seats, device)
     number = {prompt: i for i, prompt in enumerate(prompts)}
     prompt_of = torch.tensor([number[r.prompt_ids, r.actor] for r in requests], device=device)
-    wanted = (prompt_of[lanes], _is_second(lanes, len(requests)))
-    cache = PreallocatedCache(layers, len(lanes), batch.columns, batch.mask.shape[1])
+    wanted = (prompt_of[lanes.rows], lanes.seconds.long())
+    cache = PreallocatedCache(layers, len(lanes.rows), batch.columns, batch.mask.shape[1])
     for group in group_by_length([len(ids) for ids, _ in prompts], _PASS_TOKENS):
-        lanes = seats.take([prompts[i][1] for i in group])
+        reading = seats.take([prompts[i][1] for i in group])
         read = DynamicCache()
         logits = next_logits(*_padded([prompts[i][0] for i in group], pad_id, device), read)
-        # Where this pass has what each row of the cache wants; -1 where it is another's.
+        # Where this pass has what each lane wants; -1 where it is another's.
         found = torch.full((len(prompts), 2), -1, device=device)
-        places = torch.tensor(group, device=device)[lanes], _is_second(lanes, len(group))
-        found[places] = torch.arange(len(lanes), device=device)
+        places = torch.tensor(group, device=device)
+        found[places[reading.rows], reading.seconds.long()] = torch.arange(
+            len(reading.rows), device=device
+        )
         sources = found[wanted]
-        rows = (sources >= 0).nonzero().squeeze(-1)
-        cache.place(read, rows, sources[rows])
-        own = rows[rows < len(requests)]
+        filled = (sources >= 0).nonzero().squeeze(-1)
+        cache.place(read, filled, sources[filled])
         if not len(batch.logits):
             batch.logits = logits.new_empty(len(requests), logits.shape[-1])
-        batch.logits[own] = logits[sources[own]]
+        for i, place in enumerate(group):
+            batch.logits[prompt_of == place] = logits[i]
     batch.cache = cache
     seats.take([request.actor for request in requests])
     return batch
@@ -115,7 +117,7 @@ def read_alike(
     Returns:
         The batch.
     """
-    device = seats.take([request.actor for request in requests]).device
+    device = seats.take([request.actor for request in requests]).rows.device
     batch = _unread(requests, seats, device)
     batch.cache = DynamicCache(config=config)
     prompts = _padded([r.prompt_ids for r in requests], 0, device)
@@ -145,8 +147,3 @@ def _padded(
     """Ids, mask and positions of left-padded prompts."""
     ids, mask = (part.to(device) for part in pad_left(prompts, pad_id))
     return ids, mask, (mask.cumsum(dim=-1) - 1).clamp_min(0)
-
-
-def _is_second(lanes: Tensor, rows: int) -> Tensor:
-    """1 for rows of a cache that are a batch's rows once more, int64."""
-    return (torch.arange(len(lanes), device=lanes.device) >= rows).long()

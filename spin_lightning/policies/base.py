@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,29 @@ from spin_lightning.types import PromptBatch, SequenceBatch
 Actor = tuple[int, float]
 
 
+class Lanes(NamedTuple):
+    """The rows of a model's batch and cache: one for each row that is asked for, or two.
+
+    Attributes:
+        rows: The row that each lane belongs to, int64, shape [lanes].
+        seconds: Where a lane is the second one of a row that is mixed with the base, bool.
+    """
+
+    rows: Tensor
+    seconds: Tensor
+
+
 class Seats(Protocol):
     """Who acts in which row of the batches that a model is given."""
 
-    def take(self, actors: Sequence[Actor]) -> Tensor:
+    def take(self, actors: Sequence[Actor]) -> Lanes:
         """Say who acts in each row of the forward passes to come.
 
         Args:
             actors: One for each row, out of the team that acts.
 
         Returns:
-            The row that each row of the model's cache belongs to, int64: rows 0 … n - 1, then the
-            rows that are mixed with the base, ascending, once more.
+            The lanes in which the model reads them.
         """
 
     def keep(self, staying: Tensor) -> Tensor:
@@ -39,7 +50,7 @@ class Seats(Protocol):
             staying: Which rows stay, in their order, bool, shape [n].
 
         Returns:
-            The row of the model's cache that is to become each row of it, int64.
+            The lane that is to become each lane, int64.
         """
 
 
@@ -134,8 +145,9 @@ class _Alone:
         self._device = device
         self._copies = 2 if doubled else 1
 
-    def take(self, actors: Sequence[Actor]) -> Tensor:
-        return torch.arange(len(actors), device=self._device).repeat(self._copies)
+    def take(self, actors: Sequence[Actor]) -> Lanes:
+        lanes = torch.arange(len(actors) * self._copies, device=self._device)
+        return Lanes(lanes % max(1, len(actors)), lanes >= len(actors))
 
     def keep(self, staying: Tensor) -> Tensor:
         return staying.repeat(self._copies).nonzero().squeeze(-1)

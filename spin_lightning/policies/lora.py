@@ -84,7 +84,7 @@ class LoraPolicy(Policy):
                 {"use_reentrant": False, "context_fn": recomputing_alike(model.config)}
             )
         # The adapter's start depends on the seed alone, not on what was drawn before.
-        with torch.random.fork_rng():
+        with _drawing_apart(torch.device(device)):
             torch.manual_seed(seed)
             self.model = (
                 peft.get_peft_model(model, lora.peft_config(base), adapter_name=_TRAINED)
@@ -254,8 +254,17 @@ class LoraPolicy(Policy):
             return None
         name = adapter_name(iterate)
         if name not in self.model.peft_config:
-            self.model.load_adapter(str(folder), adapter_name=name, torch_device=str(self.device))
+            # PEFT fills an adapter with random numbers before it reads it.
+            with _drawing_apart(self.device):
+                self.model.load_adapter(
+                    str(folder), adapter_name=name, torch_device=str(self.device)
+                )
         return name
+
+
+def _drawing_apart(device: torch.device) -> AbstractContextManager[None]:
+    """Put torch's random state back after the block."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _plain(config: peft.PeftConfig) -> dict[str, Any]:

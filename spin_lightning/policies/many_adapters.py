@@ -13,8 +13,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.policies.base import Actor
+from spin_lightning.policies.base import Actor, Lanes
 from spin_lightning.policies.token_mixture import meeting
+
+# With this many tokens for each, adapters go one by one; with fewer, a product with all of them at
+# once costs less than many small ones.
+_TOKENS_OF_ONE = 64
 
 # Adapter and rank of a layer's hidden units, in their order.
 Layout = tuple[tuple[str, int], ...]
@@ -23,82 +27,96 @@ Layout = tuple[tuple[str, int], ...]
 class AdapterSeats:
     """Which adapter each row of a batch sees, and which rows meet the base's before the head.
 
-    Rows lie in slots of the model's batch and cache: a row has its own, and if it is mixed with the
-    base a second one, in which the base's adapter acts.
+    Rows lie in lanes of the model's batch and cache: a row has its own, and if it is mixed with the
+    base a second one, in which the base's adapter acts. Lanes of one adapter lie together, those of
+    the bare base before all others.
 
     Args:
         adapters: Name of each iterate's adapter, None for the bare base. Iterate 0 is among them
             where rows are mixed with it.
         device: Where the model is.
+
+    Attributes:
+        names: Names of all adapters.
+        spans: The adapters that act, and the lanes of each.
+        adapted: Lanes in which an adapter acts.
     """
 
     def __init__(self, adapters: Mapping[int, str | None], device: torch.device) -> None:
         """Seat nobody yet."""
         self._adapters = dict(adapters)
         self._device = device
-        names = sorted(name for name in self._adapters.values() if name is not None)
-        self._numbers = {name: number for number, name in enumerate(names)}
+        self.names = sorted(name for name in self._adapters.values() if name is not None)
         self.take([])
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all adapters."""
-        return list(self._numbers)
-
-    def take(self, actors: Sequence[Actor]) -> Tensor:
-        """Say who acts in each row from now on; return the row of each slot."""
+    def take(self, actors: Sequence[Actor]) -> Lanes:
+        """Say who acts in each row from now on; return the lanes."""
         mixed = [row for row, (i, alpha) in enumerate(actors) if alpha > 0 and i != 0]
-        seated = [self._adapters[i] for i, _ in actors] + [self._adapters[0] for _ in mixed]
-        numbers = [-1 if name is None else self._numbers[name] for name in seated]
-        slots = torch.arange(len(seated), device=self._device)
-        self._row = torch.tensor([*range(len(actors)), *mixed], device=self._device).long()
-        self._adapter = torch.tensor(numbers, device=self._device)
-        self._is_second = slots >= len(actors)
+        names = [self._adapters[i] for i, _ in actors] + [self._adapters[0] for _ in mixed]
+        numbers = torch.tensor([-1 if n is None else self.names.index(n) for n in names]).long()
+        order = numbers.argsort(stable=True)
+        rows = torch.tensor([*range(len(actors)), *mixed]).long()
+        self._adapter = numbers[order]
+        self._lanes = Lanes(rows[order].to(self._device), (order >= len(actors)).to(self._device))
         self._alpha = torch.tensor([alpha for _, alpha in actors], device=self._device)
         self._look_up()
-        return self._row
+        return self._lanes
 
     def keep(self, staying: Tensor) -> Tensor:
-        """Go on with some rows; return the slot that is to become each slot.
+        """Go on with some rows; return the lane that is to become each lane.
 
-        Slots that become free are filled from the end, so that few of them move.
+        Lanes that become free are filled from further back, so that few of them move.
         """
-        stays = staying[self._row]
-        order = torch.arange(int(stays.sum()), device=self._device)
-        order[~stays[: len(order)]] = stays[len(order) :].nonzero().squeeze(-1) + len(order)
-        self._row = (staying.cumsum(0) - 1)[self._row[order]]
-        self._adapter, self._is_second = self._adapter[order], self._is_second[order]
+        rows, seconds = self._lanes
+        stays = staying[rows].cpu()
+        adapter = self._adapter[stays]
+        count = len(adapter)
+        in_place = stays[:count] & (self._adapter[:count] == adapter)
+        order = torch.arange(count)
+        # Both ascend by adapter, so that each finds one of its own.
+        stays[:count] &= ~in_place
+        order[~in_place] = stays.nonzero().squeeze(-1)
+        self._adapter = adapter
+        order = order.to(self._device)
+        self._lanes = Lanes((staying.cumsum(0) - 1)[rows[order]], seconds[order])
         self._alpha = self._alpha[staying]
         self._look_up()
         return order
 
     def _look_up(self) -> None:
-        second, own = self._is_second.nonzero().squeeze(-1), (~self._is_second).nonzero()
-        self._own = torch.empty_like(own).squeeze(-1)  # slot of each row
-        self._own[self._row[~self._is_second]] = own.squeeze(-1)
-        self._second, self._mixed = second, self._row[second]  # slots and their rows
-        self._is_plain = len(second) == 0 and bool((own.squeeze(-1) == self._own).all())
+        rows, seconds = self._lanes
+        second, own = seconds.nonzero().squeeze(-1), (~seconds).nonzero().squeeze(-1)
+        self._own = torch.empty_like(own)  # lane of each row
+        self._own[rows[own]] = own
+        self._second, self._mixed = second, rows[second]  # lanes and their rows
+        self._is_plain = len(second) == 0 and bool((own == self._own).all())
         self._masks: dict[Layout, Tensor] = {}
+        numbers, counts = self._adapter.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0)
+        spans = zip(numbers.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+        self.spans = [(self.names[n], slice(start, end)) for n, start, end in spans if n >= 0]
+        bare = int((self._adapter < 0).sum())
+        self.adapted, self._adapted = slice(bare, None), self._adapter[bare:]
 
     def mask(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """1 where a slot sees a hidden unit of a layer, shape [slots, 1, units]."""
+        """1 where an adapted lane sees a hidden unit of a layer, shape [lanes, 1, units]."""
         if layout not in self._masks:
-            owners = [self._numbers[name] for name, rank in layout for _ in range(rank)]
-            units = torch.tensor(owners, device=self._device)
-            self._masks[layout] = (self._adapter[:, None] == units)[:, None].to(dtype)
+            owners = [self.names.index(name) for name, rank in layout for _ in range(rank)]
+            sees = self._adapted[:, None] == torch.tensor(owners)
+            self._masks[layout] = sees[:, None].to(self._device, dtype)
         return self._masks[layout]
 
     def spread(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the slots, from those of the rows."""
+        """Inputs of the lanes, from those of the rows."""
         if self._is_plain:
             return inputs
         return {
-            name: value.index_select(0, self._row) if isinstance(value, Tensor) else value
+            name: value.index_select(0, self._lanes.rows) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
 
     def meet(self, values: Tensor) -> Tensor:
-        """Hidden states or logits of the rows, from those of the slots."""
+        """Hidden states or logits of the rows, from those of the lanes."""
         if self._is_plain:
             # A slice of the last columns, which a product would take row by row.
             return values.contiguous()
@@ -114,9 +132,11 @@ class AdapterSeats:
 def many_adapters(model: nn.Module, adapters: Mapping[int, str | None]) -> Iterator[AdapterSeats]:
     """Make a model act as a different iterate in every row of a batch.
 
-    The adapters of a layer become one, y = W x + [s_1 B_1 … s_h B_h] (m * [A_1; …; A_h] x), with a
-    mask m per row that is 1 on the units of the row's own adapter: two products however many
-    adapters there are. Layers get back on leaving whatever forward they had.
+    Every layer starts with W x of all rows. Where there are many tokens, as in prompts, adapters
+    are added one by one. Where there are few, as in decoding, they are one,
+    [s_1 B_1 … s_h B_h] (m * [A_1; …; A_h] x), with a mask m per row that is 1 on the units of the
+    row's own adapter: two products however many adapters there are. Layers get back on leaving
+    whatever forward they had.
 
     Args:
         model: A PEFT model in eval mode, of which `are_plain` holds for these adapters.
@@ -133,7 +153,7 @@ def many_adapters(model: nn.Module, adapters: Mapping[int, str | None]) -> Itera
     with ExitStack() as undo:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
-                undo.callback(_replace_forward(layer, _concatenated(layer, seats)))
+                undo.callback(_replace_forward(layer, _acting(layer, seats)))
         undo.callback(model.register_forward_pre_hook(spread, with_kwargs=True).remove)
         undo.enter_context(meeting(model, seats.meet))
         yield seats
@@ -181,28 +201,40 @@ def _is_plain(layer: BaseTunerLayer, names: Sequence[str]) -> bool:
     )
 
 
-def _concatenated(layer: Any, seats: AdapterSeats) -> Callable[..., Tensor]:
-    """The forward of a layer with all adapters at once."""
+def _acting(layer: Any, seats: AdapterSeats) -> Callable[..., Tensor]:
+    """The forward of a layer in which each adapter acts in its own lanes."""
     # Not the module itself, which would become a child of the layer.
     base: Callable[..., Tensor] = layer.base_layer.__call__
     names = [name for name in seats.names if name in layer.lora_A]
     if not names:
         return base
-    downs = [layer.lora_A[name].weight for name in names]
-    ups = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
-    layout = tuple((name, len(down)) for name, down in zip(names, downs, strict=True))
-    down, up = torch.cat(downs).t(), torch.cat(ups, dim=1).t()
+    downs = [layer.lora_A[name].weight.t() for name in names]
+    ups = [layer.lora_B[name].weight.t() * layer.scaling[name] for name in names]
+    layout = tuple((name, len(up)) for name, up in zip(names, ups, strict=True))
+    halves = dict(zip(names, zip(downs, ups, strict=True), strict=True))
+    down, up = torch.cat(downs, dim=1), torch.cat(ups)
 
     def forward(x: Tensor) -> Tensor:
-        y = base(x)
-        hidden = (x.to(down.dtype) @ down) * seats.mask(layout, down.dtype)
-        if y.dtype == up.dtype:
-            # Into the product with W, which nobody else has seen yet.
-            flat = y.flatten(0, -2).addmm_(hidden.flatten(0, -2), up)
-            return flat.view_as(y)
-        return (y + hidden @ up).to(y.dtype)
+        y = base(x).contiguous()
+        spans = [(halves[name], lanes) for name, lanes in seats.spans if name in halves]
+        if x[..., 0].numel() >= _TOKENS_OF_ONE * len(seats.spans):
+            for (own_down, own_up), lanes in spans:
+                _add_product(y[lanes], x[lanes].to(own_down.dtype) @ own_down, own_up)
+        elif spans:
+            hidden = x[seats.adapted].to(down.dtype) @ down
+            _add_product(y[seats.adapted], hidden * seats.mask(layout, down.dtype), up)
+        return y
 
     return forward
+
+
+def _add_product(y: Tensor, hidden: Tensor, up: Tensor) -> None:
+    """Add `hidden @ up` to contiguous y in place, summed in the type of `up`."""
+    flat, hidden = y.flatten(0, -2), hidden.flatten(0, -2)
+    if y.dtype == up.dtype:
+        flat.addmm_(hidden, up)
+    else:
+        flat.copy_(torch.addmm(flat.to(up.dtype), hidden, up))
 
 
 def _replace_forward(layer: Any, forward: Callable[..., Tensor]) -> Callable[[], None]:

@@ -74,26 +74,32 @@ def wanted(models: dict[int, nn.Module], actors: list[tuple[int, float]], ids: T
 ACTORS = [(1, 0.0), (0, 0.0), (3, 0.4), (2, 0.0), (0, 0.5), (2, 0.7), (3, 0.0), (1, 0.4)]
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize(("quantization", "atol"), [("none", 1e-5), ("nf4", 1e-4)])
 def test_rows_of_a_batch_are_those_of_whoever_acts_in_them(
-    initial, quantization, atol, model_dir, tmp_path
+    one_by_one, initial, quantization, atol, model_dir, tmp_path, monkeypatch
 ):
+    tokens = 1 if one_by_one else 1000
+    monkeypatch.setattr("spin_lightning.policies.many_adapters._TOKENS_OF_ONE", tokens)
     policy, models = make_policy(model_dir, tmp_path, initial=initial, quantization=quantization)
     (team,) = policy.teams(ACTORS)
     ids = IDS.repeat(4, 1)
     with policy.at_rows(team) as seats:
-        assert seats.take(ACTORS).tolist() == [*range(8), 2, 5, 7]
+        lanes = seats.take(ACTORS)
+        # The base's, then those of iterates 1, 2 and 3; rows 2, 5 and 7 are mixed.
+        assert lanes.rows.tolist() == [1, 4, 2, 5, 7, 0, 7, 3, 5, 2, 6]
+        assert lanes.seconds.nonzero().squeeze(-1).tolist() == [2, 3, 4]
         found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
     torch.testing.assert_close(found, wanted(models, ACTORS, ids), atol=atol, rtol=0)
 
 
 def test_rows_that_are_left_go_on_as_they_were(plain_policy):
-    """The slot of each row in the cache is where the seats say that it is."""
+    """The lane of each row in the cache is where the seats say that it is."""
     policy, models = plain_policy
-    actors, ids, slots = ACTORS, IDS.repeat(4, 1), torch.arange(11)
+    actors, ids = ACTORS, IDS.repeat(4, 1)
     with policy.at_rows(policy.teams(ACTORS)[0]) as seats:
-        rows = seats.take(actors)
+        rows = seats.take(actors).rows
         for staying in (
             [True, False, True, True, True, True, False, True],
             [True, True, False, True, False, True],
@@ -102,11 +108,11 @@ def test_rows_that_are_left_go_on_as_they_were(plain_policy):
         ):
             stays = torch.tensor(staying)
             order = seats.keep(stays)
-            kept = sorted(slot for slot, row in enumerate(rows.tolist()) if stays[row])
+            kept = sorted(lane for lane, row in enumerate(rows.tolist()) if stays[row])
             assert sorted(order.tolist()) == kept
             moves = (order != torch.arange(len(order))).sum()
-            assert moves <= len(rows) - len(order), "no more than there are free slots"
-            rows, slots = (stays.cumsum(0) - 1)[rows[order]], slots[order]
+            assert moves <= 4 * (len(rows) - len(order)), "each free lane, in each of four groups"
+            rows = (stays.cumsum(0) - 1)[rows[order]]
             actors = [actor for actor, stay in zip(actors, staying, strict=True) if stay]
             ids = ids[stays]
             found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
@@ -163,7 +169,7 @@ def test_adapters_that_are_not_plain_act_alone_and_right(kind, model_dir, tmp_pa
     assert policy.teams([(4, 0.0), (1, 0.0)]) == [[(1, 0.0)], [(4, 0.0)]]
     for actor in ((4, 0.0), (1, 0.0)):
         with policy.at_rows([actor]) as seats:
-            assert seats.take([actor, actor]).tolist() == [0, 1]
+            assert seats.take([actor, actor]).rows.tolist() == [0, 1]
             found = policy.model(input_ids=IDS).logits.double().log_softmax(-1)
         torch.testing.assert_close(found, wanted(models, [actor] * 2, IDS), atol=1e-5, rtol=0)
 

@@ -161,6 +161,14 @@ def test_step_equals_the_padded_one_for_random_lengths(seed, folder_of):
     assert_same_step(fast, plain, some_pairs(seed, count=5 + 3 * seed), within=1e-5)
 
 
+@pytest.mark.parametrize("most", [1, 60])
+def test_step_in_several_rows_equals_the_padded_one(most, folder_of, monkeypatch):
+    monkeypatch.setattr("spin_lightning.policies.shared_prefix._CPU_TOKENS", most)
+    base = BaseModel(folder_of("gemma2"), compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    assert_same_step(fast, plain, some_pairs(seed=5), within=1e-5)
+
+
 @pytest.mark.parametrize("name", NF4)
 def test_step_equals_the_padded_one_in_4_bits(name, folder_of):
     base = BaseModel(folder_of(name), quantization="nf4", compute_dtype="float32")
