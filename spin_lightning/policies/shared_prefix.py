@@ -34,10 +34,10 @@ ARCHITECTURES = frozenset(
     {"gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
 )
 _NAME = "spin_lightning_shared_prefix"
-# Tokens of a row on a CPU. Of twice as many the activations of a small model already exceed what
-# glibc's allocator keeps (32 MiB): each is fetched anew from the system, page by page, which took a
-# third of a step. More tokens do not make products any faster.
-_CPU_TOKENS = 4096
+# Tokens of a row on a CPU: what lives within a pass alone stays small, whatever the batch. From
+# some 8000 tokens on the activations of even a small model exceed what glibc's allocator keeps
+# (32 MiB): each is fetched anew from the system, page by page, which took a third of a step.
+_CPU_TOKENS = 1024
 
 
 def shares_prefixes(base: BaseModel, packing: Packing) -> bool:
