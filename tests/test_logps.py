@@ -265,6 +265,15 @@ def test_head_logps_of_two_words_equal_the_hand_values():
     assert hidden.grad.flatten().tolist() == pytest.approx([1 / 4, 1.0])
 
 
+def test_head_logps_of_a_frozen_head_refuse_to_be_differentiated_twice():
+    """Their gradient was computed with them, and has none of its own."""
+    hidden = torch.ones(3, 2, requires_grad=True)
+    logps = head_logps(nn.Linear(2, 4).requires_grad_(False), hidden, torch.tensor([0, 1, 2]))
+    (gradient,) = torch.autograd.grad(logps.exp().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+
+
 def test_head_logps_of_more_chunks_of_targets_than_of_hidden_states_are_refused():
     """The first chunk is whole on both sides."""
     with pytest.raises(ValueError, match=r"shorter|longer"):

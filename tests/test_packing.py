@@ -133,6 +133,8 @@ def prompts_of(*lengths: int) -> PromptBatch:
         ((10, 2, 2), 8, [[10], [2, 2]]),
         # Nothing begins in the second of three pieces of 4 1/3.
         ((2, 9, 2), 5, [[2], [9], [2]]),
+        # Two pieces of 4: the middle of the second prompt lies at 3.5.
+        ((2, 3, 3), 4, [[2, 3], [3]]),
         ((12,), 5, [[12]]),
     ],
 )
@@ -190,7 +192,9 @@ def test_second_prompt_of_three_tokens_is_found_behind_the_first():
     assert predicted.tolist() == [3, 4, 8, 9, 10]
 
 
-@pytest.mark.parametrize("reader", [positions, predictors, pad_prompts])
+@pytest.mark.parametrize(
+    "reader", [positions, predictors, pad_prompts, lambda batch: split_prompts(batch, 9)]
+)
 def test_batch_with_more_prompts_than_groups_of_responses_is_refused(reader):
     batch = PromptBatch(torch.tensor([1, 8, 5]), prompt_lengths=(1, 1), response_lengths=((1,),))
     with pytest.raises(ValueError, match="shorter"):

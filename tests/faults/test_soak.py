@@ -25,10 +25,10 @@ SETTINGS = (
     *("--data.batch_size", "20"),
     *("--model.generation.unit_size", "20"),
 )
-# What Python holds around an iterate's weights while it is in memory, whatever their size.
 # oneDNN compiles a kernel of half a megabyte for each size of product that it meets for the first
 # time (`products._rounded_up`): most in the first iterates, a few later.
-KERNELS = 32 * 2**20
+KERNELS = 32 * MIB
+# What Python holds around an iterate's weights while it is in memory, whatever their size.
 LAYERS = 400 * KIB
 MIXTURE = ("--model", "MixtureSPIN", "--model.history", "2")
 

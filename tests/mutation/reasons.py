@@ -1,6 +1,8 @@
 """Why a mutant may survive: it computes the same, or what differs is no behaviour."""
 
 _LAST_OF_TWO = "the tensor has two dimensions, of which the last is dimension 1"
+_STATIC = "torch calls it on the class, where a function is the same as a static method"
+_ALPHA = "a negative alpha was refused before"
 
 # Module, the line as it is, the line as it was changed: why no test can or should tell them apart.
 REASONS: dict[tuple[str, str, str], str] = {
@@ -63,5 +65,42 @@ REASONS: dict[tuple[str, str, str], str] = {
         "logps",
         "",  # where the decorator below was
         "def forward(",
-    ): "torch calls it on the class, where a function is the same as a static method",
+    ): _STATIC,
+    ("logps", "", "@once_differentiable"): _STATIC,
+    (
+        "logps",
+        "return torch.where(mask, token_logps.double(), 0.0).sum(dim=-1)",
+        "return torch.where(mask, token_logps.double(), 0.0).sum(dim=1)",
+    ): _LAST_OF_TWO,
+    (
+        "logps",
+        "logp = z.gather(-1, y) - highest",
+        "logp = z.gather(+1, y) - highest",
+    ): _LAST_OF_TWO,
+    (
+        "mixtures",
+        "if last == first:",
+        "if last <= first:",
+    ): "members ascend: the last is never less than the first",
+    (
+        "mixtures",
+        "return tuple(sorted({*mixed, 0} if self.alpha > 0 else mixed))",
+        "return tuple(sorted({*mixed, 0} if self.alpha != 0 else mixed))",
+    ): _ALPHA,
+    (
+        "mixtures",
+        (
+            "return mixed if self.alpha == 0 else (1 - self.alpha) * mixed + self.alpha * "
+            "member_logps[0]"
+        ),
+        (
+            "return mixed if self.alpha <= 0 else (1 - self.alpha) * mixed + self.alpha * "
+            "member_logps[0]"
+        ),
+    ): _ALPHA,
+    (
+        "mixtures",
+        "return self.alpha in (0, 1) or self.mixture.members == (0,)",
+        "return self.alpha in (0, 1) or self.mixture.members <= (0,)",
+    ): "there are members, and no iterate comes before 0",
 }
