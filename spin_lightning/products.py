@@ -72,6 +72,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return result[:count].view(*x.shape[:-1], -1)
 
 
+def add_product(y: Tensor, hidden: Tensor, up: Tensor, scaling: float = 1.0) -> None:
+    """Add `scaling * hidden @ up` to y in place, summed in the type of `up` and rounded once.
+
+    Args:
+        y: Contiguous, shape [..., outputs].
+        hidden: Shape [..., units], in the type of `up`.
+        up: Shape [units, outputs].
+        scaling: Factor of the product.
+    """
+    flat, hidden = y.view(-1, y.shape[-1]), hidden.flatten(0, -2)
+    if y.dtype == up.dtype:
+        flat.addmm_(hidden, up, alpha=scaling)
+    else:
+        flat.copy_(torch.addmm(flat.to(up.dtype), hidden, up, alpha=scaling))
+
+
 def _rounded_up(rows: int) -> int:
     """One of eight numbers of rows between powers of two.
 

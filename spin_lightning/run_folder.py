@@ -272,15 +272,21 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path, fix: str) -> Iterator[None]:
+def reading(path: Path, fix: str, *others: type[Exception]) -> Iterator[None]:
     """Refuse a file of the run that is not what was written there.
+
+    Args:
+        path: The file.
+        fix: How to go on without it.
+        others: What a parser raises that is no ValueError.
 
     Raises:
         RunFolderError: It cannot be read, or what the block makes of it is refused by a ValueError.
     """
+    refused: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError, *others)
     try:
         yield
-    except (OSError, ValueError, RecursionError) as error:
+    except refused as error:
         raise RunFolderError(f"{path} is damaged ({first_line(error)})", fix=fix) from error
 
 

@@ -12,11 +12,11 @@ import yaml
 from numpy.typing import NDArray
 
 from spin_lightning.data.rows import RowTable, read_manifest, read_rows
-from spin_lightning.errors import RunFolderError, first_line
+from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.results import Result, read_results
 from spin_lightning.evaluation.samples import PromptSamples, samples_of_prompts
 from spin_lightning.policies.saved import load_tokenizer
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run_folder import RunFolder, reading
 
 # Differ between any two runs, and say nothing of them.
 _NOT_SETTINGS = ("trainer.default_root_dir", "ckpt_path")
@@ -129,15 +129,11 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     path = Path(run.root) / "config.yaml"
     if not path.exists():
         return {}
-    try:
+    fix = "restore it, or delete it: the report then takes the settings from the iterates"
+    with reading(path, fix, yaml.YAMLError):
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({first_line(error)})",
-            fix="restore it, or delete it: the report then takes the settings from the iterates",
-        ) from error
     return dict(_flat(settings))
 
 

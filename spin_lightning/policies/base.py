@@ -146,8 +146,9 @@ class _Alone:
         self._copies = 2 if doubled else 1
 
     def take(self, actors: Sequence[Actor]) -> Lanes:
+        rows = torch.arange(len(actors), device=self._device)
         lanes = torch.arange(len(actors) * self._copies, device=self._device)
-        return Lanes(lanes % max(1, len(actors)), lanes >= len(actors))
+        return Lanes(rows.repeat(self._copies), lanes >= len(actors))
 
     def keep(self, staying: Tensor) -> Tensor:
         return staying.repeat(self._copies).nonzero().squeeze(-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.products import is_linear, product
+from spin_lightning.products import add_product, is_linear, product
 
 
 def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
@@ -137,12 +137,7 @@ class _LoraLinear(torch.autograd.Function):
         y: Tensor = layer.base_layer(x)
         rows = x.flatten(0, -2)
         low = rows.to(a.dtype) @ a.t()
-        flat = y.view(-1, y.shape[-1])
-        if b.dtype == y.dtype:
-            flat.addmm_(low, b.t(), alpha=scaling)
-        else:
-            # Summed in the adapter's type, which has the more digits, and rounded once.
-            flat.copy_(torch.addmm(flat.to(b.dtype), low, b.t(), alpha=scaling))
+        add_product(y, low, b.t(), scaling)
         ctx.save_for_backward(rows, low, a, b)
         ctx.scaling, ctx.layer = scaling, layer
         return y

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.policies.base import Actor, Lanes
 from spin_lightning.policies.token_mixture import meeting
+from spin_lightning.products import add_product
 
 # With this many tokens for each, adapters go one by one; with fewer, a product with all of them at
 # once costs less than many small ones.
@@ -217,24 +218,15 @@ def _acting(layer: Any, seats: AdapterSeats) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
         y = base(x).contiguous()
         spans = [(halves[name], lanes) for name, lanes in seats.spans if name in halves]
-        if x[..., 0].numel() >= _TOKENS_OF_ONE * len(seats.spans):
+        if x.shape[:-1].numel() >= _TOKENS_OF_ONE * len(seats.spans):
             for (own_down, own_up), lanes in spans:
-                _add_product(y[lanes], x[lanes].to(own_down.dtype) @ own_down, own_up)
+                add_product(y[lanes], x[lanes].to(own_down.dtype) @ own_down, own_up)
         elif spans:
             hidden = x[seats.adapted].to(down.dtype) @ down
-            _add_product(y[seats.adapted], hidden * seats.mask(layout, down.dtype), up)
+            add_product(y[seats.adapted], hidden * seats.mask(layout, down.dtype), up)
         return y
 
     return forward
-
-
-def _add_product(y: Tensor, hidden: Tensor, up: Tensor) -> None:
-    """Add `hidden @ up` to contiguous y in place, summed in the type of `up`."""
-    flat, hidden = y.flatten(0, -2), hidden.flatten(0, -2)
-    if y.dtype == up.dtype:
-        flat.addmm_(hidden, up)
-    else:
-        flat.copy_(torch.addmm(flat.to(up.dtype), hidden, up))
 
 
 def _replace_forward(layer: Any, forward: Callable[..., Tensor]) -> Callable[[], None]:
