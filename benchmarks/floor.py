@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spin_lightning.data.dataset import Pair
-from spin_lightning.products import product
+from spin_lightning.frozen_linear import product
 
 _HEAD_CHUNK = 256
 
@@ -22,7 +22,7 @@ class Floor:
     layer and that of its input gradient (its weights are frozen). Attention forward and backward,
     [prompt, real] causal and [generated] on [prompt, generated]. At response tokens, two products
     with the head: logits, and the gradient of the hidden state. No LoRA, norm, rotation, softmax of
-    the head, or optimiser.
+    the head, or optimizer.
 
     Args:
         sizes: Sizes of the model (`workload.SIZES`).

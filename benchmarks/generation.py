@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import ours, peer
 from benchmarks.floor import Floor
-from benchmarks.measure import Figure, interleaved, median_ratio
 from benchmarks.setup import Setup, benchmark
+from benchmarks.timing import Figure, interleaved, median_ratio
 from benchmarks.workload import SIZES
 from spin_lightning.generation.base import Request
 from spin_lightning.keyed import row_key

@@ -8,8 +8,8 @@ from itertools import pairwise
 from statistics import median
 
 from benchmarks import memory, ours
-from benchmarks.measure import Figure, interleaved, spread
 from benchmarks.setup import Setup, benchmark
+from benchmarks.timing import Figure, interleaved, spread
 from benchmarks.workload import pair_of_lengths
 from spin_lightning.data.dataset import Pair
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import ours, peer
-from benchmarks.measure import Figure, interleaved, median_ratio
 from benchmarks.setup import Setup, benchmark
+from benchmarks.timing import Figure, interleaved, median_ratio
 from benchmarks.workload import words_of
 from spin_lightning.data.dataset import Pair
 

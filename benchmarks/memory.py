@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import ours, peer
-from benchmarks.measure import in_subprocess, peak_mb
 from benchmarks.setup import Setup, parser, quiet, setup_of
+from benchmarks.timing import in_subprocess, peak_mb
 from benchmarks.workload import batches_of, pair_of_lengths
 
 _SIDES: dict[str, Any] = {"ours": ours.Step, "trl": peer.Step}
@@ -45,7 +45,7 @@ def measure_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) 
 def measure(setup: Setup, side: str, workload: str) -> float:
     """The peak over two steps, MB, above what is held while no step runs."""
     step = _SIDES[side](setup)
-    # The optimiser's state and the libraries' own buffers come with the first step.
+    # The optimizer's state and the libraries' own buffers come with the first step.
     step(setup.workload("tiny").pairs(1, setup.vocabulary))
     batches = batches_of(setup.workload(workload), 2, setup.vocabulary)
     return max(peak_mb(lambda batch=batch: step(batch), setup.device) for batch in batches)

@@ -18,15 +18,15 @@ from benchmarks.workload import PAD, PAIRS_PER_STEP, STOP
 from spin_lightning import SPIN, SelfPlayDataModule
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import Pair
-from spin_lightning.data.rows import read_rows
-from spin_lightning.drawing import EarlierRows, RowPlan
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.generation.local import LocalGenerator
-from spin_lightning.mixtures import Coupling, window
+from spin_lightning.mixtures import window
 from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.optimizers import make_optimizer
-from spin_lightning.synthesis import Synthesis, Timing, finish
+from spin_lightning.rows.making import Synthesis, Timing, finish
+from spin_lightning.rows.plan import Coupling, EarlierRows, RowPlan
+from spin_lightning.rows.store import read_rows
 from spin_lightning.types import Example
 
 ADAPTERS = 4
@@ -93,10 +93,10 @@ def use_iterates(policy: Policy, setup: Setup) -> None:
 
 
 class Step:
-    """A training step: collate, forward, loss, backward, optimiser."""
+    """A training step: collate, forward, loss, backward, optimizer."""
 
     def __init__(self, setup: Setup, quantization: str = "none") -> None:
-        """Load the policy and its optimiser."""
+        """Load the policy and its optimizer."""
         self.device = setup.device
         self.module = load_module(setup, quantization, write_adapters(setup)[0])
         parameters = [parameter for _, parameter in self.module.policy.trainable()]

@@ -69,7 +69,7 @@ def adapter_name(iterate: int) -> str:
 
 
 class Step:
-    """A training step of DPOTrainer, its collator and the optimiser included."""
+    """A training step of DPOTrainer, its collator and the optimizer included."""
 
     def __init__(self, setup: Setup, quantization: str = "none") -> None:
         """Build a DPOTrainer; its own data set holds one short pair and is not used."""
@@ -117,7 +117,7 @@ def make_trainer(
 ) -> Any:
     """A DPOTrainer at its best; making it computes the reference log-probs of the pairs.
 
-    TRL rounds the adapter of a quantised base to bfloat16. In float32 that is undone, for it is
+    TRL rounds the adapter of a quantized base to bfloat16. In float32 that is undone, for it is
     another adapter then.
     """
     from datasets import Dataset

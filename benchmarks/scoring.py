@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import ours, peer
-from benchmarks.measure import Figure, interleaved, median_ratio
 from benchmarks.setup import Setup, benchmark
+from benchmarks.timing import Figure, interleaved, median_ratio
 from benchmarks.workload import PAIRS_PER_STEP, examples_of
 from spin_lightning.data.dataset import Pair
 

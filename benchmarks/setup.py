@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as hf_logging
 
-from benchmarks.measure import Figure, machine, publish
+from benchmarks.timing import Figure, machine, publish
 from benchmarks.workload import SIZES, WORKLOADS, Workload, base_model
 
 

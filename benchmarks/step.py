@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks import memory, ours, peer
 from benchmarks.floor import Floor
-from benchmarks.measure import Figure, interleaved, median_ratio
 from benchmarks.setup import Setup, benchmark
+from benchmarks.timing import Figure, interleaved, median_ratio
 from benchmarks.workload import SIZES, batches_of
 from spin_lightning.data.dataset import Pair
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from spin_lightning.masking import masked
+from spin_lightning.redaction import masked
 
 # Past these a number is a slip of the hand: torch and parquet would overflow somewhere in a run.
 MOST = 2**31 - 1

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from spin_lightning.products import is_linear, product
+from spin_lightning.frozen_linear import is_linear, product
 from spin_lightning.types import SequenceBatch
 
 # Logits are the largest thing in a step: they exist for this many tokens at a time.

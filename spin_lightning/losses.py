@@ -22,7 +22,7 @@ from torch.nn import functional
 LossName = Literal["logistic", "hinge", "exponential", "ipo"]
 MarginLoss = Callable[[Tensor, float], Tensor]
 
-# e^40 = 2.4e17, and an optimiser's squared gradient 5.5e34: float32 ends at 3.4e38.
+# e^40 = 2.4e17, and an optimizer's squared gradient 5.5e34: float32 ends at 3.4e38.
 _MOST_EXPONENT = 40.0
 
 

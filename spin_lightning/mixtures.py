@@ -3,7 +3,7 @@
 Two ways to combine policies meet here. An arithmetic mixture of whole responses can be sampled
 (draw a member, let it answer) and its density is exact. A geometric mixture with the base is what a
 KL penalty towards the base turns a reference into: of whole responses it is known up to a
-normaliser that depends on the prompt alone; token by token it is normalised, and can be sampled.
+normalizer that depends on the prompt alone; token by token it is normalized, and can be sampled.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from spin_lightning.errors import SettingError, is_number, is_whole
 Against = Literal["opponent", "previous"]
 # A geometric mixture with the base is taken of whole responses, or token by token.
 Level = Literal["sequence", "token"]
-
-# Weights that differ by rounding alone are the same.
-_SAME_WEIGHT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ class Geometric:
         return 0.0
 
     @property
-    def is_normalised(self) -> bool:
+    def is_normalized(self) -> bool:
         """Whether log Z(x) is 0, as for a mixture or the base alone."""
         return self.alpha in (0, 1) or self.mixture.members == (0,)
 
@@ -281,43 +278,9 @@ def pulled_to_base(mixture: Mixture, alpha: float) -> Mixture:
     return Mixture(mixture.weights, token_alpha=alpha)
 
 
-def rows_per_sample(opponent: Mixture | None, *, union: bool) -> int:
-    """Number of rows of one sample: one, or with `union` one per member of the opponent."""
-    return len(opponent.members) if union and opponent is not None else 1
-
-
 def base() -> Mixture:
     """The base policy, iterate 0, alone: the reference of DPO."""
     return latest(0)
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """How rows drawn from one mixture become rows of another with the fewest new draws.
-
-    A row of index i stays with probability min(1, w'_i / w_i); else a new index is drawn from the
-    weights that grew, (w' - w)_+ normalised. The index of every row then follows w' exactly: this
-    is the maximal coupling of the two.
-
-    Attributes:
-        keep: Probability that a row of each index stays.
-        gained: What the others are drawn from; None where no weight grew, and none is redrawn.
-    """
-
-    keep: Mapping[int, float]
-    gained: Mixture | None
-
-    @classmethod
-    def between(cls, before: Mixture, now: Mixture) -> Coupling:
-        """Couple the rows of `before` to those of `now`."""
-        indices = {*before.weights, *now.weights}
-        growth = {i: now.weights.get(i, 0.0) - before.weights.get(i, 0.0) for i in indices}
-        grown = {i: more for i, more in growth.items() if more > _SAME_WEIGHT}
-        keep = {
-            i: 1.0 if growth[i] >= -_SAME_WEIGHT else now.weights.get(i, 0.0) / weight
-            for i, weight in before.weights.items()
-        }
-        return cls(keep, Mixture.normalized(grown) if grown else None)
 
 
 def mixture_logps(logps: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -41,7 +41,7 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenised example.
+    """One tokenized example.
 
     Attributes:
         example_id: Position of the example in its source, counted from 0.

@@ -10,9 +10,9 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from spin_lightning.cli import main
-from tests.test_cli import fit_arguments
-from tests.toy_runs import contents, write_examples
+from spin_lightning.cli.fit import main
+from tests.cli.test_fit import fit_arguments
+from tests.toys.runs import contents, write_examples
 
 GOOD = {"prompt": "w1 w2", "response": "w3"}
 ROWS: dict[str, list[dict[str, Any]]] = {

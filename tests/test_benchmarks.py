@@ -12,8 +12,8 @@ from benchmarks import generation, growth, iterate, ours, scoring, step, table
 from benchmarks.floor import Floor
 from benchmarks.generation import _operations
 from benchmarks.goals import SUBJECTS, Goal
-from benchmarks.measure import Figure, median_ratio, peak_mb, spread
 from benchmarks.setup import Setup
+from benchmarks.timing import Figure, median_ratio, peak_mb, spread
 from benchmarks.workload import SIZES, WORKLOADS, batches_of
 from spin_lightning.data.dataset import Pair
 from spin_lightning.generation.base import Request

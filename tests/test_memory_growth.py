@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from spin_lightning.data.rows import read_rows
-from spin_lightning.drawing import EarlierRows, RowPlan
 from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
-from spin_lightning.sampling import GenerationSettings
-from spin_lightning.synthesis import Synthesis, Timing, finish
+from spin_lightning.rows.making import Synthesis, Timing, finish
+from spin_lightning.rows.plan import EarlierRows, RowPlan
+from spin_lightning.rows.store import read_rows
 from spin_lightning.types import Example
-from tests.toy_adapters import write_adapter
+from tests.toys.adapters import write_adapter
 
 ROWS, TOKENS, UNIT = 10_000, 64, 64
 

@@ -9,7 +9,6 @@ import torch
 
 from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import (
-    Coupling,
     Geometric,
     Mixture,
     base,
@@ -17,10 +16,10 @@ from spin_lightning.mixtures import (
     mixture_logps,
     pulled_to_base,
     referenced,
-    rows_per_sample,
     uniform,
     window,
 )
+from spin_lightning.rows.plan import Coupling, rows_per_sample
 
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
 
@@ -233,7 +232,7 @@ def test_geometric_needs_the_scores_of_its_members_alone(three_logps):
 
 
 @pytest.mark.parametrize(
-    ("geometric", "members", "is_normalised", "text"),
+    ("geometric", "members", "is_normalized", "text"),
     [
         (Geometric(window(3, 2), 0.0), (2, 3), True, "(p2..p3)^1·p0^0"),
         (Geometric(window(3, 2), 0.25), (0, 2, 3), False, "(p2..p3)^0.75·p0^0.25"),
@@ -242,19 +241,19 @@ def test_geometric_needs_the_scores_of_its_members_alone(three_logps):
         (Geometric(base(), 0.25), (0,), True, "(p0)^0.75·p0^0.25"),
     ],
 )
-def test_geometric_says_who_it_is_made_of(geometric, members, is_normalised, text):
+def test_geometric_says_who_it_is_made_of(geometric, members, is_normalized, text):
     assert geometric.members == geometric.plain_members == members
     assert geometric.token_members == ()
     assert geometric.token_alpha == 0
-    assert geometric.is_normalised == is_normalised
+    assert geometric.is_normalized == is_normalized
     assert str(geometric) == text
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_geometric_says_that_it_is_normalised_where_it_sums_to_one(alpha, language):
+def test_geometric_says_that_it_is_normalized_where_it_sums_to_one(alpha, language):
     mixed = Geometric(latest(2), alpha)
     total = mixed.logps(dict(enumerate(language.unbind(-1)))).exp().sum().item()
-    assert mixed.is_normalised == (abs(total - 1) < 1e-9)
+    assert mixed.is_normalized == (abs(total - 1) < 1e-9)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, math.nan])

@@ -22,19 +22,19 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from spin_lightning import SPIN, AlphaSPIN, FictitiousSPIN, MixtureSPIN, SelfPlayModule
-from spin_lightning.data.rows import RowTable, read_rows
-from spin_lightning.drawing import NO_ROWS, EarlierRows, RowPlan
 from spin_lightning.generation.local import LocalGenerator
-from spin_lightning.mixtures import Coupling, Mixture
+from spin_lightning.generation.settings import GenerationSettings
+from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
-from spin_lightning.sampling import GenerationSettings
-from spin_lightning.synthesis import Synthesis, Timing, finish
+from spin_lightning.rows.making import Synthesis, Timing, finish
+from spin_lightning.rows.plan import NO_ROWS, Coupling, EarlierRows, RowPlan
+from spin_lightning.rows.store import RowTable, read_rows
 from spin_lightning.testbed import Language
 from spin_lightning.types import Example
-from tests.testbed.chi_square import chi_square
-from tests.toy_adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.chi_square import chi_square
 
 # Iterates 0 to 3 are there, 0 the base.
 LAST = 3

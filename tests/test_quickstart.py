@@ -10,12 +10,12 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spin_lightning.cli import main
-from spin_lightning.data.rows import read_rows
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.cli.fit import main
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.testbed import Language, ensure, response_log_probs
 from spin_lightning.testbed.exact import token_ids
-from tests.testbed.chi_square import chi_square
+from tests.toys.chi_square import chi_square
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

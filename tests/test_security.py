@@ -17,17 +17,17 @@ from transformers import AutoTokenizer
 
 import spin_lightning
 from spin_lightning import SPIN, SelfPlayModule
-from spin_lightning.cli import main
-from spin_lightning.data.tokenise import PromptFormat
+from spin_lightning.cli.fit import main
+from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import RunFolderError, SpinError
-from spin_lightning.evaluation.judge import Judge, JudgeError, JudgeSettings
-from spin_lightning.evaluation.mt_bench_data import Query
-from spin_lightning.masking import masked
+from spin_lightning.evaluation.mt_bench.data import Query
+from spin_lightning.evaluation.mt_bench.judge import Judge, JudgeError, JudgeSettings
 from spin_lightning.policies.pretrained import BaseModel
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.redaction import masked
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import Message
-from tests.test_cli import fit_arguments
-from tests.toy_runs import play, write_examples
+from tests.cli.test_fit import fit_arguments
+from tests.toys.runs import play, write_examples
 
 PACKAGE = Path(spin_lightning.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -1,6 +1,6 @@
 """theory.md's stability table: what exact best responses do to a small error, by simulation.
 
-The minimiser of the pairwise logistic loss is p_{t+1} ∝ R_t (p_data / S_t)^{1/lambda}, with S_t
+The minimizer of the pairwise logistic loss is p_{t+1} ∝ R_t (p_data / S_t)^{1/lambda}, with S_t
 who generates and R_t the reference. Both are the public modules' own, applied to a table of
 log-probs of five responses of one token, where a token-level mixture is one of whole responses.
 """
@@ -19,13 +19,13 @@ ITERATES = 400
 DATA = torch.tensor([0.35, 0.25, 0.2, 0.12, 0.08], dtype=torch.float64).log()
 
 
-def centred(values: list[float]) -> Tensor:
+def centered(values: list[float]) -> Tensor:
     """A direction that keeps sum p_data e^u at 1 to first order."""
     u = torch.tensor(values, dtype=torch.float64)
     return u - (DATA.exp() * u).sum()
 
 
-START = centred([1.0, -2.0, 0.5, 1.5, -1.0])
+START = centered([1.0, -2.0, 0.5, 1.5, -1.0])
 START = 1e-3 * START / START.norm()
 
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from spin_lightning.callbacks.evaluate import IterateListener
+from spin_lightning.callbacks.interfaces import IterateListener
 from spin_lightning.errors import SettingError
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 
 _DEFAULT_METRIC = "val/real_nll_per_token"
 

@@ -11,8 +11,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from spin_lightning.errors import RunFolderError
-from spin_lightning.fingerprint import fingerprint
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.folder import RunFolder
 
 _LINEAGE = "run_lineage"
 # What every checkpoint of ours holds, and what training needs besides.

@@ -9,17 +9,17 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.callbacks.console import show_table
-from spin_lightning.callbacks.evaluate import IterateEvaluator
+from spin_lightning.callbacks.interfaces import IterateEvaluator
 from spin_lightning.errors import SettingError
+from spin_lightning.evaluation.base import Benchmark
 from spin_lightning.evaluation.contestants import iterate_contestant
-from spin_lightning.evaluation.evaluate import Benchmark
-from spin_lightning.evaluation.judge import JudgeError, JudgeSettings
 from spin_lightning.evaluation.lm_eval import Harness, HarnessSettings, check_installed
-from spin_lightning.evaluation.mt_bench import MTBench
-from spin_lightning.evaluation.mt_bench_answers import Answering
+from spin_lightning.evaluation.mt_bench.answers import Answering
+from spin_lightning.evaluation.mt_bench.benchmark import MTBench
+from spin_lightning.evaluation.mt_bench.judge import JudgeError, JudgeSettings
 from spin_lightning.evaluation.results import Result, read_results, score_table
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 
 
 class EvaluateIterates(IterateEvaluator):

@@ -16,8 +16,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.errors import SettingError
-from spin_lightning.folder_lock import FolderLock
-from spin_lightning.run_folder import RunFolder, replace_synced, writing
+from spin_lightning.run.files import replace_synced, writing
+from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.lock import FolderLock
 
 # What a shell says of a process that SIGTERM ended: 128 + 15.
 STOPPED = 128 + signal.SIGTERM
@@ -99,7 +100,7 @@ class RunGuard:
 
     Args:
         minutes: Write a checkpoint when this long has gone by since the last one; None: never.
-        steps: Write one after this many optimiser steps; None: never.
+        steps: Write one after this many optimizer steps; None: never.
 
     Raises:
         SettingError: A value that is not positive.

@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.fingerprint import differences
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.run_folder import RunFolder, writing
+from spin_lightning.run.files import writing
+from spin_lightning.run.fingerprint import differences
+from spin_lightning.run.folder import RunFolder
 
 # What a run that ended before its first iterate may have left, and what loggers put there.
 _OWN = frozenset(

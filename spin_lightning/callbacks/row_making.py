@@ -12,14 +12,14 @@ import lightning as L
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.data.rows import MANIFEST, read_manifest, read_rows
-from spin_lightning.drawing import NO_ROWS, EarlierRows, RowPlan
 from spin_lightning.generation.local import LocalGenerator
-from spin_lightning.mixtures import Coupling, Mixture, latest
+from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies import pretrained
-from spin_lightning.run_folder import RunFolder
-from spin_lightning.synthesis import Synthesis, Timing, finish, is_finished
+from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
+from spin_lightning.rows.plan import NO_ROWS, Coupling, EarlierRows, RowPlan
+from spin_lightning.rows.store import MANIFEST, read_manifest, read_rows
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import Example
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from spin_lightning.masking import masked
-from spin_lightning.run_folder import replace_synced, write_text, writing
+from spin_lightning.redaction import masked
+from spin_lightning.run.files import replace_synced, write_text, writing
 
 
 class _AppendingWriter(ExperimentWriter):

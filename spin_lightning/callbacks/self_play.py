@@ -14,10 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from spin_lightning import keyed
 from spin_lightning.callbacks.checkpoints import check_lineage_of, read_safely, write_lineage
 from spin_lightning.callbacks.console import console, show_iterates, show_samples
-from spin_lightning.callbacks.evaluate import IterateEvaluator, IterateListener
 from spin_lightning.callbacks.guard import RunGuard
+from spin_lightning.callbacks.interfaces import IterateEvaluator, IterateListener
 from spin_lightning.callbacks.log_samples import log_samples
-from spin_lightning.callbacks.measure import measure_iterate, measure_rows, peak_memory
 from spin_lightning.callbacks.requirements import (
     check_lineage,
     check_start,
@@ -25,17 +24,19 @@ from spin_lightning.callbacks.requirements import (
     run_root,
 )
 from spin_lightning.callbacks.row_making import RowMaker
+from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows, peak_memory
 from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.data.rows import read_rows
-from spin_lightning.drawing import RowPlan, redrawn
 from spin_lightning.errors import SettingError
-from spin_lightning.evaluation.report import draw_iterates
-from spin_lightning.evaluation.samples import sample_pairs
-from spin_lightning.fingerprint import fingerprint
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.modules.skipping import check_weights
-from spin_lightning.run_folder import ITERATE_FILE, RunFolder, replace_synced, write_json, writing
+from spin_lightning.report.report import draw_iterates
+from spin_lightning.report.samples import sample_pairs
+from spin_lightning.rows.plan import RowPlan, redrawn
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.files import replace_synced, write_json, writing
+from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.folder import ITERATE_FILE, RunFolder
 
 _PAIRS_LOGGED = 20
 
@@ -46,7 +47,7 @@ class SelfPlay(Callback):
     An iterate t is played like this. Before its first epoch, examples are answered by the opponent
     and scored under the members of the reference, in work units that survive a crash. The loaders
     serve these rows for `epochs_per_iterate` epochs. At the end of the last one the policy is kept
-    as iterate t + 1, optimiser and schedule start afresh, `checkpoints/last.ckpt` is written, and
+    as iterate t + 1, optimizer and schedule start afresh, `checkpoints/last.ckpt` is written, and
     the next rows are made.
 
     Needs a `SelfPlayModule` and a `SelfPlayDataModule`. The number of iterates is
@@ -57,7 +58,7 @@ class SelfPlay(Callback):
         pairs_shown: Sample pairs printed with each iterate.
         checkpoint_minutes: Write `checkpoints/last.ckpt` in the middle of an epoch when this long
             has gone by; None: only after each epoch.
-        checkpoint_steps: Write it after this many optimiser steps; None: only after each epoch.
+        checkpoint_steps: Write it after this many optimizer steps; None: only after each epoch.
 
     Raises:
         SettingError: An interval that is not positive.
@@ -139,7 +140,7 @@ class SelfPlay(Callback):
         self.guard.start(trainer)
         caught_up = self._catch_up(trainer, module, data)
         if not caught_up and trainer.global_step == self._iterate_step > 0:
-            # The checkpoint of an untouched optimiser holds the settings of the run it ended.
+            # The checkpoint of an untouched optimizer holds the settings of the run it ended.
             trainer.strategy.setup_optimizers(trainer)
         if trainer.global_step == 0 and data.val:
             _validate_now(trainer)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.policies.pretrained import BaseModel, skeleton
-from spin_lightning.synthesis import Timing
+from spin_lightning.rows.making import Timing
 
 # Dense bfloat16 peaks, FLOP/s, by words of the device's name; the first match counts. Data sheets
 # that quote sparse figures are halved.
@@ -60,7 +60,7 @@ def measure_speed(
 
     Returns:
         Tokens per second of each stage that took time, the share of each in their sum, and the
-        model FLOPs utilisation of training, in [0, 1], where the device's peak is known.
+        model FLOPs utilization of training, in [0, 1], where the device's peak is known.
     """
     tokens = trained.rows * (trained.prompt_tokens + trained.response_tokens)
     stages = {

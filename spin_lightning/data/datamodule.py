@@ -15,8 +15,7 @@ from spin_lightning import keyed
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.formats import describe_bad_rows, read_conversations
-from spin_lightning.data.rows import read_rows
-from spin_lightning.data.tokenise import PromptFormat
+from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import (
     MOST,
     DataError,
@@ -25,7 +24,8 @@ from spin_lightning.errors import (
     is_number,
     is_whole,
 )
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import BadRow, Conversation, Example
 
 _MOST_VAL_EXAMPLES = 256
@@ -48,7 +48,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         data: A json, jsonl, parquet or csv file, a folder of them, or a hub id
             `owner/name[:split]`.
         columns: Our names (`messages`, or `prompt` and `response`) to the file's columns, where
-            they are not recognised.
+            they are not recognized.
         max_examples: Use this many examples, picked by the seed; all if nothing is said.
         prompts_per_iterate: Examples that an iterate is made from, another pick for each; all if
             nothing is said.
@@ -107,7 +107,7 @@ class SelfPlayDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ examples
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the examples, and hold some out.
+        """Read and tokenize the examples, and hold some out.
 
         Raises:
             DataError: The data cannot be used.
@@ -246,7 +246,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
             conversations = [conversations[i] for i in picked]
-        examples, too_long = self._tokenise(conversations, text_format)
+        examples, too_long = self._tokenize(conversations, text_format)
         bad = [*bad, *too_long]
         if bad and (self.bad_rows == "refuse" or not examples):
             raise DataError(
@@ -260,11 +260,11 @@ class SelfPlayDataModule(L.LightningDataModule):
             rank_zero_info(f"{source}: left out {describe_bad_rows(bad, total)}")
         return examples
 
-    def _tokenise(
+    def _tokenize(
         self, conversations: Iterable[Conversation], text_format: PromptFormat
     ) -> tuple[list[Example], list[BadRow]]:
         made = [
-            text_format.tokenise(
+            text_format.tokenize(
                 conversation,
                 max_prompt_tokens=self.max_prompt_tokens,
                 max_response_tokens=self.max_response_tokens,

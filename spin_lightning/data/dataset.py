@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spin_lightning import keyed
-from spin_lightning.data.rows import RowTable
 from spin_lightning.mixtures import Reference
+from spin_lightning.rows.store import RowTable
 from spin_lightning.types import PairBatch
 
 

@@ -33,7 +33,7 @@ def read_conversations(
 ) -> tuple[list[Conversation], list[BadRow]]:
     """Read a data set as prompts with one response each.
 
-    Recognised columns, in this order: `messages` (a chat; its last assistant turn is the response,
+    Recognized columns, in this order: `messages` (a chat; its last assistant turn is the response,
     the turns before it are the prompt), `prompt` with `response`, `completion` or `real`,
     `question` with `answer`, and SPIN's released `real` and `generated` (whole chats; `generated`
     is not used, since opponents answer anew). A prompt is a text or a list of messages, a response
@@ -112,7 +112,7 @@ def _row_reader(source: str, present: Sequence[str], columns: Mapping[str, str])
     if not columns and {"real", "generated"} <= set(present):
         return lambda row: _from_messages(row.get("real"))
     raise DataError(
-        f"{source} has no columns that are recognised; it has {', '.join(present)}",
+        f"{source} has no columns that are recognized; it has {', '.join(present)}",
         fix="name them, such as --data.columns '{prompt: instruction, response: output}'",
     )
 

@@ -1,1 +1,1 @@
-"""Reading finished runs: pictures and tables."""
+"""Benchmark scores of iterates."""

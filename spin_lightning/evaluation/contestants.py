@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spin_lightning.errors import SettingError
-from spin_lightning.fingerprint import fingerprint
 from spin_lightning.mixtures import Mixture, latest, uniform
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.folder import RunFolder
 
 _MIXTURE = "mixture"
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from spin_lightning.errors import DataError, SettingError
 from spin_lightning.evaluation.contestants import Contestant
 from spin_lightning.evaluation.results import Result, cached_result, write_result
-from spin_lightning.fingerprint import file_hash, fingerprint
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.pretrained import first_line
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.fingerprint import file_hash, fingerprint
+from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

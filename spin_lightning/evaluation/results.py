@@ -11,8 +11,9 @@ from typing import Any
 
 from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.evaluation.contestants import Contestant, contestants, label_of
-from spin_lightning.fingerprint import fingerprint
-from spin_lightning.run_folder import RunFolder, write_json
+from spin_lightning.run.files import write_json
+from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.folder import RunFolder
 
 _ERROR = "_error"
 

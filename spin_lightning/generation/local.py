@@ -17,9 +17,9 @@ from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.generation.decoding import Decoder
 from spin_lightning.generation.kv_cache import holds_keys_and_values_alone
 from spin_lightning.generation.sampler import Sampler
+from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.packing import group_by_length
 from spin_lightning.policies.base import Actor, Policy
-from spin_lightning.sampling import GenerationSettings
 
 _CACHE_BYTES = 1 << 31
 _MOST_BATCH_TOKENS = 1 << 17

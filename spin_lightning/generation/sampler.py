@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
-from spin_lightning.sampling import GenerationSettings
+from spin_lightning.generation.settings import GenerationSettings
 
 # How many of the most likely tokens are looked at first for `top_p`.
 _NUCLEUS = 256

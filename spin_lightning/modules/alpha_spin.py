@@ -21,7 +21,7 @@ from spin_lightning.modules.settings import at_iterate
 class AlphaSPIN(SelfPlayModule):
     """Self-play with a KL penalty towards the base, which makes the reference a geometric mixture.
 
-    p_{t+1} minimises E[ loss( [log p(y|x) - log R_t(y|x)] - [log p(y'|x) - log R_t(y'|x)] ) ] with
+    p_{t+1} minimizes E[ loss( [log p(y|x) - log R_t(y|x)] - [log p(y'|x) - log R_t(y'|x)] ) ] with
     log R_t = (1 - alpha) log mu_t + alpha log p_0 and mu_t the mixture of the last `history`
     iterates. SPIN or MixtureSPIN at `alpha` 0; at 1 the reference is the base for ever, as in DPO.
 

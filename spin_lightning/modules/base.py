@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
 from spin_lightning.errors import RunFolderError, SettingError, is_number, is_whole
-from spin_lightning.fingerprint import folder_hashes
+from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
-from spin_lightning.mixtures import Mixture, Reference, rows_per_sample
-from spin_lightning.modules.requirements import check_opponents, iterates_to_play
+from spin_lightning.mixtures import Mixture, Reference
+from spin_lightning.modules.checks import check_opponents, iterates_to_play
 from spin_lightning.modules.settings import at_iterate, check_choices, lora_settings
 from spin_lightning.modules.skipping import check_weights, leaves_out, no_gradient
 from spin_lightning.policies import pretrained
@@ -38,7 +38,8 @@ from spin_lightning.policies.optimizers import (
 )
 from spin_lightning.policies.pretrained import BaseModel, ComputeDtype, Quantization
 from spin_lightning.policies.shared_prefix import Packing, shares_prefixes
-from spin_lightning.sampling import GenerationSettings
+from spin_lightning.rows.plan import rows_per_sample
+from spin_lightning.run.fingerprint import folder_hashes
 from spin_lightning.types import PairBatch, PairLogps
 
 # Settings that do not make another run: what they stand for is compared by content, or not at all.
@@ -56,7 +57,7 @@ class SelfPlayModule(L.LightningModule, ABC):
     """Trains a policy to prefer the data set's responses over those of an opponent.
 
     A variant answers three questions with data: who generates (`opponent`), against what log-ratios
-    are taken (`reference`), and which scalar is minimised (`objective`; by default the mean of
+    are taken (`reference`), and which scalar is minimized (`objective`; by default the mean of
     `loss` over the margins of the batch). The `SelfPlay` callback does the rest of the loop.
 
     Args:
@@ -105,9 +106,9 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     # Settings that may be a list, with one value per iterate.
     per_iterate: ClassVar[tuple[str, ...]] = ("beta", "learning_rate")
-    # Whether the objective is a function of the margin alone, in which a reference's normaliser,
+    # Whether the objective is a function of the margin alone, in which a reference's normalizer,
     # the same for both responses, cancels.
-    normaliser_cancels: ClassVar[bool] = True
+    normalizer_cancels: ClassVar[bool] = True
     # Settings that a variant fixes to None, since it has no use for them.
     without: ClassVar[frozenset[str]] = frozenset()
 
@@ -190,7 +191,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         """What log-ratios are taken against while p_{t+1} is trained."""
 
     def objective(self, logps: PairLogps) -> Tensor:
-        """The scalar that is minimised: the mean of `loss` over the margins of the batch."""
+        """The scalar that is minimized: the mean of `loss` over the margins of the batch."""
         assert self.loss is not None
         return losses.by_name(self.loss)(logps.margin, self.reward_scale).mean()
 
@@ -220,7 +221,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
         Raises:
             SettingError: A trainer setting under which iterates cannot be played, a list with
-                another number of values than there are iterates, a reference whose normaliser does
+                another number of values than there are iterates, a reference whose normalizer does
                 not cancel, or rows that would be kept though another opponent drew them.
         """
         iterates = iterates_to_play(self.trainer, self.epochs_per_iterate)
@@ -238,7 +239,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             type(self).__name__,
             [self.opponent(t) for t in range(iterates)],
             [self.reference(t) for t in range(iterates)],
-            normaliser_cancels=self.normaliser_cancels,
+            normalizer_cancels=self.normalizer_cancels,
             keeps_rows=self.refresh == "reservoir",
         )
         return iterates
@@ -247,7 +248,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Check what can be checked about model and adapter before weights are read.
 
         Raises:
-            SettingError: No such model, one that cannot be quantised or run as `packing` says, or
+            SettingError: No such model, one that cannot be quantized or run as `packing` says, or
                 an adapter that does not fit.
         """
         pretrained.check_playable(self.base)
@@ -328,7 +329,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """A fresh optimiser and schedule for the iterate at hand."""
+        """A fresh optimizer and schedule for the iterate at hand."""
         optimizer = make_optimizer(
             self.optimizer_name,
             [parameter for _, parameter in self.policy.trainable()],
@@ -471,7 +472,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         return None if value is None else [at_iterate(value, i) for i in range(t)]
 
     def _steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch, from numbers alone: there are no rows yet to ask for."""
+        """Optimizer steps of an epoch, from numbers alone: there are no rows yet to ask for."""
         trainer: Any = self.trainer
         batches = trainer.datamodule.batches_per_epoch(self.iterate, trainer.world_size)
         limit = trainer.limit_train_batches

@@ -11,7 +11,7 @@ from spin_lightning.modules.base import SelfPlayModule
 class MixtureSPIN(SelfPlayModule):
     """Self-play against an equal mixture of the last iterates, which averages their errors out.
 
-    p_{t+1} minimises E[ loss( [log p(y|x) - log mu(y|x)] - [log p(y'|x) - log mu(y'|x)] ) ] with y
+    p_{t+1} minimizes E[ loss( [log p(y|x) - log mu(y|x)] - [log p(y'|x) - log mu(y'|x)] ) ] with y
     from the data set, y' ~ mu and mu(y|x) = (1/|H|) sum_{i in H} p_i(y|x), H the last `history`
     iterates up to t: an arithmetic mixture of whole responses. SPIN at `history` 1.
 

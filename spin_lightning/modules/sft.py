@@ -15,7 +15,7 @@ from spin_lightning.types import PairLogps
 class SFT(SelfPlayModule):
     """Supervised fine-tuning through the same policy, data, steps and run folder.
 
-    Minimises the mean over examples of the negative log-likelihood per token of the real response,
+    Minimizes the mean over examples of the negative log-likelihood per token of the real response,
     -log p(y|x) / |y|. No response is generated for training; the held-out examples are answered
     and scored as they are for self-play, so that every validation metric compares. Rewards are
     log-ratios to the last iterate, with beta = 1.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spin_lightning.not_finite import (
+from spin_lightning.rows.suspects import (
     NotFiniteError,
     Suspect,
     all_finite,

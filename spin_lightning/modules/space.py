@@ -17,16 +17,16 @@ from spin_lightning.types import PairLogps
 class SPACE(SelfPlayModule):
     """Self-play by noise-contrastive estimation: real against generated, without a margin.
 
-    p_{t+1} minimises E[ -log s(r(y)) - mu log(1 - s(r(y'))) ] with r = log p - log R_t,
+    p_{t+1} minimizes E[ -log s(r(y)) - mu log(1 - s(r(y'))) ] with r = log p - log R_t,
     s(z) = 1 / (1 + mu exp(-z)), y from the data set, y' ~ p_t and mu the `ratio`. One response is
     generated per real one, and the second term carries the weight mu.
 
-    Since y and y' are scored apart, R_t has to be normalised: the base is mixed in token by token.
+    Since y and y' are scored apart, R_t has to be normalized: the base is mixed in token by token.
 
     Args:
         ratio: mu, weight of generated responses against real ones, > 0.
         alpha: Weight of the base policy, in [0, 1]; one value or one per iterate.
-        mixture: token; `sequence` is refused with an `alpha` > 0, whose normaliser is not known.
+        mixture: token; `sequence` is refused with an `alpha` > 0, whose normalizer is not known.
         kwargs: Settings of `SelfPlayModule` but `beta` and `loss`.
 
     Raises:
@@ -36,7 +36,7 @@ class SPACE(SelfPlayModule):
     """
 
     per_iterate: ClassVar[tuple[str, ...]] = (*SelfPlayModule.per_iterate, "alpha")
-    normaliser_cancels: ClassVar[bool] = False
+    normalizer_cancels: ClassVar[bool] = False
     without: ClassVar[frozenset[str]] = frozenset({"beta", "loss"})
 
     def __init__(

@@ -9,7 +9,7 @@ from spin_lightning.modules.base import SelfPlayModule
 class SPIN(SelfPlayModule):
     """Self-play fine-tuning: the opponent and the reference are both the last iterate.
 
-    p_{t+1} minimises E[ loss( [log p(y|x) - log p_t(y|x)] - [log p(y'|x) - log p_t(y'|x)] ) ] with
+    p_{t+1} minimizes E[ loss( [log p(y|x) - log p_t(y|x)] - [log p(y'|x) - log p_t(y'|x)] ) ] with
     y from the data set and y' ~ p_t.
 
     Reference: Chen et al., "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.products import add_product, is_linear, product
+from spin_lightning.frozen_linear import add_product, is_linear, product
 
 
 def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
@@ -95,7 +95,7 @@ class FusedLinear(_Fused, lora.Linear):
 def _kinds_in_4_bits() -> dict[type, type]:
     """Layers held in 4 bits, with and without adapters, and what they become.
 
-    They are de-quantised in the forward pass and again in the backward pass, and never kept.
+    They are de-quantized in the forward pass and again in the backward pass, and never kept.
     """
     import bitsandbytes  # importing it takes seconds and is seldom wanted
 

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from spin_lightning.errors import SettingError, first_line
+from spin_lightning.frozen_linear import freeze_linear
 from spin_lightning.policies.pretrained import BaseModel, check_quantizable, load_config
-from spin_lightning.products import freeze_linear
 
 
 def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the frozen base, quantised as it says, in eval mode and without gradients.
+    """Load the frozen base, quantized as it says, in eval mode and without gradients.
 
     Raises:
-        SettingError: bitsandbytes cannot quantise this model, or its weights cannot be read.
+        SettingError: bitsandbytes cannot quantize this model, or its weights cannot be read.
     """
     model = _read(base, device)
     freeze_linear(model)
@@ -71,7 +71,7 @@ def _unreadable(base: BaseModel, problem: str) -> SettingError:
 def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
     """Return the base with an adapter merged into its weights, in full precision.
 
-    A quantised base is de-quantised first: its adapter was trained on the rounded weights, so they
+    A quantized base is de-quantized first: its adapter was trained on the rounded weights, so they
     are what it belongs to, and merging into 4-bit weights would round the sum once more.
     """
     model = _read(base)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin_lightning.errors import RunFolderError, first_line
-from spin_lightning.fingerprint import file_hash
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
 from spin_lightning.policies.base import Actor, Policy, Seats
@@ -30,7 +29,8 @@ from spin_lightning.policies.pretrained import (
 )
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
-from spin_lightning.run_folder import write_json, writing
+from spin_lightning.run.files import write_json, writing
+from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.types import PromptBatch, SequenceBatch
 
 _TRAINED = "policy"

@@ -13,9 +13,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spin_lightning.frozen_linear import add_product
 from spin_lightning.policies.base import Actor, Lanes
 from spin_lightning.policies.token_mixture import meeting
-from spin_lightning.products import add_product
 
 # With this many tokens for each, adapters go one by one; with fewer, a product with all of them at
 # once costs less than many small ones.
@@ -195,7 +195,7 @@ def _is_plain(layer: BaseTunerLayer, names: Sequence[str]) -> bool:
         return False
     here = [n for n in names if n in layer.lora_A or n in layer.lora_embedding_A]
     return not here or (
-        # Quantised layers are linear ones by their classes, too.
+        # Quantized layers are linear ones by their classes, too.
         isinstance(layer.base_layer, nn.Linear | Conv1D)
         and not isinstance(layer, ParamWrapper)
         and not any(n in layer.lora_variant or layer.lora_bias[n] for n in here)

@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name."""
+"""Optimizers and schedules by name."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
 ) -> Optimizer:
-    """Build an optimiser: AdamW, RMSprop as SPIN used, or bitsandbytes' 8-bit AdamW.
+    """Build an optimizer: AdamW, RMSprop as SPIN used, or bitsandbytes' 8-bit AdamW.
 
     Raises:
-        SettingError: The paged optimiser without a GPU, whose memory it pages to.
+        SettingError: The paged optimizer without a GPU, whose memory it pages to.
     """
     if name == "paged_adamw_8bit" and not torch.cuda.is_available():
         raise SettingError(

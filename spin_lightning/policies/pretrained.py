@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.errors import SettingError, first_line
-from spin_lightning.fingerprint import folder_hashes
+from spin_lightning.run.fingerprint import folder_hashes
 
 Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -144,7 +144,7 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
     config = load_config(base)
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about initialising what is never initialised
+            warnings.simplefilter("ignore")  # about initializing what is never initialized
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=base.trust_remote_code
             )
@@ -186,7 +186,7 @@ def check_quantizable(base: BaseModel) -> None:
     """Refuse, before weights are read, a base that bitsandbytes cannot hold in 4 or 8 bits.
 
     Raises:
-        SettingError: The model is quantised already, or most of its weights are no linear layers.
+        SettingError: The model is quantized already, or most of its weights are no linear layers.
     """
     if base.quantization == "none":
         return
@@ -195,8 +195,8 @@ def check_quantizable(base: BaseModel) -> None:
         raise SettingError(
             "quantization",
             base.quantization,
-            f"{base.name} is already quantised by its own config",
-            fix="set quantization: none, or give the unquantised model",
+            f"{base.name} is already quantized by its own config",
+            fix="set quantization: none, or give the unquantized model",
         )
     model = skeleton(base)
     body = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
@@ -206,11 +206,11 @@ def check_quantizable(base: BaseModel) -> None:
         raise SettingError(
             "quantization",
             base.quantization,
-            f"bitsandbytes quantises linear layers, and only {linear:,} of {total:,} weights of "
+            f"bitsandbytes quantizes linear layers, and only {linear:,} of {total:,} weights of "
             f"model type {config.model_type!r} are in such layers",
             fix="set quantization: none for this model",
         )
-    # bitsandbytes 0.50 de-quantises such layers wrongly on a CPU: 4 times the rounding error.
+    # bitsandbytes 0.50 de-quantizes such layers wrongly on a CPU: 4 times the rounding error.
     odd = [
         name
         for name, m in model.named_modules()

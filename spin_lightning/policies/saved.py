@@ -18,7 +18,7 @@ from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.mixture_model import MixtureModel
 from spin_lightning.policies.pretrained import BaseModel
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 
 
 def load_iterate(
@@ -33,7 +33,7 @@ def load_iterate(
 
     Returns:
         The model in eval mode (a PEFT model, or the bare base for an iterate without adapter),
-        quantised as the run was, and the run's tokenizer.
+        quantized as the run was, and the run's tokenizer.
 
     Raises:
         RunFolderError: The run has no iterate t.
@@ -56,7 +56,7 @@ def load_mixture(
         device: Where to load it.
 
     Returns:
-        The mixture (`generate`, `response_logps`), quantised as the run was, and the tokenizer.
+        The mixture (`generate`, `response_logps`), quantized as the run was, and the tokenizer.
 
     Raises:
         RunFolderError: The run has no such iterate.
@@ -78,7 +78,7 @@ def load_policy(run_dir: str | Path, device: torch.device | str = "cpu") -> Lora
         device: Where to load it.
 
     Returns:
-        The policy, quantised as the run was; its own trained adapter is fresh.
+        The policy, quantized as the run was; its own trained adapter is fresh.
 
     Raises:
         RunFolderError: The run has no iterates.
@@ -102,7 +102,7 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
         run_dir: The run folder.
         t: Index of the iterate.
         out: The folder to write; it must not exist yet, or be empty.
-        merge: Write a full model with the adapter merged into (de-quantised) base weights, instead
+        merge: Write a full model with the adapter merged into (de-quantized) base weights, instead
             of a PEFT adapter folder.
 
     Returns:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.products import is_linear
+from spin_lightning.frozen_linear import is_linear
 
 # What PEFT calls the model without any adapter, in a batch of several.
 BARE = "__base__"

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning.data.formats import read_conversations
-from spin_lightning.data.tokenise import PromptFormat
+from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import DataError, SettingError
 from spin_lightning.testbed.exact import token_ids
 from spin_lightning.testbed.language import Language, sample
@@ -113,7 +113,7 @@ def train_base(
         out: Folder to write the model and its tokenizer to: new, empty, or of an earlier call.
         columns: Names of the columns, where they cannot be told.
         minutes: Wall time of the training.
-        steps: Optimiser steps instead of `minutes`, for a run that can be repeated.
+        steps: Optimizer steps instead of `minutes`, for a run that can be repeated.
         hidden: Width of the model.
         layers: Number of its blocks.
         heads: Attention heads of a block.
@@ -133,7 +133,7 @@ def train_base(
     _check_out(out)
     conversations, _ = read_conversations(data, columns)
     tokenizer = byte_tokenizer(_texts(conversations), vocabulary)
-    examples = _tokenised(conversations, tokenizer, context)
+    examples = _tokenized(conversations, tokenizer, context)
     if not examples:
         raise DataError(
             f"{data} has no example that fits into {context} tokens",
@@ -210,13 +210,13 @@ def _texts(conversations: Iterable[Conversation]) -> Iterator[str]:
         yield conversation.response
 
 
-def _tokenised(
+def _tokenized(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerFast, context: int
 ) -> Sequence[tuple[TokenIds, TokenIds]]:
     """Prompt ids and response ids of every conversation that fits, as self-play will see them."""
     text_format = PromptFormat.of(tokenizer, None)
     made = (
-        text_format.tokenise(
+        text_format.tokenize(
             conversation, max_prompt_tokens=None, max_response_tokens=context, context=context
         )
         for conversation in conversations

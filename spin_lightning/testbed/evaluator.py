@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from spin_lightning.callbacks.evaluate import IterateEvaluator
+from spin_lightning.callbacks.interfaces import IterateEvaluator
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import mixture_logps

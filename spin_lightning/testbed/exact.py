@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from spin_lightning.data.tokenise import PromptFormat
+from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.logps import response_logps
 from spin_lightning.packing import pack_padded
 from spin_lightning.testbed.language import Language

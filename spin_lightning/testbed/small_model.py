@@ -143,13 +143,13 @@ def train_small_llama(
 ) -> LlamaForCausalLM:
     """Train a Llama from random weights to predict responses given their prompts.
 
-    Minimises −log p(y|x) per response token with AdamW, a short warm-up and a cosine decay to
+    Minimizes −log p(y|x) per response token with AdamW, a short warm-up and a cosine decay to
     zero. Random numbers come from generators of its own, so the caller's are left alone.
 
     Args:
         config: The model's sizes.
         examples: Pairs (prompt ids, response ids with the stop id).
-        steps: Optimiser steps; the same seed then gives the same weights on one machine.
+        steps: Optimizer steps; the same seed then gives the same weights on one machine.
         minutes: Wall time instead of `steps`.
         batch_size: Pairs per step.
         learning_rate: Peak of the schedule.

@@ -11,10 +11,10 @@ import torch
 from spin_lightning import SelfPlay
 from spin_lightning.callbacks.guard import Stopped
 from spin_lightning.errors import RunFolderError
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 from tests.callbacks.test_guard import SignalAt
 from tests.callbacks.test_self_play import CrashAt, KeepCheckpoints, LearningRates, StopHere
-from tests.toy_runs import contents, play, write_examples
+from tests.toys.runs import contents, play, write_examples
 
 # 93 rows: six batches of 16 or less, three steps of two batches; twice over.
 SETTINGS = {

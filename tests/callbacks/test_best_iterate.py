@@ -7,8 +7,8 @@ import pytest
 
 from spin_lightning import BestIterate, load_iterate
 from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.run_folder import RunFolder
-from tests.toy_runs import play, write_examples
+from spin_lightning.run.folder import RunFolder
+from tests.toys.runs import play, write_examples
 
 NLL = "val/real_nll_per_token"
 

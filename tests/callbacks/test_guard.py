@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from spin_lightning import SelfPlay
 from spin_lightning.callbacks.guard import STOPPED, Stopped
 from spin_lightning.errors import SettingError
-from spin_lightning.folder_lock import LOCK_FILE
-from spin_lightning.run_folder import RunFolder
-from tests.toy_runs import contents, play, write_examples
+from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.lock import LOCK_FILE
+from tests.toys.runs import contents, play, write_examples
 
 
 @pytest.fixture(scope="module")

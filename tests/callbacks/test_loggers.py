@@ -8,10 +8,10 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spin_lightning.callbacks.evaluate import IterateEvaluator
+from spin_lightning.callbacks.interfaces import IterateEvaluator
 from spin_lightning.callbacks.run_files import RunCSVLogger
-from spin_lightning.run_folder import RunFolder
-from tests.toy_runs import play, write_examples
+from spin_lightning.run.folder import RunFolder
+from tests.toys.runs import play, write_examples
 
 
 class Fixed(IterateEvaluator):

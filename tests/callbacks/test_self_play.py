@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spin_lightning import SFT, SPIN, SelfPlay, SelfPlayDataModule, load_iterate
-from spin_lightning.data.rows import read_rows
 from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.run_folder import RunFolder
-from tests.toy_runs import contents, play, write_examples
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.folder import RunFolder
+from tests.toys.runs import contents, play, write_examples
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Tokens per second, shares and utilisation, by hand."""
+"""Tokens per second, shares and utilization, by hand."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from spin_lightning.callbacks import speed
 from spin_lightning.callbacks.speed import Trained, measure_speed, speed_line, training_flops
 from spin_lightning.policies.pretrained import BaseModel
-from spin_lightning.synthesis import Timing
+from spin_lightning.rows.making import Timing
 
 MADE = Timing(rows=10, generating=2.0, scoring=1.0, generated_tokens=300, scored_tokens=800)
 TRAINED = Trained(seconds=5.0, rows=20.0, prompt_tokens=6.0, response_tokens=4.0)
@@ -34,7 +34,7 @@ def test_speed_leaves_out_a_stage_without_tokens(tiny_base):
     assert metrics.keys() == {"speed/trained_tokens_per_second", "speed/share_training"}
 
 
-def test_speed_utilisation_is_against_the_peak_of_a_known_device(tiny_model_dir, monkeypatch):
+def test_speed_utilization_is_against_the_peak_of_a_known_device(tiny_model_dir, monkeypatch):
     base = BaseModel(str(tiny_model_dir), compute_dtype="bfloat16")
     needed = 4 * 20 * (BODY * 10 + HEAD * 4)
     assert training_flops(base, TRAINED) == needed

@@ -14,9 +14,9 @@ from spin_lightning import SPIN, SelfPlayDataModule
 from spin_lightning.data.datamodule import content_hash, hold_out
 from spin_lightning.data.dataset import EpochBatches
 from spin_lightning.errors import DataError, RunFolderError, SettingError
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import Example
-from tests.data.toy_rows import ROW, first_ids, write_rows
+from tests.toys.rows import ROW, first_ids, write_rows
 
 CONTEXT = 64  # of the tiny model
 

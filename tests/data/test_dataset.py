@@ -9,10 +9,10 @@ import pytest
 
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
-from spin_lightning.data.rows import read_rows
 from spin_lightning.mixtures import Mixture, latest
+from spin_lightning.rows.store import read_rows
 from spin_lightning.types import PairBatch
-from tests.data.toy_rows import REAL_ONLY, ROW, first_ids, write_rows
+from tests.toys.rows import REAL_ONLY, ROW, first_ids, write_rows
 
 # Rows, batch size, world size: even and uneven ends, and ends that leave a rank empty-handed.
 SIZES = [(8, 2, 1), (9, 2, 1), (8, 2, 2), (9, 2, 2), (10, 2, 2), (11, 2, 2), (3, 8, 1), (1, 4, 4)]

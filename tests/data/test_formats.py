@@ -387,7 +387,7 @@ def test_read_unknown_columns_lists_those_that_are_there(write: Callable[..., st
         ({"prompt": "x", "response": "output"}, ["maps prompt to 'x'", "instruction, output"]),
         ({"messages": "chat"}, ["maps messages to 'chat'", "instruction, output"]),
         ({"promt": "instruction"}, ["has a key 'promt'", "use messages, or prompt and response"]),
-        ({"prompt": "instruction"}, ["no columns that are recognised"]),
+        ({"prompt": "instruction"}, ["no columns that are recognized"]),
         ({"messages": "output", "prompt": "instruction"}, ["names messages and parts of them"]),
     ],
 )

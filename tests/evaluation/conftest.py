@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from spin_lightning.run_folder import RunFolder
-from tests.toy_runs import play, write_examples
-from tests.toy_tasks import write_tasks
+from spin_lightning.run.folder import RunFolder
+from tests.toys.runs import play, write_examples
+from tests.toys.tasks import write_tasks
 
 
 @pytest.fixture(scope="session")

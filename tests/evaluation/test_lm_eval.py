@@ -14,16 +14,16 @@ from lm_eval.tasks import TaskManager
 
 from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
 from spin_lightning.errors import DataError, SettingError
+from spin_lightning.evaluation.base import evaluate_run
 from spin_lightning.evaluation.contestants import contestants
-from spin_lightning.evaluation.evaluate import evaluate_run
 from spin_lightning.evaluation.harness_model import PolicyLM
 from spin_lightning.evaluation.lm_eval import PRESETS, Harness, HarnessSettings
 from spin_lightning.evaluation.results import read_results
 from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.policies import lora
 from spin_lightning.policies.saved import export_iterate, load_policy, load_tokenizer
-from spin_lightning.run_folder import RunFolder
-from tests.toy_runs import contents, play, write_examples
+from spin_lightning.run.folder import RunFolder
+from tests.toys.runs import contents, play, write_examples
 
 
 @pytest.fixture

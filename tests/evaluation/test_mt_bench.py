@@ -14,18 +14,18 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
-from spin_lightning.cli import main
+from spin_lightning.cli.fit import main
 from spin_lightning.errors import DataError, SettingError
+from spin_lightning.evaluation.base import evaluate_run
 from spin_lightning.evaluation.contestants import contestants
-from spin_lightning.evaluation.evaluate import evaluate_run
-from spin_lightning.evaluation.judge import Judge, JudgeError, JudgeSettings
-from spin_lightning.evaluation.mt_bench import MTBench, match_scores
-from spin_lightning.evaluation.mt_bench_answers import Answering
-from spin_lightning.evaluation.mt_bench_data import TURNS, read_mt_bench
+from spin_lightning.evaluation.mt_bench.answers import Answering
+from spin_lightning.evaluation.mt_bench.benchmark import MTBench, match_scores
+from spin_lightning.evaluation.mt_bench.data import TURNS, read_mt_bench
+from spin_lightning.evaluation.mt_bench.judge import Judge, JudgeError, JudgeSettings
 from spin_lightning.policies import lora
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 from tests.evaluation.scripted_judge import scripted_judge
-from tests.toy_runs import contents, play, write_examples
+from tests.toys.runs import contents, play, write_examples
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "mt_bench"
 CATEGORIES = (
@@ -401,7 +401,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from tests.evaluation.test_mt_bench import queries
-from spin_lightning.evaluation.judge import Judge, JudgeSettings
+from spin_lightning.evaluation.mt_bench.judge import Judge, JudgeSettings
 judge = Judge(JudgeSettings(sys.argv[1], "m", concurrency=4))
 judge.verdicts(queries(sys.argv[2]), Path(sys.argv[3]))
 """

@@ -133,7 +133,7 @@ MT_BENCH = [
         ("result.json is no result", "delete it"),
         no_scores=edited(scores=None),
         scores_of_texts=edited(scores={"acc": "high"}),
-        of_the_future=edited(colour="blue"),
+        of_the_future=edited(color="blue"),
         settings_a_list=edited(settings=[]),
     ),
 ]

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from spin_lightning import SelfPlayModule
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 
 
 class Meter(Callback):

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.cli.test_fit import fit_arguments
 from tests.faults.points import VARIABLE, Point
-from tests.test_cli import fit_arguments
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("--checkpoint_steps", "2", "--data.val_examples", "6")

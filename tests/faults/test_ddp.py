@@ -8,10 +8,10 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 from tests.faults.points import BROKEN, RANK, VARIABLE, Point
 from tests.faults.processes import environment, fit, fit_command
-from tests.toy_runs import contents, write_examples
+from tests.toys.runs import contents, write_examples
 
 pytestmark = pytest.mark.slow
 

@@ -6,9 +6,9 @@ import subprocess
 import pytest
 from safetensors.torch import load_file
 
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 from tests.faults.processes import environment, fit, fit_command
-from tests.toy_runs import write_examples
+from tests.toys.runs import write_examples
 
 pytestmark = pytest.mark.slow
 

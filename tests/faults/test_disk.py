@@ -18,14 +18,14 @@ from transformers import AutoTokenizer
 from spin_lightning import load_iterate
 from spin_lightning.callbacks.requirements import check_folder
 from spin_lightning.callbacks.run_files import RunCSVLogger
-from spin_lightning.cli import main
+from spin_lightning.cli.fit import main
 from spin_lightning.errors import RunFolderError
-from spin_lightning.evaluation.judge import append_line
-from spin_lightning.fingerprint import differences
+from spin_lightning.evaluation.mt_bench.judge import append_line
 from spin_lightning.policies import lora
-from spin_lightning.run_folder import RunFolder
-from tests.test_cli import fit_arguments
-from tests.toy_runs import contents, play, write_examples
+from spin_lightning.run.fingerprint import differences
+from spin_lightning.run.folder import RunFolder
+from tests.cli.test_fit import fit_arguments
+from tests.toys.runs import contents, play, write_examples
 
 GO_ON = "start the same command again: what was written before is whole and is used"
 CommandLine = Callable[..., str]
@@ -83,7 +83,7 @@ WRITERS = {
     "metrics": ("lightning.fabric.loggers.csv_logs._ExperimentWriter.save", "metrics.csv"),
     "tensorboard": (f"{SummaryWriter.__module__}.SummaryWriter.add_scalar", "a file"),
     "tokenizer": ("transformers.PreTrainedTokenizerBase.save_pretrained", "tokenizer"),
-    "texts": ("spin_lightning.run_folder.replace_synced", ""),
+    "texts": ("spin_lightning.run.files.replace_synced", ""),
 }
 
 

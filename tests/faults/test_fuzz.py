@@ -16,16 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spin_lightning import SPACE, SPIN, AlphaSPIN, MixtureSPIN, SelfPlayDataModule
-from spin_lightning.cli import main
+from spin_lightning.cli.fit import main
 from spin_lightning.data.formats import describe_bad_rows, read_conversations
-from spin_lightning.data.rows import read_rows
 from spin_lightning.errors import RunFolderError, SpinError
-from spin_lightning.evaluation.judge import _read_verdicts
-from spin_lightning.masking import masked
-from spin_lightning.run_folder import ITERATE_FILE, RunFolder
-from spin_lightning.sampling import GenerationSettings
-from tests.test_cli import fit_arguments
-from tests.toy_runs import write_examples
+from spin_lightning.evaluation.mt_bench.judge import _read_verdicts
+from spin_lightning.generation.settings import GenerationSettings
+from spin_lightning.redaction import masked
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.folder import ITERATE_FILE, RunFolder
+from tests.cli.test_fit import fit_arguments
+from tests.toys.runs import write_examples
 
 # The same examples every time, and so many that the file takes seconds.
 fuzz = settings(

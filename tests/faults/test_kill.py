@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.run.folder import RunFolder
 from tests.faults.points import POINTS, QUICK, Point
 from tests.faults.processes import fit
-from tests.toy_runs import contents, write_examples
+from tests.toys.runs import contents, write_examples
 
 
 @pytest.fixture(scope="module")

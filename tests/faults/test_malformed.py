@@ -13,28 +13,28 @@ import yaml
 from transformers import AutoTokenizer
 
 from spin_lightning import SPIN, load_iterate
-from spin_lightning.cli import main
+from spin_lightning.cli.fit import main
 from spin_lightning.data.formats import read_conversations
-from spin_lightning.data.rows import read_rows
-from spin_lightning.data.tokenise import PromptFormat
+from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import DataError, SettingError, SpinError
-from spin_lightning.evaluation.judge import _read_verdicts
-from spin_lightning.evaluation.mt_bench_data import read_mt_bench
+from spin_lightning.evaluation.mt_bench.data import read_mt_bench
+from spin_lightning.evaluation.mt_bench.judge import _read_verdicts
 from spin_lightning.evaluation.results import _read as read_result
-from spin_lightning.evaluation.run_view import config_differences, read_runs
 from spin_lightning.policies.loading import load_base
 from spin_lightning.policies.pretrained import BaseModel
-from spin_lightning.run_folder import RunFolder
+from spin_lightning.report.run_view import config_differences, read_runs
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import BadRow, Conversation, Message
+from tests.cli.test_fit import fit_arguments
 from tests.faults.damage import Damage
 from tests.faults.malformed_bench import MT_BENCH, write_bench
 from tests.faults.malformed_data import FILES, BadFile
 from tests.faults.malformed_models import ADAPTERS, MODELS
 from tests.faults.malformed_runs import RUNS
 from tests.faults.malformed_settings import CONFIGS, settings
-from tests.test_cli import fit_arguments
-from tests.toy_adapters import write_adapter
-from tests.toy_runs import write_examples
+from tests.toys.adapters import write_adapter
+from tests.toys.runs import write_examples
 
 _SECONDS = 10.0
 
@@ -47,7 +47,7 @@ def _soon() -> Iterator[None]:
     assert time.monotonic() - start < _SECONDS
 
 
-def test_catalogue_holds_over_two_hundred_different_inputs():
+def test_catalog_holds_over_two_hundred_different_inputs():
     files = {(file.name, file.content) for file in FILES}
     damages = {(d.asked, d.path, d.case) for d in [*RUNS, *ADAPTERS, *MODELS, *MT_BENCH]}
     assert len(files) == len(FILES) >= 150
@@ -111,7 +111,7 @@ def test_turns_that_a_template_fails_at_are_left_out(failing, tiny_model_dir):
         "{{ m.content }}{% endfor %}"
     )
     turns = (Message(role="system", content="w1"), Message(role="user", content="w2"))
-    row = PromptFormat.of(tokenizer, None).tokenise(
+    row = PromptFormat.of(tokenizer, None).tokenize(
         Conversation(7, turns, "w3"), max_prompt_tokens=9, max_response_tokens=9, context=64
     )
     assert isinstance(row, BadRow)

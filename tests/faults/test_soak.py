@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_fit import fit_arguments
 from tests.faults.processes import environment
-from tests.test_cli import fit_arguments
-from tests.toy_runs import write_examples
+from tests.toys.runs import write_examples
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
 

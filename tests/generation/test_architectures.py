@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
-from spin_lightning.sampling import GenerationSettings
-from tests.toy_adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model, write_adapter
 
 # PEFT sees for itself that GPT-2's layers are transposed, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
@@ -221,7 +221,7 @@ def test_ids_do_not_depend_on_batches_order_and_company(rows, player):
 
 
 @pytest.mark.parametrize("initial", [False, True])
-def test_ids_of_a_base_in_nf4_are_those_of_the_dequantised_one(initial, tmp_path):
+def test_ids_of_a_base_in_nf4_are_those_of_the_dequantized_one(initial, tmp_path):
     player = Player(tmp_path, "llama", initial=initial, nf4=True)
     requests = some_requests()
     assert len(player.policy.teams({request.actor for request in requests})) == 1

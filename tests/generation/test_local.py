@@ -17,13 +17,13 @@ from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator, default_batch_tokens
 from spin_lightning.generation.sampler import nucleus
+from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import load_config
-from spin_lightning.sampling import GenerationSettings
-from tests.testbed.chi_square import chi_square
-from tests.toy_adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.chi_square import chi_square
 
 STOPS = (2, 5)
 WORDS = 24

@@ -13,7 +13,7 @@ from spin_lightning import SelfPlayModule
 from spin_lightning.errors import SettingError
 from spin_lightning.packing import pack_prompts
 from spin_lightning.types import PairBatch
-from tests.toy_runs import play, write_examples
+from tests.toys.runs import play, write_examples
 
 MODULES = [
     value

@@ -1,6 +1,6 @@
 """Runs of the whole family on a tiny model, recomputed from their files with transformers and peft.
 
-What a finished run stored, and what its first steps minimised, is worked out again from the saved
+What a finished run stored, and what its first steps minimized, is worked out again from the saved
 adapters alone.
 """
 
@@ -32,9 +32,9 @@ from spin_lightning import (
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.packing import pad_prompts
 from spin_lightning.types import PairBatch
-from tests.toy_adapters import plain_model
-from tests.toy_policy import sequences
-from tests.toy_runs import contents, play, write_examples
+from tests.toys.adapters import plain_model
+from tests.toys.policy import sequences
+from tests.toys.runs import contents, play, write_examples
 
 ITERATES, EXAMPLES, HELD_OUT = 3, 60, 4
 ALPHAS, BETAS = [0.9, 0.3, 0.6], [0.1, 0.5, 1.0]
@@ -266,7 +266,7 @@ def sides(rows: list[Row]) -> dict[str, tuple[Sequence, ...]]:
     }
 
 
-# ------------------------------------------------------------------- what was stored, and minimised
+# ------------------------------------------------------------------- what was stored, and minimized
 
 
 def test_rows_hold_the_log_probs_of_their_members_by_transformers_and_peft(run):
@@ -542,7 +542,7 @@ def test_rows_of_another_alpha_are_not_used_after_a_resume(
         (SPIN, {"beta": [0.1]}, r"^beta=.*1 values for 3 iterates.* Fix: "),
     ],
 )
-def test_run_that_would_not_minimise_what_it_says_is_refused_before_it_starts(
+def test_run_that_would_not_minimize_what_it_says_is_refused_before_it_starts(
     variant, settings, message, tiny_model_dir, data, tmp_path
 ):
     with pytest.raises(SettingError, match=message):

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from spin_lightning import SPACE, SPIN, AlphaSPIN, FictitiousSPIN, MixtureSPIN, SelfPlayModule
 from spin_lightning.types import PairBatch, PairLogps
-from tests.toy_policy import (
+from tests.toys.policy import (
     EXAMPLES,
     PREFIXES,
     PROMPTS,
@@ -97,7 +97,7 @@ def probability(table: Tensor, prompt: int, response: tuple[int, ...]) -> float:
 def pulled_probability(
     table: Tensor, alpha: float, prompt: int, response: tuple[int, ...]
 ) -> float:
-    """g_i(y|x): geometric mixture with the base, normalised at every token."""
+    """g_i(y|x): geometric mixture with the base, normalized at every token."""
     found = 1.0
     for s, token in enumerate(response):
         acting = conditional(table, prompt, response, s)
@@ -130,7 +130,7 @@ def mean_pulled_density(members: list[int], alpha: float) -> Tensor:
 
 
 def geometric_density(members: list[int], alpha: float) -> Tensor:
-    """log of the NORMALISED geometric mixture of whole responses, by brute force."""
+    """log of the NORMALIZED geometric mixture of whole responses, by brute force."""
     mixed = (1 - alpha) * mean_density(members) + alpha * mean_density([0])
     return mixed - mixed.exp().sum(-1, keepdim=True).log()
 
@@ -306,15 +306,15 @@ def test_token_level_mixture_is_another_than_that_of_whole_responses(tmp_path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("history", "members"), [(1, [3]), (2, [2, 3]), (None, [0, 1, 2, 3])])
-def test_normaliser_of_the_sequence_level_mixture_cancels(history, members, loss, tmp_path):
+def test_normalizer_of_the_sequence_level_mixture_cancels(history, members, loss, tmp_path):
     module = built(AlphaSPIN, alpha=0.3, history=history, loss=loss)
     batch = make_batch(module, tmp_path)
-    normalised = geometric_density(members, 0.3)
-    log_z = reference_over_language(batch) - normalised
+    normalized = geometric_density(members, 0.3)
+    log_z = reference_over_language(batch) - normalized
     assert_close(log_z, log_z[:, :1].expand_as(log_z), **close)
     assert log_z[0, 0] < -0.01
     assert abs(log_z[0, 0] - log_z[1, 0]) > 0.01, "each prompt has its own"
-    margins = margins_by_hand(some_table(9), normalised)
+    margins = margins_by_hand(some_table(9), normalized)
     logps = module.pair_logps(batch)
     assert logps.margin.tolist() == pytest.approx(margins, abs=1e-6)
     by_hand = {

@@ -1,4 +1,4 @@
-"""Why a mutant may survive: it computes the same, or what differs is no behaviour."""
+"""Why a mutant may survive: it computes the same, or what differs is no behavior."""
 
 _LAST_OF_TWO = "the tensor has two dimensions, of which the last is dimension 1"
 _STATIC = "torch calls it on the class, where a function is the same as a static method"
@@ -10,7 +10,7 @@ REASONS: dict[tuple[str, str, str], str] = {
         "mixtures",
         "return Mixture.normalized(dict.fromkeys(members, 1.0))",
         "return Mixture.normalized(dict.fromkeys(members, 2.0))",
-    ): "equal weights of any size are normalised to the same",
+    ): "equal weights of any size are normalized to the same",
     (
         "mixtures",
         "grown = {i: more for i, more in growth.items() if more > _SAME_WEIGHT}",

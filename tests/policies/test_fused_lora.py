@@ -14,7 +14,7 @@ from spin_lightning.policies.loading import load_base
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel
-from tests.toy_adapters import IDS, write_adapter, write_wide_model
+from tests.toys.adapters import IDS, write_adapter, write_wide_model
 
 
 @pytest.fixture(scope="module")

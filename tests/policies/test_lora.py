@@ -1,4 +1,4 @@
-"""The policy: acting as iterates, snapshots, quantised bases, adapters that do not fit."""
+"""The policy: acting as iterates, snapshots, quantized bases, adapters that do not fit."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from spin_lightning.policies.loading import load_base, load_with_adapter, merge_
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings, check_adapter
 from spin_lightning.policies.pretrained import BaseModel
-from tests.toy_adapters import (
+from tests.toys.adapters import (
     IDS,
     logits,
     plain_logits,
@@ -280,7 +280,7 @@ def test_check_adapter_initial_adapter_without_a_config_is_refused(base, bank):
         check_adapter(base, LoraSettings(), str(bank[0]))
 
 
-# --------------------------------------------------------------------------------- quantised bases
+# --------------------------------------------------------------------------------- quantized bases
 
 
 @pytest.fixture(params=QUANTIZED)
@@ -298,7 +298,7 @@ def gradients(policy: LoraPolicy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-def test_load_base_nf4_holds_every_layer_in_four_bits_doubly_quantised(compute_dtype, base):
+def test_load_base_nf4_holds_every_layer_in_four_bits_doubly_quantized(compute_dtype, base):
     nf4 = replace(base, quantization="nf4", compute_dtype=compute_dtype)
     layers = [m for m in load_base(nf4).modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 2 * 7
@@ -318,7 +318,7 @@ def test_load_base_int8_holds_every_layer_in_eight_bits(base):
 
 
 @pytest.mark.parametrize("quantization", QUANTIZED)
-def test_load_base_gpt2_holds_its_transposed_layers_quantised_too(quantization, tmp_path):
+def test_load_base_gpt2_holds_its_transposed_layers_quantized_too(quantization, tmp_path):
     config = GPT2Config(vocab_size=24, n_positions=32, n_embd=64, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     base = BaseModel(str(tmp_path), quantization=quantization, compute_dtype="float32")
@@ -326,7 +326,7 @@ def test_load_base_gpt2_holds_its_transposed_layers_quantised_too(quantization, 
     assert sum(isinstance(m, kind) for m in load_base(base).modules()) == 4
 
 
-def test_quantised_base_is_near_the_unquantised_one(quantized, bank, model_dir):
+def test_quantized_base_is_near_the_unquantized_one(quantized, bank, model_dir):
     policy = make_policy(quantized, bank)
     with policy.at(0):
         found = logits(policy.model)
@@ -336,7 +336,7 @@ def test_quantised_base_is_near_the_unquantised_one(quantized, bank, model_dir):
     assert float(similarity) > {"nf4": 0.95, "int8": 0.999}[quantized.quantization]
 
 
-def test_nf4_policy_in_training_is_its_dequantised_base_with_the_adapter(bank, base, tmp_path):
+def test_nf4_policy_in_training_is_its_dequantized_base_with_the_adapter(bank, base, tmp_path):
     """Logits and gradients, before it has acted as an iterate and after it."""
     policy = make_policy(replace(base, quantization="nf4"), bank)
     plain_model(base.name, quantization="nf4").save_pretrained(tmp_path)
@@ -349,7 +349,7 @@ def test_nf4_policy_in_training_is_its_dequantised_base_with_the_adapter(bank, b
         torch.testing.assert_close(gradients(policy), gradients(rounded), atol=1e-4, rtol=1e-3)
 
 
-def test_quantised_policy_learns_and_its_snapshot_acts_as_it_did(quantized, bank, tmp_path):
+def test_quantized_policy_learns_and_its_snapshot_acts_as_it_did(quantized, bank, tmp_path):
     policy = make_policy(quantized, bank)
     frozen = {n: p.clone() for n, p in policy.named_parameters() if "lora_" not in n}
     optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.1)
@@ -388,7 +388,7 @@ def test_merge_adapter_plain_is_the_adapter_model_without_peft(t, bank, base, mo
 
 
 @pytest.mark.parametrize("t", [0, 1])
-def test_merge_adapter_nf4_is_the_dequantised_adapter_model_in_full_precision(t, bank, base):
+def test_merge_adapter_nf4_is_the_dequantized_adapter_model_in_full_precision(t, bank, base):
     nf4 = replace(base, quantization="nf4")
     merged = merge_adapter(nf4, adapter_of(bank, t))
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}

@@ -10,7 +10,7 @@ from spin_lightning import load_iterate, load_mixture
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.logps import response_logps
 from spin_lightning.packing import pack_padded
-from tests.toy_runs import play, write_examples
+from tests.toys.runs import play, write_examples
 
 BATCH = pack_padded([(1, 5), (1, 6, 7)], [(8, 9, 2), (4, 2)], 0)
 

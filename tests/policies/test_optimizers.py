@@ -1,4 +1,4 @@
-"""Optimisers and schedules against a step, or a few, by hand."""
+"""Optimizers and schedules against a step, or a few, by hand."""
 
 import math
 

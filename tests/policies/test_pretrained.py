@@ -154,7 +154,7 @@ def test_check_quantizable_refuses_a_model_of_mostly_other_weights(quantization,
     check_quantizable(BaseModel(base.name))
 
 
-def test_check_quantizable_refuses_a_model_that_is_quantised_already(saved):
+def test_check_quantizable_refuses_a_model_that_is_quantized_already(saved):
     config = LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(SettingError, match=r"already quantised by its own config.*Fix: set"):
+    with pytest.raises(SettingError, match=r"already quantized by its own config.*Fix: set"):
         check_quantizable(saved(config, quantization="nf4"))

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.policies.pretrained import BaseModel
 from spin_lightning.policies.saved import export_iterate, load_iterate
-from spin_lightning.run_folder import RunFolder
-from tests.toy_adapters import logits, plain_logits, write_adapter, write_wide_model
+from spin_lightning.run.folder import RunFolder
+from tests.toys.adapters import logits, plain_logits, write_adapter, write_wide_model
 
 
 def write_run(root: Path, model: Path, quantization: str) -> RunFolder:

@@ -299,7 +299,10 @@ def test_step_through_a_kernel_for_unequal_lengths_is_the_same(name, folder_of, 
     assert_same_step(fast, plain, some_pairs(seed=3), within=1e-5)
     with torch.no_grad():
         batch = pack_prompts([[5, 6], [8]], [[[7, 2]], [[9], [3, 4, 5], [6, 2]]])
-        torch.testing.assert_close(fast.prompt_logps(batch), plain.prompt_logps(batch))
+        # Sums are float64 of float32 passes: the bound of its neighbors, not of the result type.
+        torch.testing.assert_close(
+            fast.prompt_logps(batch), plain.prompt_logps(batch), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.gpu
@@ -331,7 +334,7 @@ def test_prompts_with_any_number_of_responses_are_scored_as_each_response_alone(
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
-def test_a_response_does_not_see_its_neighbour(folder_of):
+def test_a_response_does_not_see_its_neighbor(folder_of):
     policy = build(BaseModel(folder_of("llama"), compute_dtype="float32"))
     with torch.no_grad():
         first, second = (

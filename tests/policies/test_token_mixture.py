@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.kv_cache import PreallocatedCache
 from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.packing import pack_padded, pad_left
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import BaseModel, load_config
-from spin_lightning.sampling import GenerationSettings
-from tests.toy_adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model, write_adapter
 
 # PEFT sees for itself that GPT-2's layers are transposed, and which adapters are on a head to save
 # it with them, and says so.
@@ -154,7 +154,7 @@ def test_next_tokens_where_iterate_zero_is_an_adapter_are_pulled_towards_it(fami
 
 
 @pytest.mark.parametrize("initial", [False, True])
-def test_next_tokens_in_nf4_are_those_of_the_dequantised_base(initial, tmp_path):
+def test_next_tokens_in_nf4_are_those_of_the_dequantized_base(initial, tmp_path):
     players = make_players(tmp_path, "llama", initial=initial, quantization="nf4")
     found = players.found(1, 0.4, IDS)
     torch.testing.assert_close(found, players.mixed(1, 0.4, IDS), atol=1e-4, rtol=0)

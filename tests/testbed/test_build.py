@@ -11,7 +11,7 @@ from spin_lightning.errors import DataError, SettingError
 from spin_lightning.testbed import build
 from spin_lightning.testbed.exact import exact_metrics, response_log_probs
 from spin_lightning.testbed.language import Language
-from tests.testbed.chi_square import chi_square
+from tests.toys.chi_square import chi_square
 
 
 @pytest.fixture

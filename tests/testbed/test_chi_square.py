@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tests.testbed.chi_square import chi_square
+from tests.toys.chi_square import chi_square
 
 
 def test_chi_square_hand_counts_give_hand_p_value():

@@ -5,7 +5,7 @@ import torch
 
 from spin_lightning.errors import DataError
 from spin_lightning.testbed.language import SLOTS, Language, sample
-from tests.testbed.chi_square import chi_square
+from tests.toys.chi_square import chi_square
 
 LANGUAGE = Language.make(seed=0)
 

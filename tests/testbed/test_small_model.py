@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spin_lightning.data.tokenise import PromptFormat
+from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import SettingError
 from spin_lightning.testbed.small_model import (
     byte_tokenizer,

@@ -1,0 +1,122 @@
+"""Products with frozen weights, by the fastest kernel that torch has for them.
+
+In float32 on a CPU torch leaves products to MKL, which takes AVX2 on processors that are not
+Intel's. oneDNN, which is part of torch as well, takes AVX-512 wherever there is some: more than
+twice as fast there, and rounded alike (docs/performance.md). It is off where
+`torch.backends.mkldnn.enabled` is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# With fewer rows than this MKL is as fast or faster.
+_FEWEST_ROWS = 4
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weight is not trained: its backward pass is one product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + b, shape [..., outputs], of x of shape [..., inputs]."""
+        if self.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return frozen_linear(x, self.weight, self.bias)
+
+
+def freeze_linear(model: nn.Module) -> None:
+    """Make the plain linear layers of a model that is not trained `FrozenLinear`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FrozenLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an affine map and nothing else: no adapter on it, and not quantized."""
+    return type(module) in (nn.Linear, FrozenLinear)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b with gradient of x alone.
+
+    Args:
+        x: Shape [..., inputs].
+        weight: Shape [outputs, inputs].
+        bias: Shape [outputs].
+
+    Returns:
+        Shape [..., outputs].
+    """
+    if not (torch.is_grad_enabled() and _is_for_onednn(x, weight)):
+        return product(x, weight, bias)
+    output: Tensor = _FrozenLinear.apply(x, weight, bias)
+    return output
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b without gradient by the faster kernel; shapes like those of `frozen_linear`."""
+    if not _is_for_onednn(x, weight):
+        return functional.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    count = len(flat)
+    if (padded := _rounded_up(count)) > count:
+        flat = functional.pad(flat, (0, 0, 0, padded - count))
+    # What torch.compile calls for linear layers; torch has no public name for it.
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
+    return result[:count].view(*x.shape[:-1], -1)
+
+
+def add_product(y: Tensor, hidden: Tensor, up: Tensor, scaling: float = 1.0) -> None:
+    """Add `scaling * hidden @ up` to y in place, summed in the type of `up` and rounded once.
+
+    Args:
+        y: Contiguous, shape [..., outputs].
+        hidden: Shape [..., units], in the type of `up`.
+        up: Shape [units, outputs].
+        scaling: Factor of the product.
+    """
+    flat, hidden = y.view(-1, y.shape[-1]), hidden.flatten(0, -2)
+    if y.dtype == up.dtype:
+        flat.addmm_(hidden, up, alpha=scaling)
+    else:
+        flat.copy_(torch.addmm(flat.to(up.dtype), hidden, up, alpha=scaling))
+
+
+def _rounded_up(rows: int) -> int:
+    """One of eight numbers of rows between powers of two.
+
+    oneDNN compiles a kernel for each that it meets, and keeps it: half a megabyte.
+    """
+    step = max(8, (1 << rows.bit_length()) // 16)
+    return -(-rows // step) * step
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _HAS_AVX512
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.compiler.is_compiling()  # the compiler chooses kernels itself
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= _FEWEST_ROWS * x.shape[-1]
+    )
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The product, and that of its input's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return product(upstream, ctx.weight.t()), None, None

@@ -1,0 +1,276 @@
+"""The report's page: what each of its sections shows, as plain values for the template."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from spin_lightning.evaluation.contestants import label_of
+from spin_lightning.evaluation.results import score_lines
+from spin_lightning.report.figures import (
+    COLORS,
+    curve_figure,
+    histogram_figure,
+    length_bins,
+    reward_bins,
+    svg,
+)
+from spin_lightning.report.measures import best_of, measures_of, points
+from spin_lightning.report.run_view import RunView, config_differences
+from spin_lightning.run.fingerprint import fingerprint
+
+# Of real and of generated responses.
+Pair = tuple[NDArray[Any], NDArray[Any]]
+
+_PROMPTS_SHOWN = 6
+_HISTOGRAMS_PER_RUN = 6
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report.
+
+    Attributes:
+        html: The page, which needs nothing besides itself.
+        figures: Its pictures by file name.
+    """
+
+    html: str
+    figures: Mapping[str, Figure]
+
+
+def make_page(views: Sequence[RunView], version: str) -> Page:
+    """Draw and write the report of one run or of several side by side."""
+    figures: dict[str, Figure] = {}
+    values: dict[str, Any] = {
+        "title": " · ".join(view.name for view in views),
+        "version": version,
+        "runs": [{"name": view.name, "facts": _facts(view)} for view in views],
+        "evaluations": _evaluations(views),
+        "curves": list(_curves(views, figures)),
+        "histograms": [
+            part for part in (_lengths(views, figures), _rewards(views, figures)) if part["figures"]
+        ],
+        "samples": _samples(views),
+        "timings": _timings(views),
+        "differences": config_differences(views) if len(views) > 1 else [],
+    }
+    sections = [
+        ("Runs", "runs", True),
+        ("Evaluation", "evaluation", values["evaluations"]),
+        ("Curves", "curves", values["curves"]),
+        *((part["short"], part["id"], True) for part in values["histograms"]),
+        ("Samples", "samples", values["samples"]),
+        ("Time and memory", "time", values["timings"]),
+        ("Settings", "settings", values["differences"]),
+    ]
+    shown = [(name, anchor) for name, anchor, there in sections if there]
+    return Page(_template().render(**values, sections=shown), figures)
+
+
+@cache
+def _template() -> Template:
+    text = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(text)
+
+
+def _image(figures: dict[str, Figure], name: str, figure: Figure) -> str:
+    figures[name] = figure
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()
+
+
+def _facts(view: RunView) -> list[tuple[str, str]]:
+    last, base = view.records[-1], view.records[0]["base"]
+    facts = [
+        ("variant", view.variant),
+        ("base", f"{base['name']} ({base['quantization']}, {base['compute_dtype']})"),
+        ("iterates", f"p0 … p{last['index']}, {last['step']:,} steps"),
+    ]
+    training = last.get("training") or {}
+    facts += [(k, str(training[k])) for k in ("opponent", "reference") if training.get(k)]
+    best = view.run.known_best()
+    if best is not None:
+        facts.append(("best", f"p{best['index']} by {best['metric']} = {best['value']:.4g}"))
+    return facts
+
+
+def _curves(views: Sequence[RunView], figures: dict[str, Figure]) -> Iterator[dict[str, Any]]:
+    histories = {view.name: view.records for view in views}
+    for measure in measures_of(histories.values()):
+        of_runs = {name: points(records, measure.name) for name, records in histories.items()}
+        iterates = sorted({t for values in of_runs.values() for t in values})
+        best = {name: best_of(measure, values) for name, values in of_runs.items()}
+        name = measure.name.replace("/", "_")
+        yield {
+            "name": measure.name,
+            "title": measure.title,
+            "meaning": measure.meaning,
+            "image": _image(figures, name, curve_figure(measure, histories)),
+            "runs": list(of_runs),
+            "rows": [
+                (
+                    t,
+                    [
+                        {"value": f"{values[t]:.4g}", "best": t == best[run]}
+                        if t in values
+                        else None
+                        for run, values in of_runs.items()
+                    ],
+                )
+                for t in iterates
+            ],
+        }
+
+
+def _evaluations(views: Sequence[RunView]) -> list[dict[str, Any]]:
+    """A card per metric and settings; iterates down, runs across."""
+    cards: dict[tuple[str, str], dict[str, Any]] = {}
+    for view in views:
+        for line in score_lines(view.results):
+            key = (line.metric, fingerprint(line.settings))
+            card = cards.setdefault(key, {"line": line, "runs": {}})
+            card["runs"][view.name] = line
+    return [_evaluation(card["line"].metric, card["runs"]) for card in cards.values()]
+
+
+def _evaluation(metric: str, lines: Mapping[str, Any]) -> dict[str, Any]:
+    labels = list(dict.fromkeys(label for line in lines.values() for label in line.scores))
+    rows = []
+    for label in sorted(labels, key=lambda name: (not name.startswith("p"), len(name), name)):
+        cells: list[dict[str, Any] | None] = []
+        for line in lines.values():
+            value, error = line.scores.get(label, (None, None))
+            cells.append(
+                None
+                if value is None
+                else {
+                    "value": f"{value:.4f}",
+                    "error": None if error is None else f"{error:.4f}",
+                    "best": label == line.best,
+                }
+            )
+        rows.append((label, cells))
+    settings = next(iter(lines.values())).settings
+    return {"metric": metric, "runs": list(lines), "rows": rows, "settings": _told(settings)}
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    """The settings of a score in a line; hashes are told by their first letters."""
+    told = []
+    for key, value in settings.items():
+        if value is None or key in ("task", "of"):
+            continue
+        text = value[:8] if isinstance(value, str) and len(value) == 64 else str(value)
+        told.append(text if key == "harness" else f"{key} {text}")
+    return ", ".join(told)
+
+
+def _chosen(iterates: Sequence[int]) -> list[int]:
+    """At most so many iterates, evenly spread, the first and the last among them."""
+    if len(iterates) <= _HISTOGRAMS_PER_RUN:
+        return list(iterates)
+    step = (len(iterates) - 1) / (_HISTOGRAMS_PER_RUN - 1)
+    return [iterates[round(i * step)] for i in range(_HISTOGRAMS_PER_RUN)]
+
+
+def _lengths(views: Sequence[RunView], figures: dict[str, Figure]) -> dict[str, Any]:
+    pairs = {
+        (i, t): view.lengths(t)
+        for i, view in enumerate(views)
+        for t in _chosen(sorted(view.tables))
+    }
+    return {
+        "id": "lengths",
+        "short": "Lengths",
+        "title": "Lengths of responses",
+        "meaning": "Tokens of held-out responses, the stop token counted: real, and of p_t.",
+        "figures": _histograms("lengths", views, pairs, length_bins, "tokens", figures),
+    }
+
+
+def _rewards(views: Sequence[RunView], figures: dict[str, Figure]) -> dict[str, Any]:
+    pairs = {}
+    for i, view in enumerate(views):
+        for t in _chosen([t for t in sorted(view.tables) if t > 0]):
+            rewards = view.rewards(t)
+            if rewards is not None:
+                pairs[i, t] = rewards
+    axis = "log p_t − log p_{t−1}, nats"
+    return {
+        "id": "rewards",
+        "short": "Rewards",
+        "title": "Rewards of responses",
+        "meaning": "log p_t(y|x) − log p_{t−1}(y|x) of held-out responses, real and of p_t, nats "
+        "before β: to the right is what the last iterate made likelier. The outermost hundredth "
+        "is left out.",
+        "figures": _histograms("rewards", views, pairs, reward_bins, axis, figures),
+    }
+
+
+def _histograms(
+    kind: str,
+    views: Sequence[RunView],
+    pairs: Mapping[tuple[int, int], Pair],
+    bins_of: Callable[[Sequence[Pair]], NDArray[Any]],
+    axis: str,
+    figures: dict[str, Figure],
+) -> list[dict[str, str]]:
+    """One histogram of real and generated for each run and iterate, all with the same bins."""
+    if not pairs:
+        return []
+    bins = bins_of(list(pairs.values()))
+    shown = []
+    for (i, t), (real, generated) in pairs.items():
+        figure = histogram_figure(real, generated, axis, COLORS[i % len(COLORS)], bins)
+        image = _image(figures, f"{kind}_run{i}_p{t}", figure)
+        shown.append({"title": f"{views[i].name}, p{t}", "image": image})
+    return shown
+
+
+def _samples(views: Sequence[RunView]) -> list[dict[str, Any]]:
+    """The first prompts of the first run, and what every run that has them answered."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for i, view in enumerate(views):
+        # Enough of another run's to find the first run's prompts among them.
+        for sample in view.samples(_PROMPTS_SHOWN if i == 0 else 1000):
+            key = (sample.prompt, sample.real)
+            if i and key not in found:
+                continue
+            start = f"{view.name} " if len(views) > 1 else ""
+            answers = [(f"{start}p{t}", text) for t, text in sample.generated.items()]
+            found.setdefault(key, []).extend(answers)
+    return [
+        {"prompt": prompt, "real": real, "answers": answers}
+        for (prompt, real), answers in found.items()
+    ]
+
+
+def _timings(views: Sequence[RunView]) -> list[dict[str, Any]]:
+    timings = []
+    for view in views:
+        rows = []
+        for record in view.records:
+            training = record.get("training") or {}
+            seconds = training.get("seconds")
+            if seconds:
+                memory = training.get("peak_memory")
+                rows.append(
+                    [
+                        label_of(f"iterate_{record['index']}"),
+                        *(f"{seconds[k]:.1f} s" for k in ("generating", "scoring", "training")),
+                        "–" if memory is None else f"{memory / _GIB:.2f} GiB",
+                    ]
+                )
+        if rows:
+            timings.append({"name": view.name, "rows": rows})
+    return timings

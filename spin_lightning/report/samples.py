@@ -1,0 +1,80 @@
+"""Pairs of a real and a generated response, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from spin_lightning.rows.store import RowTable
+
+
+@dataclass(frozen=True)
+class PromptSamples:
+    """One prompt, its real response and what each iterate answered.
+
+    Attributes:
+        prompt: The prompt, without special tokens.
+        real: The data's response.
+        generated: The response of each iterate, by its index.
+    """
+
+    prompt: str
+    real: str
+    generated: Mapping[int, str]
+
+
+def sample_pairs(
+    table: RowTable, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[tuple[str, str, str]]:
+    """(prompt, real, generated) of the first rows with different prompts, the same every time.
+
+    Special tokens are shown where the response has them: whether a response ended is part of it.
+    """
+    return [
+        (
+            str(tokenizer.decode(table.prompt_ids[i].tolist(), skip_special_tokens=True)),
+            str(tokenizer.decode(table.real_ids[i].tolist())),
+            str(tokenizer.decode(table.generated_ids[i].tolist())),
+        )
+        for i in _first_of_prompts(table)[:count]
+    ]
+
+
+def samples_of_prompts(
+    tables: Mapping[int, RowTable], tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[PromptSamples]:
+    """What iterates answered to the same prompts.
+
+    Args:
+        tables: Held-out rows by the iterate that answered them; every iterate has the same.
+        tokenizer: The run's.
+        count: Prompts to show, all different.
+
+    Returns:
+        The first prompts of the first iterate.
+    """
+    if not tables:
+        return []
+    first = tables[min(tables)]
+    texts = sample_pairs(first, tokenizer, count)
+    shown = _first_of_prompts(first)[:count]
+    found = []
+    for i, (prompt, real, _) in zip(shown, texts, strict=True):
+        example = int(first.example_id[i])
+        answers = {
+            t: str(tokenizer.decode(table.generated_ids[int(rows[0])].tolist()))
+            for t, table in tables.items()
+            if len(rows := (table.example_id == example).nonzero()[0])
+        }
+        found.append(PromptSamples(prompt, real, answers))
+    return found
+
+
+def _first_of_prompts(table: RowTable) -> list[int]:
+    """The first row of every different prompt, in order."""
+    first: dict[tuple[int, ...], int] = {}
+    for i in range(len(table)):
+        first.setdefault(tuple(table.prompt_ids[i].tolist()), i)
+    return list(first.values())

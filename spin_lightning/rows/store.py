@@ -1,0 +1,324 @@
+"""The rows of an iterate on disk: parquet parts written as they come, the manifest last."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spin_lightning.errors import RunFolderError, first_line, is_whole
+from spin_lightning.run.files import reading, replace_synced, write_json, writing
+from spin_lightning.run.fingerprint import file_hash
+from spin_lightning.types import Row
+
+_LOG = logging.getLogger(__name__)
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_DEVIATIONS = b"spin_lightning.deviations"
+_IDS = pa.list_(pa.int32())
+_LOGPS = pa.list_(pa.float64())
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.int64()),
+        ("sample", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("real_ids", _IDS),
+        ("generated_ids", _IDS),
+        ("opponent", pa.int32()),
+        ("finished", pa.bool_()),
+        ("real_finished", pa.bool_()),
+        ("members", _IDS),
+        ("member_real_logps", _LOGPS),
+        ("member_generated_logps", _LOGPS),
+        ("token_alpha", pa.float64()),
+        ("token_members", _IDS),
+        ("token_real_logps", _LOGPS),
+        ("token_generated_logps", _LOGPS),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A column of lists, held flat."""
+
+    values: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        """The list of row `index`."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Length of each row's list, shape [rows]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """The rows of one folder, by column, in the order they were made.
+
+    Attributes:
+        opponent: The iterate that wrote each response, -1 where none did.
+        members: Iterates whose log-probs are stored, the same for every row.
+        real_logps: log p_i(y|x) by member, float64, each of shape [rows].
+        generated_logps: log p_i(y'|x) by member, likewise.
+        token_alpha: Base weight of a token-level mixture; 0 without one.
+        token_members: Members of the token-level mixture.
+        token_real_logps: log g_i(y|x) by member, likewise.
+        token_generated_logps: log g_i(y'|x) by member, likewise.
+        seed: Key of each row.
+    """
+
+    example_id: NDArray[np.int64]
+    sample: NDArray[np.int32]
+    prompt_ids: Ragged
+    real_ids: Ragged
+    generated_ids: Ragged
+    opponent: NDArray[np.int32]
+    finished: NDArray[np.bool_]
+    real_finished: NDArray[np.bool_]
+    members: tuple[int, ...]
+    real_logps: Mapping[int, Tensor]
+    generated_logps: Mapping[int, Tensor]
+    token_alpha: float
+    token_members: tuple[int, ...]
+    token_real_logps: Mapping[int, Tensor]
+    token_generated_logps: Mapping[int, Tensor]
+    seed: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.example_id)
+
+
+def part_path(folder: Path, unit: int) -> Path:
+    """Where the rows of a work unit lie."""
+    return folder / f"part-{unit:05d}.parquet"
+
+
+def write_part(
+    folder: Path, unit: int, rows: Sequence[Row], deviations: Mapping[str, Any] | None = None
+) -> None:
+    """Write the rows of one work unit, whole or not at all.
+
+    Args:
+        folder: Where to.
+        unit: Which unit it is.
+        rows: Its rows.
+        deviations: What was done otherwise than the settings say; kept with the part.
+    """
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    if deviations:
+        table = table.replace_schema_metadata({_DEVIATIONS: json.dumps(dict(deviations))})
+    path = part_path(folder, unit)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        # With a checksum in every page: a bit that flipped is found before there is a manifest.
+        pq.write_table(table, temporary, write_page_checksum=True)
+        replace_synced(temporary, path)
+
+
+def part_matches(folder: Path, unit: int, expected: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether a unit's part is there, whole, with these values in some of its columns."""
+    path = part_path(folder, unit)
+    if not path.exists():
+        return False
+    try:
+        # All of it, since a part may be torn anywhere.
+        table = _read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        warn_damaged(path, error)
+        return False
+    return all(table[name].to_pylist() == list(values) for name, values in expected.items())
+
+
+def read_deviations(folder: Path, units: int) -> dict[str, dict[str, Any]]:
+    """What was done otherwise than the settings say, by the number of the unit."""
+    found = {}
+    for unit in range(units):
+        metadata = pq.read_schema(part_path(folder, unit)).metadata or {}
+        if _DEVIATIONS in metadata:
+            found[str(unit)] = json.loads(metadata[_DEVIATIONS])
+    return found
+
+
+def warn_damaged(path: Path, reason: object) -> None:
+    """Name a part that is made again."""
+    _LOG.warning("%s is damaged (%s): it is made again, alone.", path, reason)
+
+
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Mark a folder of rows as finished."""
+    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **fields})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder of rows; None while the rows are not all there.
+
+    Raises:
+        RunFolderError: It is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    fix = "delete it and start the same command again: parts that are whole are kept"
+    with reading(path, fix):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        _check_manifest(manifest)
+    return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Refuse what is no manifest of rows, as far as this version knows them."""
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        raise ValueError("no manifest of rows")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        return
+    for name in ("units", "rows"):
+        if not is_whole(manifest.get(name, 1), 1):
+            raise ValueError(f"its {name!r} is no number of them")
+    for name in ("members", "token_members"):
+        members = manifest.get(name, [])
+        if not isinstance(members, list) or not all(is_whole(i, 0) for i in members):
+            raise ValueError(f"its {name!r} are no iterates")
+    parts = manifest.get("parts", {})
+    # They are opened: none may lead out of the folder.
+    if not isinstance(parts, dict) or any(Path(name).name != name for name in parts):
+        raise ValueError("its 'parts' are no files of the folder")
+    if not isinstance(manifest.get("token_alpha"), int | float | None):
+        raise ValueError("its 'token_alpha' is no number")
+
+
+def part_hashes(folder: Path, units: int) -> dict[str, str]:
+    """SHA-256 of each part, by file name."""
+    return {path.name: file_hash(path) for path in (part_path(folder, u) for u in range(units))}
+
+
+def damaged_parts(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Parts that are missing, or are not those that the manifest was written for."""
+    # (A manifest of an earlier version knows no checksums.)
+    parts = manifest.get("parts", {})
+    paths = {folder / name: wanted for name, wanted in parts.items()}
+    return [
+        path for path, wanted in paths.items() if not path.is_file() or file_hash(path) != wanted
+    ]
+
+
+def read_rows(folder: Path) -> RowTable:
+    """Read all rows of a finished folder.
+
+    Raises:
+        RunFolderError: The folder has no manifest, so its rows are not all there, or its rows are
+            damaged or of another schema.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RunFolderError(
+            f"the rows in {folder} are not finished: there is no {MANIFEST}",
+            fix="start the run again in the same folder; it makes the rows that are missing",
+        )
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise RunFolderError(
+            f"the rows in {folder} are of schema version {manifest['schema_version']}, this "
+            f"version of spin-lightning reads {SCHEMA_VERSION}",
+            fix="use the version that made the run, or start a new run",
+        )
+    if lacking := {"units", "rows", "members"} - set(manifest):
+        raise _damaged(folder / MANIFEST, f"it does not say its {min(lacking)}")
+    for path in damaged_parts(folder, manifest):
+        raise _damaged(path, "its bytes are not those that were written")
+    parts = [_read_part(folder, unit) for unit in range(manifest["units"])]
+    table = pa.concat_tables(parts).combine_chunks()
+    if len(table) != manifest["rows"]:
+        raise RunFolderError(
+            f"{folder} has {len(table)} rows, its manifest says {manifest['rows']}",
+            fix=f"delete {folder / MANIFEST} and start the run again",
+        )
+    try:
+        return _row_table(table, manifest)
+    # Lists of other lengths than there are members, values that are missing.
+    except ValueError as error:
+        raise _damaged(folder, first_line(error)) from error
+
+
+def _row_table(table: pa.Table, manifest: Mapping[str, Any]) -> RowTable:
+    members, token_members = tuple(manifest["members"]), tuple(manifest.get("token_members", ()))
+    return RowTable(
+        example_id=_flat(table, "example_id"),
+        sample=_flat(table, "sample"),
+        prompt_ids=_ragged(table, "prompt_ids"),
+        real_ids=_ragged(table, "real_ids"),
+        generated_ids=_ragged(table, "generated_ids"),
+        opponent=table["opponent"].fill_null(-1).to_numpy(),
+        finished=_flat(table, "finished"),
+        real_finished=_flat(table, "real_finished"),
+        members=members,
+        real_logps=_by_member(table, "member_real_logps", members),
+        generated_logps=_by_member(table, "member_generated_logps", members),
+        token_alpha=manifest.get("token_alpha") or 0.0,
+        token_members=token_members,
+        token_real_logps=_by_member(table, "token_real_logps", token_members),
+        token_generated_logps=_by_member(table, "token_generated_logps", token_members),
+        seed=_flat(table, "seed"),
+    )
+
+
+def _read_part(folder: Path, unit: int) -> pa.Table:
+    path = part_path(folder, unit)
+    try:
+        return _read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, first_line(error)) from error
+
+
+def _read_table(path: Path) -> pa.Table:
+    """All of a part, every page held against its checksum."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if not file.schema_arrow.equals(SCHEMA):
+            raise ValueError("it has other columns")
+        return file.read()
+
+
+def _damaged(path: Path, reason: str) -> RunFolderError:
+    return RunFolderError(
+        f"{path} is missing or damaged ({reason})",
+        fix="start the same command again: a part of the newest rows is made anew, alone; an older "
+        "one has to come from a copy of the run",
+    )
+
+
+def _flat(table: pa.Table, name: str) -> NDArray[Any]:
+    if table[name].null_count:
+        raise ValueError(f"values of {name} are missing")
+    values: NDArray[Any] = table[name].to_numpy()
+    return values
+
+
+def _ragged(table: pa.Table, name: str) -> Ragged:
+    column = table[name].combine_chunks()
+    if column.null_count or column.values.null_count:
+        raise ValueError(f"values of {name} are missing")
+    return Ragged(column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64))
+
+
+def _by_member(table: pa.Table, name: str, members: tuple[int, ...]) -> dict[int, Tensor]:
+    values = _ragged(table, name).values.reshape(len(table), len(members))
+    return {member: torch.from_numpy(np.array(values[:, i])) for i, member in enumerate(members)}

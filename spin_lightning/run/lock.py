@@ -1,0 +1,94 @@
+"""One writer at a time in a run folder, on one machine or several, whoever died before."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from spin_lightning.errors import RunFolderError
+from spin_lightning.run.files import writing
+
+LOCK_FILE = ".lock"
+# Workers of a process that was killed need a moment to notice it.
+_PATIENCE_SECONDS = 8.0
+_POLL_SECONDS = 0.5
+
+
+class FolderLock:
+    """Held by every process of a run while it writes into the folder.
+
+    The operating system drops the lock of a process that dies, however it died, so nothing has to
+    be cleaned up by hand. Rank 0 takes the whole file and then lets the other ranks have a byte
+    each: so a rank that outlived its run keeps the next run out, too.
+
+    Args:
+        folder: The run folder; it is made.
+        rank: Which of the run's processes this is.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        """Name the lock; nothing is taken yet."""
+        self._path = folder / LOCK_FILE
+        self._rank = rank
+        self._file: IO[str] | None = None
+
+    def acquire(self, patience: float = _PATIENCE_SECONDS) -> None:
+        """Take the lock; rank 0 has to be first.
+
+        Args:
+            patience: Seconds to wait for somebody who holds it.
+
+        Raises:
+            RunFolderError: Another process writes into the folder, or it cannot be written.
+        """
+        deadline = time.monotonic() + patience
+        while not self._try():
+            if time.monotonic() >= deadline:
+                raise RunFolderError(
+                    f"{self._path.parent} is being written by another run ({self._holder()})",
+                    fix="wait until it ends, or end it; or name another folder with "
+                    "--trainer.default_root_dir",
+                )
+            time.sleep(_POLL_SECONDS)
+        if self._rank == 0:
+            assert self._file is not None
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+            # The first byte stays rank 0's.
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)
+
+    def release(self) -> None:
+        """Let the lock go; the last of a run takes the file away. A second call does nothing."""
+        if self._file is None:
+            return
+        if self._rank == 0:
+            self._path.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
+
+    def _try(self) -> bool:
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, int(self._rank > 0), self._rank)
+            # Whoever held it before may have taken the file away in the meantime.
+            is_there = os.fstat(file.fileno()).st_ino == self._path.stat().st_ino
+        except OSError:
+            is_there = False
+        if is_there:
+            self._file = file
+        else:
+            file.close()
+        return is_there
+
+    def _holder(self) -> str:
+        try:
+            return self._path.read_text(encoding="utf-8") or "which has just started"
+        except OSError:
+            return "which has just ended"

@@ -1,0 +1,72 @@
+"""A variant's answers that cannot be played are refused before anything is made."""
+
+import pytest
+
+from spin_lightning import Geometric, Mixture, SelfPlayModule, base, latest, uniform
+from spin_lightning.errors import SettingError
+from tests.toys.runs import play, write_examples
+
+
+class Answers(SelfPlayModule):
+    """A user's variant that says what a test wants it to say."""
+
+    opponents = staticmethod(latest)
+    references = staticmethod(latest)
+
+    def opponent(self, t):
+        return self.opponents(t)
+
+    def reference(self, t):
+        return self.references(t)
+
+
+NONSENSE = {
+    "weights that do not sum to 1": (
+        lambda t: Mixture({t: 0.5}),
+        latest,
+        r"mixture weights=\{0: 0.5\}: they sum to 0.5, not to 1. Fix: divide them",
+    ),
+    "an opponent beyond t": (
+        lambda t: latest(t + 1),
+        latest,
+        r"opponent\(0\)='p1': iterate 1 .* does not exist yet",
+    ),
+    "an opponent beyond t, later on": (
+        lambda t: uniform([0, 3]) if t == 2 else latest(t),
+        latest,
+        r"opponent\(2\)='0.5·p0\+0.5·p3': iterate 3 .* does not exist yet",
+    ),
+    "a reference beyond t": (
+        latest,
+        lambda t: uniform(range(t + 2)),
+        r"reference\(0\)='p0..p1': iterate 1 .* does not exist yet",
+    ),
+    "a geometric mixture as opponent": (
+        lambda t: Geometric(latest(t), 0.5),
+        latest,
+        r"opponent\(0\)=.*cannot be sampled.* Fix: .*token_alpha",
+    ),
+    "an opponent that is no mixture": (lambda t: t, latest, r"opponent\(0\)=0: .*Fix: return"),
+    "no reference": (latest, lambda t: None, r"reference\(0\)=None: .*Fix: return"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_of_a_variant_is_refused_before_generation(
+    case, tiny_model_dir, tmp_path, monkeypatch
+):
+    opponents, references, message = NONSENSE[case]
+    monkeypatch.setattr(Answers, "opponents", staticmethod(opponents))
+    monkeypatch.setattr(Answers, "references", staticmethod(references))
+    data = write_examples(tmp_path / "examples.jsonl")
+    with pytest.raises(SettingError, match=message):
+        play(tmp_path / "run", tiny_model_dir, data, variant=Answers, epochs=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_members_up_to_t_and_the_base_are_taken(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Answers, "opponents", staticmethod(lambda t: uniform(range(t + 1))))
+    monkeypatch.setattr(Answers, "references", staticmethod(lambda t: base()))
+    data = write_examples(tmp_path / "examples.jsonl", 40)
+    play(tmp_path / "run", tiny_model_dir, data, variant=Answers)
+    assert (tmp_path / "run" / "iterates" / "iterate_002").is_dir()

@@ -1,0 +1,197 @@
+"""The report: one page that needs nothing, with what the runs' files say."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from spin_lightning.evaluation.contestants import iterate_contestant
+from spin_lightning.evaluation.results import Result, read_results, score_lines, write_result
+from spin_lightning.report.measures import MEASURES, best_of
+from spin_lightning.report.report import write_report
+from spin_lightning.report.run_view import config_differences, read_runs
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.folder import RunFolder
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def make_runs(finished_run: RunFolder, folder: Path) -> list[RunFolder]:
+    """Copies under one name in two places, with configurations and scores of their own."""
+    runs = []
+    for place, rate, scores in (("a", 0.003, (0.2, 0.5, 0.4)), ("b", 0.001, (0.3, 0.1, 0.2))):
+        run = RunFolder(folder / place / "run")
+        shutil.copytree(finished_run.root, run.root)
+        (run.root / "config.yaml").write_text(
+            f"seed_everything: 1\nmodel:\n  init_args:\n    learning_rate: {rate}\n"
+            f"trainer:\n  default_root_dir: {run.root}\n"
+        )
+        for t, score in enumerate(scores):
+            settings = {"harness": "lm_eval 1", "num_fewshot": 5}
+            write_result(run, result_of(run, t, score, settings))
+        runs.append(run)
+    return runs
+
+
+@pytest.fixture
+def two_runs(finished_run, tmp_path) -> list[RunFolder]:
+    return make_runs(finished_run, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def page_path(finished_run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(make_runs(finished_run, folder), folder / "out")
+
+
+@pytest.fixture(scope="module")
+def page(page_path) -> str:
+    return page_path.read_text()
+
+
+def result_of(run: RunFolder, t: int, score: float, settings: dict, lower=()) -> Result:
+    one = iterate_contestant(run, t)
+    scores = {"acc": score, "acc_error": 0.01}
+    return Result(one.name, one.identity, "lm_eval/task", settings, scores, lower)
+
+
+def test_page_needs_nothing_besides_itself(page):
+    targets = re.findall(r"(?:src|href)=\"([^\"]*)\"", page)
+    assert targets
+    assert all(target.startswith(("data:", "#")) for target in targets)
+    assert not re.search(r"<script|<link[^>]+stylesheet|@import|url\(", page)
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_page_defines_every_metric_it_shows(page):
+    shown = re.findall(r"<figcaption><code>([^<]+)</code>: ([^<]+)</figcaption>", page)
+    assert {"val/real_nll_per_token", "val/kl_base", "val/kl_previous"} <= {n for n, _ in shown}
+    known = {measure.name for measure in MEASURES}
+    assert all(name in known and len(meaning) > 20 for name, meaning in shown)
+
+
+def test_pictures_are_written_beside_the_page(page_path):
+    names = {path.stem for path in (page_path.parent / "figures").glob("*.png")}
+    assert {"val_kl_base", "lengths_run0_p0", "lengths_run1_p4", "rewards_run1_p4"} <= names
+    assert "rewards_run0_p0" not in names, "the base has no iterate before it"
+
+
+def test_best_iterate_of_each_run_is_marked(page):
+    card = page.split("<h3>lm_eval/task/acc</h3>")[1].split("</section>")[0]
+    assert re.findall(r'class="best">([\d.]+)', card) == ["0.3000", "0.5000"]
+    assert "lm_eval 1, num_fewshot 5" in card
+
+
+def test_scores_of_other_settings_are_not_put_side_by_side(two_runs):
+    run = two_runs[0]
+    write_result(run, result_of(run, 3, 0.9, {"harness": "lm_eval 2", "num_fewshot": 5}))
+    lines = score_lines(read_results(run))
+    assert sorted(sorted(line.scores) for line in lines) == [["p0", "p1", "p2"], ["p3"]]
+    alone = next(line for line in lines if "p3" in line.scores)
+    assert alone.best is None
+
+
+def test_metric_that_should_be_small_has_its_best_at_the_small_end(two_runs):
+    run = two_runs[0]
+    for t, score in enumerate((0.4, 0.1, 0.3)):
+        write_result(run, result_of(run, t, score, {"harness": "x"}, lower=("acc",)))
+    (line,) = (li for li in score_lines(read_results(run)) if li.settings == {"harness": "x"})
+    assert line.best == "p1"
+    nll = next(measure for measure in MEASURES if measure.name == "val/real_nll_per_token")
+    assert best_of(nll, {0: 3.0, 1: 2.0, 2: 2.5}) == 1
+
+
+def test_settings_that_differ_are_listed_and_no_others(two_runs):
+    differences = config_differences(read_runs(two_runs))
+    assert differences == [["model.init_args.learning_rate", "0.003", "0.001"]]
+
+
+def test_runs_of_one_name_are_told_apart(two_runs):
+    assert [view.name for view in read_runs(two_runs)] == ["a/run", "b/run"]
+    again = read_runs([two_runs[0], two_runs[0]])
+    assert [view.name for view in again] == ["a/run", "a/run (2)"]
+
+
+def test_samples_are_what_each_iterate_wrote_to_the_same_prompt(finished_run):
+    (view,) = read_runs([finished_run])
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.tokenizer)
+    sample = view.samples(3)[2]
+    assert sorted(sample.generated) == [0, 1, 2, 3, 4]
+    first = read_rows(finished_run.val_rows(0))
+    i = next(
+        i
+        for i in range(len(first))
+        if tokenizer.decode(first.prompt_ids[i].tolist(), skip_special_tokens=True) == sample.prompt
+    )
+    for t in range(5):
+        table = read_rows(finished_run.val_rows(t))
+        assert table.example_id[i] == first.example_id[i]
+        assert sample.generated[t] == tokenizer.decode(table.generated_ids[i].tolist())
+        assert sample.real == tokenizer.decode(table.real_ids[i].tolist())
+
+
+def test_rewards_are_the_log_ratios_of_the_stored_rows(finished_run):
+    (view,) = read_runs([finished_run])
+    real, generated = view.rewards(2)
+    table = read_rows(finished_run.val_rows(2))
+    for i in range(len(table)):
+        row = table.real_logps[2][i] - table.real_logps[1][i]
+        assert real[i] == pytest.approx(float(row), abs=1e-12)
+        row = table.generated_logps[2][i] - table.generated_logps[1][i]
+        assert generated[i] == pytest.approx(float(row), abs=1e-12)
+    assert view.rewards(0) is None
+    real_lengths, lengths = view.lengths(2)
+    assert list(lengths) == [len(table.generated_ids[i]) for i in range(len(table))]
+    assert np.mean(real_lengths) == view.records[2]["metrics"]["val/real_tokens"]
+
+
+def test_response_with_markup_is_shown_as_text(page):
+    assert "&lt;/s&gt;" in page
+    assert "</s>" not in page
+
+
+def test_run_without_held_out_rows_has_a_report(finished_run, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished_run.root, run.root)
+    shutil.rmtree(run.root / "rows")
+    page = write_report([run], tmp_path / "out").read_text()
+    assert "Samples" not in page
+    assert "Time and memory" in page
+
+
+def test_time_and_memory_of_every_iterate_are_shown(page):
+    part = page.split('id="time"')[1]
+    assert re.findall(r"<td>p(\d)</td>", part) == ["1", "2", "3", "4"] * 2
+    assert len(re.findall(r"<td>[\d.]+ GiB</td>", part)) == 8
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+@pytest.mark.parametrize("width", [400, 1400])
+def test_page_fits_the_width_of_a_real_browser(width, page_path, tmp_path):
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id="f" src="file://{page_path}" width="{width}" height="900" '
+        'style="border:0"></iframe><p id="p"></p><script>f.onload = () => { p.textContent = '
+        'f.contentDocument.title + " width " + f.contentDocument.documentElement.scrollWidth; }'
+        "</script>"
+    )
+    answer = subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu"),
+            *("--allow-file-access-from-files", "--enable-logging=stderr", "--v=0"),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            *("--virtual-time-budget=5000", "--dump-dom", f"file://{frame}"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    (found,) = re.findall(r"a/run · b/run width (\d+)</p>", answer.stdout)
+    assert int(found) <= width
+    assert "CONSOLE" not in answer.stderr
