@@ -89,7 +89,7 @@ def use_iterates(policy: Policy, setup: Setup) -> None:
     """Give a policy the base as iterate 0 and the adapters as iterates 1 to 4."""
     bare = setup.out / "adapters" / setup.size / "base"
     bare.mkdir(parents=True, exist_ok=True)
-    policy.use_bank(dict(enumerate([bare, *write_adapters(setup)])))
+    policy.use_iterates(dict(enumerate([bare, *write_adapters(setup)])))
 
 
 class Step:

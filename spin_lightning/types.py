@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,23 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class PolicyId(NamedTuple):
+    """Names a frozen policy: iterate i itself, or its token-level mixture with the base.
+
+    Attributes:
+        iterate: Index i of the iterate.
+        token_alpha: Weight of the base at every token; 0 for p_i itself.
+    """
+
+    iterate: int
+    token_alpha: float = 0.0
+
+    @property
+    def mixes_base(self) -> bool:
+        """Whether the base takes part at every token; iterate 0 mixed with the base is the base."""
+        return self.token_alpha > 0 and self.iterate != 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.testbed import TestbedPaths, ensure
 
 
@@ -67,9 +67,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tiny_model_dir: Path) -> BaseModel:
+def tiny_base(tiny_model_dir: Path) -> FrozenBase:
     """The tiny model as a float32 base."""
-    return BaseModel(str(tiny_model_dir), compute_dtype="float32")
+    return FrozenBase(str(tiny_model_dir), compute_dtype="float32")
 
 
 @pytest.fixture(scope="session")

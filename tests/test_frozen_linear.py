@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from spin_lightning import products
+from spin_lightning import frozen_linear as kernels
 from spin_lightning.frozen_linear import (
     FrozenLinear,
     freeze_linear,
@@ -17,7 +17,7 @@ from spin_lightning.frozen_linear import (
 )
 
 onednn = pytest.mark.skipif(
-    not (products._HAS_AVX512 and torch.backends.mkldnn.is_available()),
+    not (kernels._HAS_AVX512 and torch.backends.mkldnn.is_available()),
     reason="oneDNN is taken where there is AVX-512",
 )
 

@@ -12,7 +12,7 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import BaseModel, load_config
+from spin_lightning.policies.pretrained import FrozenBase, load_config
 from spin_lightning.rows.making import Synthesis, Timing, finish
 from spin_lightning.rows.plan import EarlierRows, RowPlan
 from spin_lightning.rows.store import read_rows
@@ -36,11 +36,11 @@ def resident_mb() -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_rows(testbed_seed_0, tmp_path):
     """10,000 rows of 64 new tokens: generated, scored and written, twice, the second time kept."""
-    base = BaseModel(str(testbed_seed_0.model), compute_dtype="float32")
+    base = FrozenBase(str(testbed_seed_0.model), compute_dtype="float32")
     policy = LoraPolicy(base, LoraSettings(r=2))
     (tmp_path / "0").mkdir()
     adapter = write_adapter(testbed_seed_0.model, tmp_path / "1", seed=1)
-    policy.use_bank({0: tmp_path / "0", 1: adapter})
+    policy.use_iterates({0: tmp_path / "0", 1: adapter})
     # No stop ids: every response has all 64 tokens.
     generator = LocalGenerator(load_config(base), (), 0, GenerationSettings())
     synthesis = Synthesis(policy, generator, vocabulary=38)

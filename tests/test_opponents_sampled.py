@@ -27,7 +27,7 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import BaseModel, load_config
+from spin_lightning.policies.pretrained import FrozenBase, load_config
 from spin_lightning.rows.making import Synthesis, Timing, finish
 from spin_lightning.rows.plan import NO_ROWS, Coupling, EarlierRows, RowPlan
 from spin_lightning.rows.store import RowTable, read_rows
@@ -153,15 +153,15 @@ def exact(testbed_seed_0, adapters) -> Enumeration:
 
 
 @pytest.fixture(scope="module")
-def base(testbed_seed_0) -> BaseModel:
-    return BaseModel(str(testbed_seed_0.model), compute_dtype="float32")
+def base(testbed_seed_0) -> FrozenBase:
+    return FrozenBase(str(testbed_seed_0.model), compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def draw(base, adapters, exact, tmp_path_factory) -> Callable[..., RowTable]:
     """Rows of an iterate, made, written and read as a run does; few of them where scored."""
     policy = LoraPolicy(base, LoraSettings(r=2))
-    policy.use_bank({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
+    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
     examples = [Example(i, exact.prompts[i % 2], exact.responses[0], True) for i in range(EXAMPLES)]
     stop = exact.responses[0][-1]
 

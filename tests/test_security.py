@@ -22,7 +22,7 @@ from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import RunFolderError, SpinError
 from spin_lightning.evaluation.mt_bench.data import Query
 from spin_lightning.evaluation.mt_bench.judge import Judge, JudgeError, JudgeSettings
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.redaction import masked
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import Message
@@ -95,8 +95,8 @@ def test_sources_are_all_seen():
 
 def test_code_that_comes_with_a_model_does_not_run_unless_asked_for():
     assert inspect.signature(SelfPlayModule).parameters["trust_remote_code"].default is False
-    assert BaseModel("x").trust_remote_code is False
-    assert BaseModel("x").source["trust_remote_code"] is False
+    assert FrozenBase("x").trust_remote_code is False
+    assert FrozenBase("x").source["trust_remote_code"] is False
 
 
 def test_code_of_a_model_folder_is_refused_and_not_run(tiny_model_dir, tmp_path):

@@ -267,7 +267,7 @@ class SelfPlay(Callback):
     ) -> None:
         """Make the rows that the iterate at hand lacks, and measure it if that was not done."""
         t = module.iterate
-        module.policy.use_bank(self._run.bank())
+        module.policy.use_iterates(self._run.iterate_folders())
         assert self._maker is not None, "on_fit_start() made it"
         fields = _fields(trainer, module, data, t)
         manifest = {"fingerprint": fingerprint(fields), "fingerprint_fields": fields}

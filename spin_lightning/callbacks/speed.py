@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.policies.pretrained import BaseModel, skeleton
+from spin_lightning.policies.pretrained import FrozenBase, skeleton
 from spin_lightning.rows.making import Timing
 
 # Dense bfloat16 peaks, FLOP/s, by words of the device's name; the first match counts. Data sheets
@@ -48,7 +48,7 @@ class Trained:
 
 
 def measure_speed(
-    made: Timing, trained: Trained, base: BaseModel, device: torch.device
+    made: Timing, trained: Trained, base: FrozenBase, device: torch.device
 ) -> dict[str, float]:
     """Metrics of an iterate's speed, of one process.
 
@@ -80,7 +80,7 @@ def measure_speed(
     return metrics
 
 
-def peak_flops(base: BaseModel, device: torch.device) -> float | None:
+def peak_flops(base: FrozenBase, device: torch.device) -> float | None:
     """Dense peak of the device in what the base computes in; None where it is not known."""
     if device.type != "cuda" or base.dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -88,7 +88,7 @@ def peak_flops(base: BaseModel, device: torch.device) -> float | None:
     return next((peak for part, peak in _PEAKS if re.search(rf"\b{part}\b", name)), None)
 
 
-def training_flops(base: BaseModel, trained: Trained) -> float:
+def training_flops(base: FrozenBase, trained: Trained) -> float:
     """Operations that training needs: products with frozen weights, forward and input gradient.
 
     4 per weight and token, where a prompt is there once for both responses and the head is needed

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spin_lightning.policies.base import Actor, Policy
+from spin_lightning.policies.base import Policy
+from spin_lightning.types import PolicyId
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,9 @@ class Request:
     token_alpha: float = 0.0
 
     @property
-    def actor(self) -> Actor:
+    def actor(self) -> PolicyId:
         """Who answers."""
-        return (self.opponent, self.token_alpha)
+        return PolicyId(self.opponent, self.token_alpha)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from spin_lightning.generation.kv_cache import holds_keys_and_values_alone
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.packing import group_by_length
-from spin_lightning.policies.base import Actor, Policy
+from spin_lightning.policies.base import Policy
+from spin_lightning.types import PolicyId
 
 _CACHE_BYTES = 1 << 31
 _MOST_BATCH_TOKENS = 1 << 17
@@ -82,7 +83,7 @@ class LocalGenerator(Generator):
                 yield [group[i] for i in batch]
 
     def _answer(
-        self, policy: Policy, team: Sequence[Actor], requests: Sequence[Request]
+        self, policy: Policy, team: Sequence[PolicyId], requests: Sequence[Request]
     ) -> list[Response]:
         """Decode a batch, in halves where memory does not suffice for it."""
         try:
@@ -150,6 +151,5 @@ def default_batch_tokens(config: PretrainedConfig) -> int:
 
 def _cached_tokens(request: Request) -> int:
     """Most tokens whose keys and values a request needs; a mixture with the base twice as many."""
-    opponent, token_alpha = request.actor
-    copies = 2 if token_alpha > 0 and opponent != 0 else 1
+    copies = 2 if request.actor.mixes_base else 1
     return copies * (len(request.prompt_ids) + request.cap)

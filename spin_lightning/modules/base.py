@@ -36,7 +36,7 @@ from spin_lightning.policies.optimizers import (
     make_optimizer,
     make_schedule,
 )
-from spin_lightning.policies.pretrained import BaseModel, ComputeDtype, Quantization
+from spin_lightning.policies.pretrained import ComputeDtype, FrozenBase, Quantization
 from spin_lightning.policies.shared_prefix import Packing, shares_prefixes
 from spin_lightning.rows.plan import rows_per_sample
 from spin_lightning.run.fingerprint import folder_hashes
@@ -151,7 +151,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.save_hyperparameters(ignore=["generation", *self.without])
         self.save_hyperparameters({"generation": asdict(generation)})
         check_choices(self)
-        self.base = BaseModel(model, revision, quantization, compute_dtype, trust_remote_code)
+        self.base = FrozenBase(model, revision, quantization, compute_dtype, trust_remote_code)
         self.lora = lora_settings(
             lora_r, lora_alpha, lora_dropout, lora_target_modules, initial_adapter
         )

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spin_lightning.packing import pad_prompts
-from spin_lightning.types import PromptBatch, SequenceBatch
-
-# Who acts: iterate i itself, or with a base weight > 0 its token-level mixture with the base.
-Actor = tuple[int, float]
+from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
 
 class Lanes(NamedTuple):
@@ -33,7 +30,7 @@ class Lanes(NamedTuple):
 class Seats(Protocol):
     """Who acts in which row of the batches that a model is given."""
 
-    def take(self, actors: Sequence[Actor]) -> Lanes:
+    def take(self, actors: Sequence[PolicyId]) -> Lanes:
         """Say who acts in each row of the forward passes to come.
 
         Args:
@@ -96,7 +93,7 @@ class Policy(nn.Module, ABC):
         are as before when the block is left, also by an exception.
         """
 
-    def teams(self, actors: Collection[Actor]) -> list[list[Actor]]:
+    def teams(self, actors: Collection[PolicyId]) -> list[list[PolicyId]]:
         """Split actors into teams that can act in one batch; each alone if nothing else is known.
 
         Args:
@@ -108,7 +105,7 @@ class Policy(nn.Module, ABC):
         return [[actor] for actor in sorted(set(actors))]
 
     @contextmanager
-    def at_rows(self, team: Collection[Actor]) -> Iterator[Seats]:
+    def at_rows(self, team: Collection[PolicyId]) -> Iterator[Seats]:
         """Act as a team inside the block, each row as whoever takes its seat; else like `at`.
 
         Args:
@@ -119,14 +116,14 @@ class Policy(nn.Module, ABC):
         """
         (actor,) = team
         with self.at(*actor):
-            yield _Alone(self.device, doubled=actor[1] > 0 and actor[0] != 0)
+            yield _Alone(self.device, doubled=actor.mixes_base)
 
     @abstractmethod
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained policy into `folder`; return the SHA-256 of each file by name."""
 
     @abstractmethod
-    def use_bank(self, folders: Mapping[int, Path]) -> None:
+    def use_iterates(self, folders: Mapping[int, Path]) -> None:
         """Say where the iterates lie."""
 
     @abstractmethod
@@ -145,7 +142,7 @@ class _Alone:
         self._device = device
         self._copies = 2 if doubled else 1
 
-    def take(self, actors: Sequence[Actor]) -> Lanes:
+    def take(self, actors: Sequence[PolicyId]) -> Lanes:
         rows = torch.arange(len(actors), device=self._device)
         lanes = torch.arange(len(actors) * self._copies, device=self._device)
         return Lanes(rows.repeat(self._copies), lanes >= len(actors))

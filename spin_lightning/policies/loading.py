@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from spin_lightning.errors import SettingError, first_line
 from spin_lightning.frozen_linear import freeze_linear
-from spin_lightning.policies.pretrained import BaseModel, check_quantizable, load_config
+from spin_lightning.policies.pretrained import FrozenBase, check_quantizable, load_config
 
 
-def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load the frozen base, quantized as it says, in eval mode and without gradients.
 
     Raises:
@@ -28,7 +28,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
     return model
 
 
-def _read(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
+def _read(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedModel:
     check_quantizable(base)
     try:
         # (With `output_loading_info` it gives a pair, which its types do not say.)
@@ -59,7 +59,7 @@ def _read(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedMode
     return model.eval()
 
 
-def _unreadable(base: BaseModel, problem: str) -> SettingError:
+def _unreadable(base: FrozenBase, problem: str) -> SettingError:
     return SettingError(
         "model",
         base.name,
@@ -68,7 +68,7 @@ def _unreadable(base: BaseModel, problem: str) -> SettingError:
     )
 
 
-def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
+def merge_adapter(base: FrozenBase, adapter: Path | None) -> PreTrainedModel:
     """Return the base with an adapter merged into its weights, in full precision.
 
     A quantized base is de-quantized first: its adapter was trained on the rounded weights, so they
@@ -84,7 +84,7 @@ def merge_adapter(base: BaseModel, adapter: Path | None) -> PreTrainedModel:
 
 
 def load_with_adapter(
-    base: BaseModel, adapter: Path | None, device: torch.device | str = "cpu"
+    base: FrozenBase, adapter: Path | None, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """Return the base with a frozen adapter on it (or bare), ready to generate from."""
     model = load_base(base, device)
@@ -92,7 +92,7 @@ def load_with_adapter(
 
 
 def load_with_adapters(
-    base: BaseModel, adapters: Mapping[int, Path | None], device: torch.device | str = "cpu"
+    base: FrozenBase, adapters: Mapping[int, Path | None], device: torch.device | str = "cpu"
 ) -> nn.Module:
     """Return the base with a frozen adapter per iterate on it, for `acting_as`."""
     model: nn.Module = load_base(base, device)
@@ -117,7 +117,7 @@ def acting_as(model: nn.Module, t: int) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _quantization_config(base: BaseModel) -> BitsAndBytesConfig | None:
+def _quantization_config(base: FrozenBase) -> BitsAndBytesConfig | None:
     if base.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

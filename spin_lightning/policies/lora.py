@@ -20,18 +20,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
-from spin_lightning.policies.base import Actor, Policy, Seats
+from spin_lightning.policies.base import Policy, Seats
 from spin_lightning.policies.loading import adapter_name, load_base
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
 from spin_lightning.policies.pretrained import (
-    BaseModel,
+    FrozenBase,
 )
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
 from spin_lightning.run.files import write_json, writing
 from spin_lightning.run.fingerprint import file_hash
-from spin_lightning.types import PromptBatch, SequenceBatch
+from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
 _TRAINED = "policy"
 # Most iterates in one batch: their adapters are in memory twice while they act.
@@ -60,7 +60,7 @@ class LoraPolicy(Policy):
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         lora: LoraSettings,
         initial_adapter: str | None = None,
         activation_checkpointing: bool = False,
@@ -148,7 +148,7 @@ class LoraPolicy(Policy):
         write_json(folder / ADAPTER_CONFIG, _plain(self.model.peft_config[_TRAINED]))
         return {name: file_hash(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
 
-    def use_bank(self, folders: Mapping[int, Path]) -> None:
+    def use_iterates(self, folders: Mapping[int, Path]) -> None:
         """Say where the iterates lie; one without adapter weights is the bare base."""
         self._bank = dict(folders)
 
@@ -175,7 +175,7 @@ class LoraPolicy(Policy):
             with self._acting_as(adapter, base_adapter, token_alpha):
                 yield
 
-    def teams(self, actors: Collection[Actor]) -> list[list[Actor]]:
+    def teams(self, actors: Collection[PolicyId]) -> list[list[PolicyId]]:
         """Split actors into teams: all together if their adapters are plain LoRA, else alone."""
         ordered = sorted(set(actors))
         if not self._can_share_rows(ordered):
@@ -183,7 +183,7 @@ class LoraPolicy(Policy):
         return [ordered[i : i + _TEAM] for i in range(0, len(ordered), _TEAM)]
 
     @contextmanager
-    def at_rows(self, team: Collection[Actor]) -> Iterator[Seats]:
+    def at_rows(self, team: Collection[PolicyId]) -> Iterator[Seats]:
         """Act as a team inside the block, each row as whoever takes its seat; else like `at`."""
         if not self._can_share_rows(team):
             with super().at_rows(team) as alone:
@@ -195,7 +195,7 @@ class LoraPolicy(Policy):
             with many_adapters(self.model, adapters) as seats:
                 yield seats
 
-    def _can_share_rows(self, actors: Collection[Actor]) -> bool:
+    def _can_share_rows(self, actors: Collection[PolicyId]) -> bool:
         with self._frozen(str(sorted(actors))):
             adapters = self._load_team(actors)
             self.eval()
@@ -204,7 +204,7 @@ class LoraPolicy(Policy):
             names = [name for name in adapters.values() if name is not None]
             return self._rows_stay_apart and are_plain(self.model, names)
 
-    def _load_team(self, team: Collection[Actor]) -> dict[int, str | None]:
+    def _load_team(self, team: Collection[PolicyId]) -> dict[int, str | None]:
         """Bring a team's iterates into memory, and the base where it is mixed in."""
         base = {0 for _, alpha in team if alpha > 0}
         return {i: self._load(i) for i in sorted({i for i, _ in team} | base)}

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.errors import SettingError, first_line
-from spin_lightning.policies.pretrained import BaseModel, skeleton
+from spin_lightning.policies.pretrained import FrozenBase, skeleton
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -29,7 +29,7 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
 
-    def peft_config(self, base: BaseModel) -> peft.LoraConfig:
+    def peft_config(self, base: FrozenBase) -> peft.LoraConfig:
         """The same as PEFT takes it."""
         targets = self.target_modules
         turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
@@ -45,7 +45,7 @@ class LoraSettings:
         )
 
 
-def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | None) -> None:
+def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | None) -> None:
     """Refuse, before weights are read, an adapter that cannot be put on the base.
 
     Raises:
@@ -91,7 +91,7 @@ def check_adapter(base: BaseModel, lora: LoraSettings, initial_adapter: str | No
         raise refusal(f"its weights do not have the shapes of {base.name}")
 
 
-def _check_targets(base: BaseModel, model: nn.Module, lora: LoraSettings) -> None:
+def _check_targets(base: FrozenBase, model: nn.Module, lora: LoraSettings) -> None:
     targets = lora.target_modules
     if targets == "all-linear":
         return

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.frozen_linear import add_product
-from spin_lightning.policies.base import Actor, Lanes
+from spin_lightning.policies.base import Lanes
 from spin_lightning.policies.token_mixture import meeting
+from spin_lightning.types import PolicyId
 
 # With this many tokens for each, adapters go one by one; with fewer, a product with all of them at
 # once costs less than many small ones.
@@ -50,9 +51,9 @@ class AdapterSeats:
         self.names = sorted(name for name in self._adapters.values() if name is not None)
         self.take([])
 
-    def take(self, actors: Sequence[Actor]) -> Lanes:
+    def take(self, actors: Sequence[PolicyId]) -> Lanes:
         """Say who acts in each row from now on; return the lanes."""
-        mixed = [row for row, (i, alpha) in enumerate(actors) if alpha > 0 and i != 0]
+        mixed = [row for row, actor in enumerate(actors) if actor.mixes_base]
         names = [self._adapters[i] for i, _ in actors] + [self._adapters[0] for _ in mixed]
         numbers = torch.tensor([-1 if n is None else self.names.index(n) for n in names]).long()
         order = numbers.argsort(stable=True)

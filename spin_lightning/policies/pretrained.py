@@ -34,7 +34,7 @@ _NF4_BLOCK = 64
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class FrozenBase:
     """Which frozen base a policy stands on.
 
     Attributes:
@@ -66,7 +66,7 @@ class BaseModel:
 
 
 @cache
-def load_config(base: BaseModel) -> PretrainedConfig:
+def load_config(base: FrozenBase) -> PretrainedConfig:
     """Read the model's configuration, with every dropout of the base switched off.
 
     Raises:
@@ -90,7 +90,7 @@ def load_config(base: BaseModel) -> PretrainedConfig:
 
 
 @cache
-def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: FrozenBase) -> PreTrainedTokenizerBase:
     """Read the model's tokenizer.
 
     Raises:
@@ -107,7 +107,7 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def context_length(base: BaseModel) -> int:
+def context_length(base: FrozenBase) -> int:
     """Longest sequence, in tokens, that the model was made for."""
     return context_length_of(load_config(base))
 
@@ -121,7 +121,7 @@ def context_length_of(config: PretrainedConfig) -> int:
     return int(length or _UNKNOWN_CONTEXT)
 
 
-def generation_stop_ids(base: BaseModel) -> int | list[int] | None:
+def generation_stop_ids(base: FrozenBase) -> int | list[int] | None:
     """The stop ids that the model's own generation config names."""
     try:
         generation = GenerationConfig.from_pretrained(base.name, **base.source)
@@ -130,7 +130,7 @@ def generation_stop_ids(base: BaseModel) -> int | list[int] | None:
     return generation.eos_token_id
 
 
-def content_hashes(base: BaseModel) -> dict[str, str]:
+def content_hashes(base: FrozenBase) -> dict[str, str]:
     """What the base is made of: file hashes of a folder, or the commit of a hub id."""
     folder = Path(base.name)
     if folder.is_dir():
@@ -139,7 +139,7 @@ def content_hashes(base: BaseModel) -> dict[str, str]:
 
 
 @cache
-def skeleton(base: BaseModel) -> PreTrainedModel:
+def skeleton(base: FrozenBase) -> PreTrainedModel:
     """The model without weights (on the meta device), to check names and sizes before loading."""
     config = load_config(base)
     try:
@@ -158,7 +158,7 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
     return model
 
 
-def check_playable(base: BaseModel) -> None:
+def check_playable(base: FrozenBase) -> None:
     """Refuse, before weights are read, a model that cannot play.
 
     Raises:
@@ -182,7 +182,7 @@ def check_playable(base: BaseModel) -> None:
         )
 
 
-def check_quantizable(base: BaseModel) -> None:
+def check_quantizable(base: FrozenBase) -> None:
     """Refuse, before weights are read, a base that bitsandbytes cannot hold in 4 or 8 bits.
 
     Raises:
@@ -234,7 +234,7 @@ def _input_width(module: nn.Module) -> int:
     return module.in_features if isinstance(module, nn.Linear) else 0
 
 
-def _reading_problem(base: BaseModel, error: Exception) -> str:
+def _reading_problem(base: FrozenBase, error: Exception) -> str:
     """What went wrong; a path that is not there makes the hub complain about ids."""
     is_path = base.name.startswith((".", "/", "~")) or base.name.count("/") > 1
     return (

@@ -17,7 +17,7 @@ from spin_lightning.policies.loading import load_with_adapter, load_with_adapter
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.mixture_model import MixtureModel
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.run.folder import RunFolder
 
 
@@ -86,7 +86,7 @@ def load_policy(run_dir: str | Path, device: torch.device | str = "cpu") -> Lora
     run = RunFolder(Path(run_dir))
     base, _ = _parts(run, 0)
     policy = LoraPolicy(base, LoraSettings(r=1), device=device)
-    policy.use_bank(run.bank())
+    policy.use_iterates(run.iterate_folders())
     return policy
 
 
@@ -133,10 +133,10 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
     return out
 
 
-def _parts(run: RunFolder, t: int) -> tuple[BaseModel, Path | None]:
+def _parts(run: RunFolder, t: int) -> tuple[FrozenBase, Path | None]:
     run.check_iterate(t)
     try:
-        base = BaseModel(**run.field(t, "base"))
+        base = FrozenBase(**run.field(t, "base"))
     except TypeError as error:
         raise RunFolderError(
             f"{run.iterate(t)} does not say its base model as this version does "

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from spin_lightning.errors import SettingError
 from spin_lightning.logps import head_logps, sum_by_response
 from spin_lightning.packing import positions, predictors, split_prompts
-from spin_lightning.policies.pretrained import BaseModel, load_config
+from spin_lightning.policies.pretrained import FrozenBase, load_config
 from spin_lightning.types import PromptBatch
 
 Packing = Literal["auto", "shared", "padded"]
@@ -40,7 +40,7 @@ _NAME = "spin_lightning_shared_prefix"
 _CPU_TOKENS = 1024
 
 
-def shares_prefixes(base: BaseModel, packing: Packing) -> bool:
+def shares_prefixes(base: FrozenBase, packing: Packing) -> bool:
     """Whether a base is run with shared prefixes, from its config alone.
 
     Raises:

@@ -22,7 +22,6 @@ from spin_lightning.rows.plan import (
     EarlierRows,
     RowDraw,
     RowPlan,
-    Scorer,
     unit_count,
     units,
 )
@@ -38,7 +37,7 @@ from spin_lightning.rows.store import (
 )
 from spin_lightning.rows.suspects import check_rows
 from spin_lightning.run.fingerprint import differences
-from spin_lightning.types import Example, Row
+from spin_lightning.types import Example, PolicyId, Row
 
 # The head's logits are the largest thing in a padded scoring pass: at most 2^27 floats of them at
 # once. With shared prompts they come in small chunks, and a batch only has to fill the device.
@@ -63,7 +62,7 @@ class Scored:
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
-    logps: dict[Scorer, float]
+    logps: dict[PolicyId, float]
 
 
 @dataclass
@@ -195,7 +194,7 @@ class Synthesis:
         made = iter(self.generator.generate(self.policy, requests))
         return [next(made) if draw.kept is None else draw.kept for draw in draws]
 
-    def _score(self, scorers: Sequence[Scorer], sequences: Sequence[Scored]) -> None:
+    def _score(self, scorers: Sequence[PolicyId], sequences: Sequence[Scored]) -> None:
         """Fill in log p(response | prompt) under every scorer, where it is not known yet."""
         for scorer in scorers:
             unknown = [s for s in sequences if scorer not in s.logps]
@@ -294,8 +293,8 @@ def _row(
     plan: RowPlan,
     draw: RowDraw,
     response: Response,
-    real_logps: Mapping[Scorer, float],
-    generated_logps: Mapping[Scorer, float],
+    real_logps: Mapping[PolicyId, float],
+    generated_logps: Mapping[PolicyId, float],
 ) -> Row:
     plain = [plan.plain_scorer(i) for i in plan.members]
     token = [plan.token_scorer(i) for i in plan.token_members]

@@ -11,10 +11,7 @@ from spin_lightning import keyed
 from spin_lightning.generation.base import Response
 from spin_lightning.mixtures import Mixture
 from spin_lightning.rows.store import RowTable
-from spin_lightning.types import Example
-
-# Who scores: iterate i itself, or with a base weight > 0 its token-level mixture with the base.
-Scorer = tuple[int, float]
+from spin_lightning.types import Example, PolicyId
 
 # Weights that differ by rounding alone are the same.
 _SAME_WEIGHT = 1e-12
@@ -86,16 +83,16 @@ class RowPlan:
         """Number of rows that each example gets."""
         return self.samples * rows_per_sample(self.opponent, union=self.union)
 
-    def plain_scorer(self, member: int) -> Scorer:
+    def plain_scorer(self, member: int) -> PolicyId:
         """Who scores for `member`."""
-        return (member, 0.0)
+        return PolicyId(member)
 
-    def token_scorer(self, member: int) -> Scorer:
+    def token_scorer(self, member: int) -> PolicyId:
         """Who scores for `member` mixed with the base; the base mixed with itself is the base."""
-        return (member, self.token_alpha if member else 0.0)
+        return PolicyId(member, self.token_alpha if member else 0.0)
 
     @cached_property
-    def scorers(self) -> tuple[Scorer, ...]:
+    def scorers(self) -> tuple[PolicyId, ...]:
         """Everybody who scores, once."""
         plain = [self.plain_scorer(i) for i in self.members]
         token = [self.token_scorer(i) for i in self.token_members]
@@ -143,21 +140,23 @@ class EarlierRows:
         opponent, key = int(table.opponent[row]), int(table.seed[row])
         return RowDraw(example, sample, key, opponent, kept=response)
 
-    def real_logps(self, example: Example) -> dict[Scorer, float]:
+    def real_logps(self, example: Example) -> dict[PolicyId, float]:
         """log-probs of an example's real response that are known, by scorer."""
         row = self._by_example.get(example.example_id)
         return {} if row is None else self._known(row, real=True)
 
-    def generated_logps(self, draw: RowDraw) -> dict[Scorer, float]:
+    def generated_logps(self, draw: RowDraw) -> dict[PolicyId, float]:
         """log-probs of a kept row's generated response that are known, by scorer."""
         return self._known(self._rows[draw.example.example_id, draw.sample], real=False)
 
-    def _known(self, row: int, *, real: bool) -> dict[Scorer, float]:
+    def _known(self, row: int, *, real: bool) -> dict[PolicyId, float]:
         table = self._table
         plain = table.real_logps if real else table.generated_logps
         token = table.token_real_logps if real else table.token_generated_logps
-        known = {(i, 0.0): float(values[row]) for i, values in plain.items()}
-        return known | {(i, table.token_alpha): float(v[row]) for i, v in token.items() if i}
+        known = {PolicyId(i): float(values[row]) for i, values in plain.items()}
+        return known | {
+            PolicyId(i, table.token_alpha): float(v[row]) for i, v in token.items() if i
+        }
 
 
 NO_ROWS = EarlierRows()

@@ -13,6 +13,7 @@ from typing import Any
 from spin_lightning.errors import RunFolderError, is_whole
 from spin_lightning.run.files import reading, write_json
 from spin_lightning.run.fingerprint import file_hash, folder_hashes
+from spin_lightning.run.records import BestRecord, IterateRecord
 
 ITERATE_FILE = "iterate.json"
 _ITERATE_NAME = re.compile(r"iterate_(\d{3,9})")
@@ -88,9 +89,41 @@ class RunFolder:
         names = (_ITERATE_NAME.fullmatch(file.parent.name) for file in files)
         return sorted(int(name[1]) for name in names if name)
 
-    def bank(self) -> dict[int, Path]:
+    def iterate_folders(self) -> dict[int, Path]:
         """Folder of each iterate that is there."""
         return {t: self.iterate(t) for t in self.known_iterates()}
+
+    def record(self, t: int) -> IterateRecord:
+        """What is known of iterate t.
+
+        Raises:
+            RunFolderError: The run has no iterate t, or its record is damaged.
+        """
+        file = self.iterate(t) / ITERATE_FILE
+        if not file.exists():
+            raise RunFolderError(
+                f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
+                fix="name one that is there, or a run folder with an iterates folder in it",
+            )
+        with reading(file, _RESTORE):
+            return IterateRecord.of(json.loads(file.read_text(encoding="utf-8")), t)
+
+    def records(self) -> list[IterateRecord]:
+        """What is known of each iterate that is there, ascending; read anew at each call."""
+        return [self.record(t) for t in self.known_iterates()]
+
+    def write_record(self, record: IterateRecord) -> None:
+        """Write what is known of an iterate beside its adapter."""
+        write_json(self.iterate(record.index) / ITERATE_FILE, record.to_json())
+
+    def best_record(self) -> BestRecord | None:
+        """Index, metric and value of the best iterate; None where nothing ranked them."""
+        file = self.iterates / BEST_FILE
+        if not file.exists():
+            return None
+        fix = "delete it: the run writes it again; or name the iterate by its number"
+        with reading(file, fix):
+            return BestRecord.of(json.loads(file.read_text(encoding="utf-8")))
 
     def read_iterate(self, t: int) -> dict[str, Any]:
         """What is known of iterate t.

@@ -5,7 +5,7 @@ import torch
 
 from spin_lightning.callbacks import speed
 from spin_lightning.callbacks.speed import Trained, measure_speed, speed_line, training_flops
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.rows.making import Timing
 
 MADE = Timing(rows=10, generating=2.0, scoring=1.0, generated_tokens=300, scored_tokens=800)
@@ -35,7 +35,7 @@ def test_speed_leaves_out_a_stage_without_tokens(tiny_base):
 
 
 def test_speed_utilization_is_against_the_peak_of_a_known_device(tiny_model_dir, monkeypatch):
-    base = BaseModel(str(tiny_model_dir), compute_dtype="bfloat16")
+    base = FrozenBase(str(tiny_model_dir), compute_dtype="bfloat16")
     needed = 4 * 20 * (BODY * 10 + HEAD * 4)
     assert training_flops(base, TRAINED) == needed
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
@@ -55,14 +55,14 @@ def test_speed_utilization_is_against_the_peak_of_a_known_device(tiny_model_dir,
     ],
 )
 def test_peak_is_that_of_the_device_by_name(name, peak, tiny_model_dir, monkeypatch):
-    base = BaseModel(str(tiny_model_dir), compute_dtype="bfloat16")
+    base = FrozenBase(str(tiny_model_dir), compute_dtype="bfloat16")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert speed.peak_flops(base, torch.device("cuda")) == peak
 
 
 def test_peak_is_unknown_in_float32_and_on_a_cpu(tiny_base, tiny_model_dir):
     assert speed.peak_flops(tiny_base, torch.device("cuda")) is None
-    half = BaseModel(str(tiny_model_dir), compute_dtype="bfloat16")
+    half = FrozenBase(str(tiny_model_dir), compute_dtype="bfloat16")
     assert speed.peak_flops(half, CPU) is None
 
 

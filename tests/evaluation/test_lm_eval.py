@@ -168,7 +168,7 @@ def test_evaluation_leaves_policy_and_random_states_bit_identical(
     data = write_examples(tmp_path / "examples.jsonl")
     module, _, _ = play(tmp_path / "run", tiny_model_dir, data, settings={"lora_dropout": 0.1})
     run, policy = RunFolder(tmp_path / "run"), module.policy
-    policy.use_bank(run.bank())
+    policy.use_iterates(run.iterate_folders())
 
     def state():
         return (

@@ -21,7 +21,7 @@ from spin_lightning.evaluation.mt_bench.data import read_mt_bench
 from spin_lightning.evaluation.mt_bench.judge import _read_verdicts
 from spin_lightning.evaluation.results import _read as read_result
 from spin_lightning.policies.loading import load_base
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.report.run_view import config_differences, read_runs
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
@@ -191,7 +191,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, good: Path, tiny_model_dir:
 
 
 def _weights(model: Path) -> None:
-    load_base(BaseModel(str(model), compute_dtype="float32"))
+    load_base(FrozenBase(str(model), compute_dtype="float32"))
 
 
 def _check(**settings: Any) -> None:

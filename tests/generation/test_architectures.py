@@ -22,7 +22,7 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import BaseModel, load_config
+from spin_lightning.policies.pretrained import FrozenBase, load_config
 from tests.toys.adapters import plain_model, write_adapter
 
 # PEFT sees for itself that GPT-2's layers are transposed, and says so.
@@ -78,13 +78,13 @@ class Player:
         start = root / "iterate_000"
         start.mkdir()
         folders[0] = write_adapter(model_dir, start, seed=9, **shape) if initial else None
-        base = BaseModel(
+        base = FrozenBase(
             str(model_dir), quantization="nf4" if nf4 else "none", compute_dtype="float32"
         )
         self.policy = LoraPolicy(
             base, LoraSettings(r=2), initial_adapter=str(start) if initial else None
         )
-        self.policy.use_bank({t: root / f"iterate_{t:03d}" for t in range(4)})
+        self.policy.use_iterates({t: root / f"iterate_{t:03d}" for t in range(4)})
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(9)
             for _, parameter in self.policy.trainable():

@@ -38,7 +38,7 @@ def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
 @pytest.fixture(scope="module")
 def policy(tiny_base, adapters, tmp_path_factory) -> LoraPolicy:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
-    policy.use_bank({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
+    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
     return policy
 
 

@@ -13,7 +13,7 @@ from spin_lightning.policies import fused_lora
 from spin_lightning.policies.loading import load_base
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from tests.toys.adapters import IDS, write_adapter, write_wide_model
 
 
@@ -45,7 +45,7 @@ def gpt2(tmp_path_factory) -> Path:
     return folder
 
 
-def with_adapters(base: BaseModel, *, fused: bool, dropout: float = 0.0) -> PeftModel:
+def with_adapters(base: FrozenBase, *, fused: bool, dropout: float = 0.0) -> PeftModel:
     """A base with two random adapters, `one` active."""
     model = load_base(base)
     turned = base.name.endswith("gpt2") or "gpt2" in base.name
@@ -107,7 +107,7 @@ def test_fused_layers_have_the_outputs_and_gradients_of_peft(
     model, quantization, dtype, within, request
 ):
     folder = request.getfixturevalue(model)
-    base = BaseModel(str(folder), quantization=quantization, compute_dtype=dtype)
+    base = FrozenBase(str(folder), quantization=quantization, compute_dtype=dtype)
     fused, calls = with_adapters(base, fused=True), []
     with counting(calls):
         assert_same(fused, with_adapters(base, fused=False), within)
@@ -118,7 +118,7 @@ def test_fused_layers_have_the_outputs_and_gradients_of_peft(
 def test_fused_layers_keep_nothing_dense_of_a_4_bit_base(wide):
     """Inputs, their low-rank image and the adapter: no tensor of the size of a weight."""
     model = with_adapters(
-        BaseModel(str(wide), quantization="nf4", compute_dtype="float32"), fused=True
+        FrozenBase(str(wide), quantization="nf4", compute_dtype="float32"), fused=True
     )
     saved: list[tuple[int, ...]] = []
     layer = next(m for m in model.modules() if isinstance(m, fused_lora._Fused))
@@ -131,7 +131,7 @@ def test_fused_layers_keep_nothing_dense_of_a_4_bit_base(wide):
 
 @pytest.mark.parametrize("active", [["two"], ["one", "two"], []])
 def test_fused_layers_follow_the_active_adapters(active, wide):
-    base = BaseModel(str(wide), compute_dtype="float32")
+    base = FrozenBase(str(wide), compute_dtype="float32")
     models = [with_adapters(base, fused=fused) for fused in (True, False)]
     found = []
     for model in models:
@@ -147,7 +147,7 @@ def _active(model: PeftModel, names: list[str]):
 
 
 def test_fused_layers_leave_a_batch_of_several_adapters_to_peft(wide):
-    base, calls = BaseModel(str(wide), compute_dtype="float32"), []
+    base, calls = FrozenBase(str(wide), compute_dtype="float32"), []
     models = [with_adapters(base, fused=fused).eval() for fused in (True, False)]
     with counting(calls), torch.no_grad():
         found = [m(IDS, adapter_names=["one", "__base__"]).logits for m in models]
@@ -156,7 +156,7 @@ def test_fused_layers_leave_a_batch_of_several_adapters_to_peft(wide):
 
 
 def test_fused_layers_leave_dropout_to_peft_in_training_only(wide):
-    model = with_adapters(BaseModel(str(wide), compute_dtype="float32"), fused=True, dropout=0.5)
+    model = with_adapters(FrozenBase(str(wide), compute_dtype="float32"), fused=True, dropout=0.5)
     for mode, taken in ((True, False), (False, True)):
         calls: list[int] = []
         with counting(calls):
@@ -165,14 +165,14 @@ def test_fused_layers_leave_dropout_to_peft_in_training_only(wide):
 
 
 def test_fused_layers_leave_autocast_to_peft(wide):
-    model, calls = with_adapters(BaseModel(str(wide), compute_dtype="float32"), fused=True), []
+    model, calls = with_adapters(FrozenBase(str(wide), compute_dtype="float32"), fused=True), []
     with counting(calls), torch.autocast("cpu", dtype=torch.bfloat16):
         model(IDS)
     assert not calls
 
 
 def test_fused_policy_snapshots_what_an_unfused_one_does(wide, tmp_path):
-    base, written = BaseModel(str(wide), compute_dtype="float32"), []
+    base, written = FrozenBase(str(wide), compute_dtype="float32"), []
     for fused in (True, False):
         policy = LoraPolicy(base, LoraSettings(r=2), fused=fused, seed=3)
         assert any(isinstance(m, fused_lora._Fused) for m in policy.modules()) == fused
@@ -181,12 +181,12 @@ def test_fused_policy_snapshots_what_an_unfused_one_does(wide, tmp_path):
 
 
 def test_fused_policy_acts_as_iterates_that_are_loaded_later(wide, tmp_path):
-    base = BaseModel(str(wide), compute_dtype="float32")
+    base = FrozenBase(str(wide), compute_dtype="float32")
     bank = {0: tmp_path, 1: write_adapter(wide, tmp_path / "1", seed=1)}
     found = []
     for fused in (True, False):
         policy = LoraPolicy(base, LoraSettings(r=2), fused=fused)
-        policy.use_bank(bank)
+        policy.use_iterates(bank)
         with policy.at(1):
             found.append(policy.model(IDS).logits)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)

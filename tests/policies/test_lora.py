@@ -17,7 +17,7 @@ from spin_lightning.packing import pack_padded
 from spin_lightning.policies.loading import load_base, load_with_adapter, merge_adapter
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings, check_adapter
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from tests.toys.adapters import (
     IDS,
     logits,
@@ -37,8 +37,8 @@ def model_dir(tiny_model_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(model_dir) -> BaseModel:
-    return BaseModel(str(model_dir), compute_dtype="float32")
+def base(model_dir) -> FrozenBase:
+    return FrozenBase(str(model_dir), compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def bank(model_dir, tmp_path_factory) -> dict[int, Path]:
     }
 
 
-def make_policy(base: BaseModel, bank: dict[int, Path], **settings) -> LoraPolicy:
+def make_policy(base: FrozenBase, bank: dict[int, Path], **settings) -> LoraPolicy:
     """A policy whose trained adapter is neither the base nor any of the bank."""
     policy = LoraPolicy(base, LoraSettings(r=4, alpha=8), **settings)
-    policy.use_bank(bank)
+    policy.use_iterates(bank)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(9)
         for _, parameter in policy.trainable():
@@ -144,7 +144,7 @@ def test_at_inside_another_block_is_refused_and_the_outer_one_goes_on(policy, ba
 
 @pytest.mark.parametrize("folders", [{}, {7: Path("/nowhere/iterate_007")}])
 def test_at_iterate_that_is_not_there_is_named(folders, policy):
-    policy.use_bank(folders)
+    policy.use_iterates(folders)
     with pytest.raises(RunFolderError, match=r"iterate 7 is not there.*Fix:"), policy.at(7):
         pass
 
@@ -226,7 +226,7 @@ def test_initial_adapter_is_iterate_zero_and_its_config_replaces_the_settings(
 ):
     start = write_adapter(model_dir, tmp_path / "sft", seed=3, r=3, target_modules=["v_proj"])
     policy = LoraPolicy(base, LoraSettings(r=16), initial_adapter=str(start), fused=False)
-    policy.use_bank({0: start})
+    policy.use_iterates({0: start})
     shapes = {name.split(".")[-4]: p.shape for name, p in policy.trainable() if "lora_A" in name}
     assert shapes == {"v_proj": (3, 64)}
     assert {n for n, p in policy.named_parameters() if p.requires_grad} == {
@@ -284,7 +284,7 @@ def test_check_adapter_initial_adapter_without_a_config_is_refused(base, bank):
 
 
 @pytest.fixture(params=QUANTIZED)
-def quantized(request, base) -> BaseModel:
+def quantized(request, base) -> FrozenBase:
     return replace(base, quantization=request.param)
 
 
@@ -321,7 +321,7 @@ def test_load_base_int8_holds_every_layer_in_eight_bits(base):
 def test_load_base_gpt2_holds_its_transposed_layers_quantized_too(quantization, tmp_path):
     config = GPT2Config(vocab_size=24, n_positions=32, n_embd=64, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    base = BaseModel(str(tmp_path), quantization=quantization, compute_dtype="float32")
+    base = FrozenBase(str(tmp_path), quantization=quantization, compute_dtype="float32")
     kind = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}[quantization]
     assert sum(isinstance(m, kind) for m in load_base(base).modules()) == 4
 
@@ -340,7 +340,7 @@ def test_nf4_policy_in_training_is_its_dequantized_base_with_the_adapter(bank, b
     """Logits and gradients, before it has acted as an iterate and after it."""
     policy = make_policy(replace(base, quantization="nf4"), bank)
     plain_model(base.name, quantization="nf4").save_pretrained(tmp_path)
-    rounded = make_policy(BaseModel(str(tmp_path), compute_dtype="float32"), bank)
+    rounded = make_policy(FrozenBase(str(tmp_path), compute_dtype="float32"), bank)
     for acted in (None, 0, 1):
         if acted is not None:
             with policy.at(acted):
@@ -365,7 +365,7 @@ def test_quantized_policy_learns_and_its_snapshot_acts_as_it_did(quantized, bank
     assert losses[2] < losses[1] < losses[0]
     assert all(torch.equal(p, frozen[n]) for n, p in policy.named_parameters() if n in frozen)
     policy.snapshot(tmp_path / "iterate_003")
-    policy.use_bank({3: tmp_path / "iterate_003"})
+    policy.use_iterates({3: tmp_path / "iterate_003"})
     with policy.at(3):
         acted = logits(policy.model)
     policy.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from tests.toys.adapters import plain_model, write_adapter, write_wide_model
 
 IDS = torch.tensor([[1, 5, 9, 14, 6, 23, 11], [1, 20, 20, 4, 7, 8, 13]])
@@ -44,10 +44,10 @@ def make_policy(
     }
     (root / "0").mkdir()
     folders[0] = write_adapter(model_dir, root / "0", seed=7) if initial else None
-    base = BaseModel(str(model_dir), quantization=quantization, compute_dtype="float32")
+    base = FrozenBase(str(model_dir), quantization=quantization, compute_dtype="float32")
     start = str(root / "0") if initial else None
     policy = LoraPolicy(base, LoraSettings(r=2), initial_adapter=start)
-    policy.use_bank({t: root / str(t) for t in folders})
+    policy.use_iterates({t: root / str(t) for t in folders})
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(9)
         for _, parameter in policy.trainable():
@@ -164,7 +164,7 @@ def test_at_rows_inside_another_block_is_refused(plain_policy):
 def test_adapters_that_are_not_plain_act_alone_and_right(kind, model_dir, tmp_path):
     policy, models = make_policy(model_dir, tmp_path)
     odd = write_adapter(model_dir, tmp_path / "4", seed=4, **ODD[kind])
-    policy.use_bank({**{t: tmp_path / str(t) for t in range(4)}, 4: odd})
+    policy.use_iterates({**{t: tmp_path / str(t) for t in range(4)}, 4: odd})
     models[4] = plain_model(model_dir, odd)
     assert policy.teams([(4, 0.0), (1, 0.0)]) == [[(1, 0.0)], [(4, 0.0)]]
     for actor in ((4, 0.0), (1, 0.0)):

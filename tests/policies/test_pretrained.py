@@ -17,7 +17,7 @@ from transformers import (
 
 from spin_lightning.errors import SettingError
 from spin_lightning.policies.pretrained import (
-    BaseModel,
+    FrozenBase,
     check_quantizable,
     content_hashes,
     context_length,
@@ -50,9 +50,9 @@ NARROW_GPT2 = GPT2Config(vocab_size=24, n_positions=48, n_embd=32, n_layer=1, n_
 def saved(tmp_path):
     """Turns a configuration into the base that stands in a folder."""
 
-    def save(config: PretrainedConfig, **settings) -> BaseModel:
+    def save(config: PretrainedConfig, **settings) -> FrozenBase:
         config.save_pretrained(tmp_path)
-        return BaseModel(str(tmp_path), **settings)
+        return FrozenBase(str(tmp_path), **settings)
 
     return save
 
@@ -68,7 +68,7 @@ def saved(tmp_path):
 )
 def test_base_model_dtype_auto_is_bfloat16_on_a_gpu_only(compute_dtype, gpu, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert BaseModel("any", compute_dtype=compute_dtype).dtype == dtype
+    assert FrozenBase("any", compute_dtype=compute_dtype).dtype == dtype
 
 
 def test_load_config_switches_every_dropout_of_the_base_off(saved):
@@ -82,7 +82,7 @@ def test_load_config_of_what_is_no_language_model_says_so(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SettingError, match=r"model=.*no causal language model can be read"):
-        load_config(BaseModel(str(tmp_path)))
+        load_config(FrozenBase(str(tmp_path)))
 
 
 def test_load_tokenizer_of_a_folder_without_one_says_so(saved, tiny_base):
@@ -151,7 +151,7 @@ def test_check_quantizable_refuses_a_model_of_mostly_other_weights(quantization,
     )
     with pytest.raises(SettingError, match=message):
         check_quantizable(base)
-    check_quantizable(BaseModel(base.name))
+    check_quantizable(FrozenBase(base.name))
 
 
 def test_check_quantizable_refuses_a_model_that_is_quantized_already(saved):

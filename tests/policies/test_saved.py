@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.saved import export_iterate, load_iterate
 from spin_lightning.run.folder import RunFolder
 from tests.toys.adapters import logits, plain_logits, write_adapter, write_wide_model
@@ -18,7 +18,7 @@ from tests.toys.adapters import logits, plain_logits, write_adapter, write_wide_
 def write_run(root: Path, model: Path, quantization: str) -> RunFolder:
     """A run of two iterates: the bare base and an adapter."""
     run = RunFolder(root)
-    base = BaseModel(str(model), quantization=quantization, compute_dtype="float32")
+    base = FrozenBase(str(model), quantization=quantization, compute_dtype="float32")
     for t in (0, 1):
         if t:
             write_adapter(model, run.iterate(t), seed=t)

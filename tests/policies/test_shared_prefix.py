@@ -28,7 +28,7 @@ from spin_lightning.packing import pack_prompts, pad_prompts
 from spin_lightning.policies import shared_prefix
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import BaseModel
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import ARCHITECTURES, shares_prefixes
 from spin_lightning.types import PromptBatch
 
@@ -106,7 +106,7 @@ def some_pairs(seed: int, count: int = 7) -> PromptBatch:
     return pack_prompts(prompts, responses)
 
 
-def build(base: BaseModel, settings: LoraSettings | None = None, **kwargs) -> LoraPolicy:
+def build(base: FrozenBase, settings: LoraSettings | None = None, **kwargs) -> LoraPolicy:
     """A policy whose adapter is far from zero."""
     policy = LoraPolicy(base, settings or LoraSettings(r=4), **kwargs)
     generator = torch.Generator().manual_seed(1)
@@ -147,7 +147,7 @@ def test_every_architecture_is_built_here():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step_equals_the_padded_one_in_float32(name, folder_of):
-    base = BaseModel(folder_of(name), compute_dtype="float32")
+    base = FrozenBase(folder_of(name), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     assert fast.shares_prompts
     assert not plain.shares_prompts
@@ -156,7 +156,7 @@ def test_step_equals_the_padded_one_in_float32(name, folder_of):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_step_equals_the_padded_one_for_random_lengths(seed, folder_of):
-    base = BaseModel(folder_of("llama_tied"), compute_dtype="float32")
+    base = FrozenBase(folder_of("llama_tied"), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     assert_same_step(fast, plain, some_pairs(seed, count=5 + 3 * seed), within=1e-5)
 
@@ -164,14 +164,14 @@ def test_step_equals_the_padded_one_for_random_lengths(seed, folder_of):
 @pytest.mark.parametrize("most", [1, 60])
 def test_step_in_several_rows_equals_the_padded_one(most, folder_of, monkeypatch):
     monkeypatch.setattr("spin_lightning.policies.shared_prefix._CPU_TOKENS", most)
-    base = BaseModel(folder_of("gemma2"), compute_dtype="float32")
+    base = FrozenBase(folder_of("gemma2"), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     assert_same_step(fast, plain, some_pairs(seed=5), within=1e-5)
 
 
 @pytest.mark.parametrize("name", NF4)
 def test_step_equals_the_padded_one_in_4_bits(name, folder_of):
-    base = BaseModel(folder_of(name), quantization="nf4", compute_dtype="float32")
+    base = FrozenBase(folder_of(name), quantization="nf4", compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     assert_same_step(fast, plain, some_pairs(seed=3), within=1e-4)
 
@@ -185,7 +185,7 @@ def test_step_in_bfloat16_is_as_near_to_the_exact_one_as_the_padded_is(name, fol
         ("plain", torch.bfloat16, {"packing": "padded", "fused": False}),
         ("fast", torch.bfloat16, {}),
     ]:
-        policy = build(BaseModel(folder_of(name), compute_dtype="bfloat16"), **settings)
+        policy = build(FrozenBase(folder_of(name), compute_dtype="bfloat16"), **settings)
         _, margins, gradients = step(policy.to(dtype) if kind == "exact" else policy, batch)
         found[kind] = margins, torch.cat([g.float().flatten() for g in gradients.values()])
     for part in (0, 1):
@@ -197,7 +197,7 @@ def test_step_in_bfloat16_is_as_near_to_the_exact_one_as_the_padded_is(name, fol
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
 def test_step_with_recomputed_activations_is_the_same(name, folder_of):
-    base = BaseModel(folder_of(name), compute_dtype="float32")
+    base = FrozenBase(folder_of(name), compute_dtype="float32")
     batch = some_pairs(seed=3)
     loss, _, gradients = step(build(base), batch)
     again, _, recomputed = step(build(base, activation_checkpointing=True), batch)
@@ -207,7 +207,7 @@ def test_step_with_recomputed_activations_is_the_same(name, folder_of):
 
 
 def test_recomputed_activations_save_memory(folder_of):
-    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    base = FrozenBase(folder_of("llama"), compute_dtype="float32")
     kept = [
         saved_bytes(build(base, activation_checkpointing=on), some_pairs(3)) for on in (False, True)
     ]
@@ -216,7 +216,7 @@ def test_recomputed_activations_save_memory(folder_of):
 
 def test_memory_of_a_step_grows_with_the_number_of_pairs_alone(folder_of):
     """What the backward pass needs at 4, 8, 16 and 32 pairs: the slopes are those of 4 to 8."""
-    policy = build(BaseModel(folder_of("mistral_window"), compute_dtype="float32"))
+    policy = build(FrozenBase(folder_of("mistral_window"), compute_dtype="float32"))
     prompt, real, generated = ([5] * n for n in (20, 12, 9))
     kept = [
         saved_bytes(policy, pack_prompts([prompt] * n, [(real, generated)] * n))
@@ -251,7 +251,7 @@ def saved_bytes(policy: LoraPolicy, batch: PromptBatch) -> int:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
 def test_step_of_compiled_layers_is_the_same_and_iterates_act_uncompiled(folder_of, tmp_path):
-    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    base = FrozenBase(folder_of("llama"), compute_dtype="float32")
     plain, compiled = build(base), build(base, compiled=True)
     for seed in (3, 4, 5):  # other lengths need no other code
         assert_same_step(compiled, plain, some_pairs(seed), within=1e-5)
@@ -260,7 +260,7 @@ def test_step_of_compiled_layers_is_the_same_and_iterates_act_uncompiled(folder_
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
     compiled.snapshot(tmp_path / "1")
-    compiled.use_bank({0: tmp_path, 1: tmp_path / "1"})
+    compiled.use_iterates({0: tmp_path, 1: tmp_path / "1"})
     with compiled.at(1):
         acting = compiled.prompt_logps(some_pairs(3))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
@@ -292,7 +292,7 @@ def varlen_by_loops(q, k, v, query_starts, key_starts, most_queries, most_keys, 
 
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "gpt2"])
 def test_step_through_a_kernel_for_unequal_lengths_is_the_same(name, folder_of, monkeypatch):
-    base = BaseModel(folder_of(name), compute_dtype="float32")
+    base = FrozenBase(folder_of(name), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     monkeypatch.setattr(shared_prefix, "varlen_attn", varlen_by_loops)
     monkeypatch.setattr(shared_prefix, "_has_varlen", lambda query: True)
@@ -309,7 +309,7 @@ def test_step_through_a_kernel_for_unequal_lengths_is_the_same(name, folder_of, 
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_step_on_a_gpu_is_the_padded_one(name, dtype, folder_of):
-    base = BaseModel(folder_of(name), compute_dtype=dtype)
+    base = FrozenBase(folder_of(name), compute_dtype=dtype)
     fast = build(base, device="cuda")
     plain = build(base, device="cuda", packing="padded", fused=False)
     assert_same_step(fast, plain, some_pairs(3), within=1e-4 if dtype == "float32" else 0.1)
@@ -320,7 +320,7 @@ def test_step_on_a_gpu_is_the_padded_one(name, dtype, folder_of):
 
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
 def test_prompts_with_any_number_of_responses_are_scored_as_each_response_alone(name, folder_of):
-    policy = build(BaseModel(folder_of(name), compute_dtype="float32"))
+    policy = build(FrozenBase(folder_of(name), compute_dtype="float32"))
     prompts = [[5, 6, 7], [8], [9] * 12]
     responses = [[[11, 2]], [[12], [13, 14, 15], [12, 16, 2]], [[17] * 9, [18, 2]]]
     with torch.no_grad():
@@ -335,7 +335,7 @@ def test_prompts_with_any_number_of_responses_are_scored_as_each_response_alone(
 
 
 def test_a_response_does_not_see_its_neighbor(folder_of):
-    policy = build(BaseModel(folder_of("llama"), compute_dtype="float32"))
+    policy = build(FrozenBase(folder_of("llama"), compute_dtype="float32"))
     with torch.no_grad():
         first, second = (
             policy.prompt_logps(pack_prompts([[5, 6]], [[[7, 8, 2], other]]))
@@ -346,7 +346,7 @@ def test_a_response_does_not_see_its_neighbor(folder_of):
 
 
 def test_model_attends_as_before_after_a_packed_pass_also_one_that_fails(folder_of):
-    policy = build(BaseModel(folder_of("llama"), compute_dtype="float32"))
+    policy = build(FrozenBase(folder_of("llama"), compute_dtype="float32"))
     policy.prompt_logps(some_pairs(3))
     assert policy.model.config._attn_implementation == "sdpa"
     with pytest.raises(IndexError):
@@ -359,7 +359,7 @@ def test_model_attends_as_before_after_a_packed_pass_also_one_that_fails(folder_
 
 @pytest.mark.parametrize("head", ["adapted", "trained"])
 def test_head_that_is_not_frozen_gets_its_gradient(head, folder_of):
-    base = BaseModel(folder_of("llama"), compute_dtype="float32")
+    base = FrozenBase(folder_of("llama"), compute_dtype="float32")
     settings = LoraSettings(r=4, target_modules=("q_proj", "lm_head"))
     fast = build(base, settings if head == "adapted" else None)
     plain = build(base, settings if head == "adapted" else None, packing="padded", fused=False)
@@ -376,12 +376,12 @@ def test_head_that_is_not_frozen_gets_its_gradient(head, folder_of):
 
 
 @pytest.fixture(scope="module")
-def unknown(tmp_path_factory) -> BaseModel:
+def unknown(tmp_path_factory) -> FrozenBase:
     """A model whose attention knows of no positions to restart."""
     folder = tmp_path_factory.mktemp("bloom")
     config = BloomConfig(vocab_size=96, hidden_size=64, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return BaseModel(str(folder), compute_dtype="float32")
+    return FrozenBase(str(folder), compute_dtype="float32")
 
 
 def test_packing_auto_pads_for_an_architecture_that_is_not_known(unknown):
@@ -402,4 +402,4 @@ def test_packing_shared_is_refused_for_an_architecture_that_is_not_known(unknown
     ("packing", "shared"), [("auto", True), ("shared", True), ("padded", False)]
 )
 def test_packing_of_a_known_architecture_is_as_it_is_set(packing, shared, folder_of):
-    assert shares_prefixes(BaseModel(folder_of("gpt2")), packing) == shared
+    assert shares_prefixes(FrozenBase(folder_of("gpt2")), packing) == shared

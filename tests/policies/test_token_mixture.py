@@ -22,7 +22,7 @@ from spin_lightning.keyed import position_uniforms
 from spin_lightning.packing import pack_padded, pad_left
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import BaseModel, load_config
+from spin_lightning.policies.pretrained import FrozenBase, load_config
 from tests.toys.adapters import plain_model, write_adapter
 
 # PEFT sees for itself that GPT-2's layers are transposed, and which adapters are on a head to save
@@ -106,11 +106,11 @@ def make_players(
         1: write_adapter(model_dir, root / "iterate_001", seed=1, **shape),
         2: write_adapter(model_dir, root / "iterate_002", seed=2, **{**shape, **narrow}),
     }
-    base = BaseModel(str(model_dir), quantization=quantization, compute_dtype="float32")
+    base = FrozenBase(str(model_dir), quantization=quantization, compute_dtype="float32")
     start = str(adapters[0]) if initial else None
     policy = LoraPolicy(base, LoraSettings(r=4, alpha=8), initial_adapter=start)
     (root / "iterate_000").mkdir(exist_ok=True)
-    policy.use_bank({t: root / f"iterate_{t:03d}" for t in adapters})
+    policy.use_iterates({t: root / f"iterate_{t:03d}" for t in adapters})
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(9)
         for _, parameter in policy.trainable():

@@ -35,7 +35,7 @@ def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
 @pytest.fixture(scope="module")
 def synthesis(tiny_base, adapters, tmp_path_factory) -> Synthesis:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
-    policy.use_bank({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
+    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
     generator = LocalGenerator(load_config(tiny_base), (STOP,), 0, GenerationSettings())
     return Synthesis(policy, generator, vocabulary=24)
 
@@ -103,7 +103,7 @@ def test_make_scores_every_prompt_once_per_member(synthesis, tmp_path, monkeypat
 
 def test_make_scores_of_padded_sequences_are_the_same(tiny_base, synthesis, whole, tmp_path):
     policy = LoraPolicy(tiny_base, LoraSettings(r=2), packing="padded", fused=False)
-    policy.use_bank(synthesis.policy._bank)
+    policy.use_iterates(synthesis.policy._bank)
     list(replace(synthesis, policy=policy).make(PLAN, EXAMPLES, tmp_path, Timing()))
     for row, other in zip(rows_in(tmp_path), rows_in(whole), strict=True):
         for name in ("member_real_logps", "member_generated_logps"):

@@ -67,7 +67,7 @@ def test_known_iterates_are_the_finished_ones_in_order_of_number(tmp_path):
     run.iterate(5).mkdir()
     write_json(run.staged_iterate(7) / "iterate.json", {})
     assert run.known_iterates() == [2, 999, 1000]
-    assert run.bank() == {t: run.iterate(t) for t in (2, 999, 1000)}
+    assert run.iterate_folders() == {t: run.iterate(t) for t in (2, 999, 1000)}
 
 
 def test_read_iterate_gives_back_what_was_written(run):

@@ -116,7 +116,7 @@ class ToyPolicy(Policy):
     def snapshot(self, folder: Path) -> dict[str, str]:
         raise NotImplementedError
 
-    def use_bank(self, folders: Mapping[int, Path]) -> None:
+    def use_iterates(self, folders: Mapping[int, Path]) -> None:
         raise NotImplementedError
 
     def evict(self, keep: Collection[int] = ()) -> None:
