@@ -179,7 +179,7 @@ def synthesis_of(setup: Setup, policy: Policy, generator: Generator) -> Synthesi
 
 def decoder(module: SPIN) -> LocalGenerator:
     """The decoder of a run."""
-    config = pretrained.load_config(module.base)
+    config = pretrained.load_config(module.policy_spec.base)
     return LocalGenerator(config, (STOP,), PAD, module.generation)
 
 

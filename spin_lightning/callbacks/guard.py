@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.errors import SettingError
+from spin_lightning.modules.trainer_access import is_mid_step
 from spin_lightning.run.files import replace_synced, writing
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.lock import FolderLock
@@ -184,7 +185,7 @@ class RunGuard:
         Raises:
             Stopped: A signal came; the checkpoint is written.
         """
-        if trainer.fit_loop._should_accumulate():
+        if is_mid_step(trainer):
             # Gradients of half a step are nothing to start from.
             return
         # The clocks of two ranks, and the moments at which a signal reaches them, differ.

@@ -174,7 +174,7 @@ class RowMaker:
     def _synthesis(self) -> Synthesis:
         module, text_format = self.module, self.data.format
         assert text_format is not None
-        config = pretrained.load_config(module.base)
+        config = pretrained.load_config(module.policy_spec.base)
         generator = LocalGenerator(
             config, text_format.stop_ids, text_format.pad_id, module.generation
         )

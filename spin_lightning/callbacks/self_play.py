@@ -29,7 +29,7 @@ from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import SettingError
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.modules.skipping import check_weights
+from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.report.report import draw_iterates
 from spin_lightning.report.samples import sample_pairs
 from spin_lightning.rows.plan import RowPlan, redrawn
@@ -220,7 +220,7 @@ class SelfPlay(Callback):
         self, trainer: L.Trainer, module: SelfPlayModule, data: SelfPlayDataModule
     ) -> None:
         """Keep the policy as the next iterate and go on to it. Doing it twice is harmless."""
-        check_weights(module)
+        check_weights(module.policy, module.iterate)
         training = self._training_record(trainer, module, data)
         self._iterate_step = trainer.global_step
         if trainer.is_global_zero:
@@ -242,7 +242,7 @@ class SelfPlay(Callback):
         """Write the policy's adapter as iterate t; the bare base has none."""
         run = self._run
         staged = run.staged_iterate(t)
-        bare = t == 0 and module.initial_adapter is None
+        bare = t == 0 and module.policy_spec.initial_adapter is None
         files = {} if bare else module.policy.snapshot(staged)
         if t in run.known_iterates() and run.read_iterate(t)["files"] != files:
             run.discard_after(t)
@@ -251,7 +251,7 @@ class SelfPlay(Callback):
             "index": t,
             "parent": t - 1 if t else None,
             "files": files,
-            "base": asdict(module.base),
+            "base": asdict(module.policy_spec.base),
             "fingerprint": fingerprint(fields),
             "fingerprint_fields": fields,
             "step": self._iterate_step,
@@ -357,7 +357,9 @@ class SelfPlay(Callback):
                 "scoring": timing.scoring,
                 "training": trained.seconds,
             },
-            "speed": measure_speed(timing, trained, module.base, trainer.strategy.root_device),
+            "speed": measure_speed(
+                timing, trained, module.policy_spec.base, trainer.strategy.root_device
+            ),
             "peak_memory": peak_memory(),
         }
 

@@ -127,7 +127,7 @@ class Synthesis:
             all ranks are through.
 
         Raises:
-            NotFiniteError: A log-prob of a unit is nan or infinite; nothing of it is written.
+            NonFiniteError: A log-prob of a unit is NaN or infinite; nothing of it is written.
         """
         for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:

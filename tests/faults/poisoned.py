@@ -1,4 +1,4 @@
-"""A variant whose log-probs are no numbers for some examples while it is trained."""
+"""A variant with non-finite log-probs for some examples during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spin_lightning.types import PairBatch, PairLogps
 
 
 class PoisonedSPIN(SelfPlayModule):
-    """SPIN that meets a number which is none.
+    """SPIN with some log-probs multiplied by NaN or infinity.
 
     Args:
         poison: example:value, such as `3:nan 5:inf`.

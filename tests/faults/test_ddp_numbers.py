@@ -1,4 +1,4 @@
-"""Two processes, one of which meets a number that is none."""
+"""Two processes, one of which has a non-finite log-prob."""
 
 import json
 import subprocess

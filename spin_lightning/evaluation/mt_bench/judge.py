@@ -19,6 +19,7 @@ from spin_lightning.errors import (
     SettingError,
     SpinError,
     check_names,
+    check_settings,
     first_line,
 )
 from spin_lightning.evaluation.mt_bench.data import Query
@@ -66,18 +67,18 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         pace = self.requests_per_minute
-        checks = {
-            "concurrency": (self.concurrency >= 1, "1 or more"),
-            "requests_per_minute": (pace is None or pace > 0, "a number > 0, or leave it out"),
-            "temperature": (0 <= self.temperature < math.inf, "a number >= 0"),
-            "max_tokens": (self.max_tokens >= 1, "1 or more"),
-            "retries": (self.retries >= 0, "0 or more"),
-            "timeout": (0 < self.timeout < math.inf, "a number of seconds > 0"),
-        }
-        for name, (valid, fix) in checks.items():
-            if not valid:
-                value = getattr(self, name)
-                raise SettingError(f"judge.{name}", value, "out of range", fix=f"give {fix}")
+        check_settings(
+            self,
+            {
+                "concurrency": (self.concurrency >= 1, "1 or more"),
+                "requests_per_minute": (pace is None or pace > 0, "a number > 0, or leave it out"),
+                "temperature": (0 <= self.temperature < math.inf, "a number >= 0"),
+                "max_tokens": (self.max_tokens >= 1, "1 or more"),
+                "retries": (self.retries >= 0, "0 or more"),
+                "timeout": (0 < self.timeout < math.inf, "a number of seconds > 0"),
+            },
+            prefix="judge.",
+        )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JudgeSettings:
