@@ -160,16 +160,16 @@ DATA = [
         "maps prompt to 'question'",
         "Fix: choose from its columns: instruction, output",
     ),
-    case({"data.data": "{questions}"}, "1 of 1 rows", "no assistant turn", "Fix: mend"),
+    case({"data.data": "{questions}"}, "1 of 1 rows", "no assistant turn", "Fix: correct"),
     case(
         {"data.data": "{no_prompt}", "data.bad_rows": "refuse"},
         "1 of 2 rows (an empty prompt: 1 (row 1))",
-        "Fix: mend these rows, or leave them out with data.bad_rows: skip",
+        "Fix: correct these rows, or skip them with data.bad_rows: skip",
     ),
     case(
         {"data.data": "{no_response}", "data.bad_rows": "refuse"},
         "1 of 2 rows (an empty response: 1 (row 1))",
-        "Fix: mend these rows",
+        "Fix: correct these rows",
     ),
     case({"data.data": "{long}"}, "context of 64 tokens", "row 0: 65 tokens", "Fix: "),
     case({"data.data": "{chats}"}, "3 turns", "Fix: set a chat template"),
@@ -223,7 +223,10 @@ LOOP = [
     case({"model.beta": "null"}, "beta=None", "Fix: give"),
     case({"model.loss": "null"}, "loss=None", "Fix: "),
     case(
-        {"model.epochs_per_iterate": 4}, "trainer.max_epochs=2", "no multiple", "Fix: set it to 4"
+        {"model.epochs_per_iterate": 4},
+        "trainer.max_epochs=2",
+        "not a multiple",
+        "Fix: set it to 4",
     ),
     case({"trainer.max_epochs": "null"}, "trainer.max_epochs", "Fix: set max_epochs"),
     case({"trainer.max_steps": 10}, "trainer.max_steps=10", "Fix: leave it out"),

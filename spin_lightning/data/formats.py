@@ -1,4 +1,4 @@
-"""Reading conversations out of files and hub data sets, whatever their columns are called."""
+"""Conversations from the rows of files and hub data sets, with various column names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from spin_lightning.errors import DataError
 from spin_lightning.types import BadRow, Conversation, Message
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
-# The first pair that is there with both its columns is read.
+# The first pair whose columns are both present is read.
 _PAIRS = (
     ("prompt", "response"),
     ("prompt", "completion"),
     ("prompt", "real"),
     ("question", "answer"),
 )
-# Of many kinds of bad rows, the most frequent ones are told.
+# Kinds of bad rows that are described, most frequent first.
 _MOST_KINDS = 5
 
 _Turns = tuple[Message, ...]
@@ -36,29 +36,29 @@ def read_conversations(
     Recognized columns, in this order: `messages` (a chat; its last assistant turn is the response,
     the turns before it are the prompt), `prompt` with `response`, `completion` or `real`,
     `question` with `answer`, and SPIN's released `real` and `generated` (whole chats; `generated`
-    is not used, since opponents answer anew). A prompt is a text or a list of messages, a response
-    a text or the message that answers it.
+    is not used, since opponents generate their own responses). A prompt is a string or a list of
+    messages; a response is a string or the message that answers the prompt.
 
-    Files are read as they are, past any cache and without guessing types, so that an answer `72`
-    or `2024-01-01` in a csv file stays the text it is.
+    Files are read without a cache and without type inference, so an answer `72` or `2024-01-01` in
+    a csv file stays a string.
 
     Args:
-        source: A json (a list of objects, or one object a line), jsonl, parquet or csv file, a
+        source: A json (a list of objects, or one object per line), jsonl, parquet or csv file, a
             folder of them, read in the order of their names, or a hub id
             `owner/name[/configuration][:split]`.
         columns: Our names (`messages`, or `prompt` and `response`) to the columns of the file.
-        setting: Which setting named the source, for messages.
+        setting: Setting that names the source, for messages.
 
     Returns:
-        The conversations, and the rows that hold none with the reason.
+        The conversations, and the rows that cannot be used with the reason.
 
     Raises:
-        DataError: No such data, data that cannot be read, no rows, or no usable columns.
+        DataError: The data does not exist, cannot be read, or has no rows or no usable columns.
     """
     rows = load_rows(source, setting)
     if not rows:
         raise DataError(
-            f"{setting}={source!r} is empty, it has no rows",
+            f"{setting}={source!r} is empty: it has no rows",
             fix="give data with at least one example",
         )
     present = list(dict.fromkeys(name for row in rows for name in row))
@@ -73,9 +73,9 @@ def read_conversations(
 
 
 def describe_bad_rows(bad: Sequence[BadRow], total: int) -> str:
-    """Say how many rows cannot be used and why, with the first few of each kind.
+    """The number of rows that cannot be used, and the reasons with the first few rows of each.
 
-    What follows a colon in a reason is a detail of its row: it does not make another kind.
+    The part of a reason after a colon is specific to the row and does not distinguish kinds.
 
     >>> describe_bad_rows([BadRow(3, "no messages"), BadRow(5, "a prompt over 8 tokens: 9")], 10)
     '2 of 10 rows (no messages: 1 (row 3); a prompt over 8 tokens: 1 (row 5: 9))'
@@ -84,14 +84,15 @@ def describe_bad_rows(bad: Sequence[BadRow], total: int) -> str:
     for row in bad:
         kind, _, detail = row.reason.partition(": ")
         kinds[kind].append(f"{row.example_id}: {detail}" if detail else str(row.example_id))
-    told = [
+    reasons = [
         f"{kind}: {len(rows)} ({'rows' if len(rows) > 1 else 'row'} {', '.join(rows[:3])}"
         f"{', …' * (len(rows) > 3)})"
         for kind, rows in sorted(kinds.items(), key=lambda item: -len(item[1]))
     ]
-    if len(told) > _MOST_KINDS:
-        told[_MOST_KINDS:] = [f"and {len(told) - _MOST_KINDS} other reasons"]
-    return f"{len(bad)} of {total} rows ({'; '.join(told)})"
+    if len(reasons) > _MOST_KINDS:
+        others = len(reasons) - _MOST_KINDS
+        reasons[_MOST_KINDS:] = [f"and {others} other reasons"]
+    return f"{len(bad)} of {total} rows ({'; '.join(reasons)})"
 
 
 # ---------------------------------------------------------------------------- what a row means
@@ -100,7 +101,7 @@ _RowReader = Callable[[SourceRow], tuple[_Turns, str]]
 
 
 def _row_reader(source: str, present: Sequence[str], columns: Mapping[str, str]) -> _RowReader:
-    """Pick how rows are read, from the columns that are there."""
+    """The function that reads a row, chosen by the columns that are present."""
     _check_columns(source, present, columns)
     if "messages" in columns or (not columns and "messages" in present):
         messages = columns.get("messages", "messages")
@@ -112,7 +113,7 @@ def _row_reader(source: str, present: Sequence[str], columns: Mapping[str, str])
     if not columns and {"real", "generated"} <= set(present):
         return lambda row: _from_messages(row.get("real"))
     raise DataError(
-        f"{source} has no columns that are recognized; it has {', '.join(present)}",
+        f"{source} has no recognized columns; it has {', '.join(present)}",
         fix="name them, such as --data.columns '{prompt: instruction, response: output}'",
     )
 
@@ -152,7 +153,7 @@ def _from_parts(prompt: Any, response: Any) -> tuple[_Turns, str]:
 
 
 def _prompt(turns: _Turns) -> _Turns:
-    """The turns, if somebody asks before anybody answers."""
+    """Check that the first turn that is not a system turn is the user's."""
     first = next((turn["role"] for turn in turns if turn["role"] != "system"), None)
     if first != "user":
         raise _Unusable("no user turn before the first answer")
@@ -160,7 +161,7 @@ def _prompt(turns: _Turns) -> _Turns:
 
 
 def _answer(prompt: _Turns, turns: _Turns) -> str:
-    """The response in a list of messages, which may repeat the prompt before it."""
+    """The response from a list of messages, which may repeat the prompt before it."""
     *before, last = turns
     if last["role"] != "assistant" or (before and tuple(before) != prompt):
         raise _Unusable("a response that is more than the answer to its prompt")
@@ -178,10 +179,10 @@ def _turns(messages: Any) -> _Turns:
 
 
 def _message(role: str, content: Any, what: str) -> Message:
-    """A turn with usable contents; only a system turn may be empty, as in zephyr's data."""
+    """A turn with valid text, which only in a system turn may be empty, as in zephyr's data."""
     one = f"an {what}" if what[0] in "aeo" else f"a {what}"
     if not isinstance(content, str):
-        raise _Unusable(f"{one} that is no text")
+        raise _Unusable(f"{one} that is not text")
     if role != "system" and not content.strip():
         raise _Unusable(f"an empty {what}")
     try:

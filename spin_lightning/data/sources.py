@@ -1,4 +1,4 @@
-"""Rows out of files and hub data sets, as they are: nothing guessed, nothing lost."""
+"""Rows of files and hub data sets, unchanged: without type inference, with all columns."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def load_rows(source: str, setting: str) -> list[SourceRow]:
     """All rows of a file, a folder of files or a hub data set, in order.
 
     Args:
-        source: A json (a list of objects, or one object a line), jsonl, parquet or csv file, a
+        source: A json (a list of objects, or one object per line), jsonl, parquet or csv file, a
             folder of them, or a hub id `owner/name[/configuration][:split]`.
-        setting: Which setting named the source, for messages.
+        setting: Setting that names the source, for messages.
 
     Raises:
-        DataError: No such data, or data that cannot be read.
+        DataError: The data does not exist or cannot be read.
     """
     try:
         path = Path(source).expanduser()
-        # (An empty name would be the folder that the process was started in.)
+        # (An empty path would be the current folder.)
         if source.strip() and path.exists():
             return [row for file in _files(path, setting) for row in _read_file(file, setting)]
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{setting}={source[:200]!r} cannot be opened ({first_line(error)})",
-            fix="check the path and who may read it",
+            fix="check the path and its permissions",
         ) from error
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None or path.suffix.lower() in _READERS:
@@ -70,17 +70,17 @@ def _files(path: Path, setting: str) -> list[Path]:
 def _read_file(file: Path, setting: str) -> Sequence[SourceRow]:
     try:
         return _READERS[file.suffix.lower()](file)
-    # A broken json, text that is not UTF-8 and most of what Arrow complains about: ValueError.
+    # Invalid JSON, text that is not UTF-8 and most errors of Arrow are ValueErrors.
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise DataError(
             f"{setting}={str(file)!r} cannot be read ({_problem(error)})",
-            fix="check that the file is whole and of the kind its name says (json: a list of "
-            "objects, or one object a line)",
+            fix="check that the file is complete and in the format of its extension (json: a list "
+            "of objects, or one object per line)",
         ) from error
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a file, in words that say where."""
+    """What is wrong with a file, and where."""
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}"
     if isinstance(error, RecursionError):
@@ -89,7 +89,7 @@ def _problem(error: Exception) -> str:
 
 
 def _read_json(file: Path) -> list[SourceRow]:
-    """A list of objects, or one object a line, whichever of the two names the file has."""
+    """Read a list of objects or one object per line, whether the file is .json or .jsonl."""
     with file.open(encoding="utf-8-sig") as stream:
         is_list = stream.read(64).lstrip().startswith("[")
         stream.seek(0)
@@ -124,7 +124,7 @@ def _read_csv(file: Path) -> list[SourceRow]:
 
 @contextmanager
 def _cells_of_any_length() -> Iterator[None]:
-    """Read cells of more than the 131,072 characters that the csv module takes by itself."""
+    """Lift the csv module's limit of 131,072 characters per cell inside the block."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -133,7 +133,7 @@ def _cells_of_any_length() -> Iterator[None]:
 
 
 def _read_parquet(file: Path) -> list[SourceRow]:
-    # `read_table` would add columns for folders that are named like `split=train`.
+    # `read_table` would add columns for folders with names such as `split=train`.
     with pq.ParquetFile(file) as parquet:
         table = parquet.read()
     _check_columns_differ(table.column_names)
@@ -146,13 +146,13 @@ def _cells(table: pa.Table, name: str) -> list[Any]:
         cells: list[Any] = table[name].to_pylist()
     except UnicodeDecodeError:
         raise
-    except (ValueError, OverflowError) as error:  # a date that Python has no number for
+    except (ValueError, OverflowError) as error:  # a date outside Python's range
         raise ValueError(f"column {name!r}: {first_line(error)}") from error
     return cells
 
 
 def _check_columns_differ(names: Sequence[str]) -> None:
-    """Refuse a name that two columns have: one of them would be lost."""
+    """Raise for two columns of the same name, one of which would be lost."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -174,18 +174,18 @@ def _read_hub(source: str, hub_id: re.Match[str], setting: str) -> list[SourceRo
 
     try:
         if not huggingface_hub.is_offline_mode():
-            # Without a network `load_dataset` tries for half a minute before it says so.
+            # Without a network `load_dataset` retries for half a minute before it fails.
             huggingface_hub.HfApi().dataset_info(hub_id["name"], timeout=10)
         return list(
             datasets.load_dataset(
                 hub_id["name"], hub_id["config"], split=hub_id["split"] or "train"
             )
         )
-    # Whatever a client of the network raises: its errors have no base class in common.
+    # The errors of the network clients have no common base class.
     except Exception as error:
         raise DataError(
-            f"{setting}={source!r} is no file, and reading it from the hub failed "
+            f"{setting}={source!r} is not a file, and reading it from the hub failed "
             f"({first_line(error.__cause__ or error)})",
             fix="check the path or the hub id owner/name[/configuration][:split]; without a "
-            "network give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before",
+            "network give a file, or set HF_HUB_OFFLINE=1 to use an earlier download",
         ) from error

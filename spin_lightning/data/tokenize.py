@@ -1,4 +1,4 @@
-"""The one way from text to token ids, for generating and for training alike."""
+"""The only conversion of text to token ids, for generation and for training alike."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from spin_lightning.errors import SettingError, first_line
 from spin_lightning.types import BadRow, Conversation, Example, Message
 
-# Content that no template writes by itself, to see what one writes after the assistant's turn.
+# Content that no template writes by itself, to find what one writes after the assistant's turn.
 _SENTINEL = "spin-lightning-content"
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How conversations become ids: by the chat template, or as plain text without one.
+    """Converts conversations to ids: with the chat template, or as plain text without one.
 
     Attributes:
         tokenizer: The model's tokenizer.
         stop_ids: Ids that end a response, ascending: those of the generation config, the
-            tokenizer's end of sequence and the template's end of turn.
-        end_of_turn: The id that a finished real response ends with.
+            tokenizer's end-of-sequence id and the template's end of turn.
+        end_of_turn: The last id of a finished real response.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ class PromptFormat:
 
         Args:
             tokenizer: The model's tokenizer.
-            generation_eos: The stop ids that the model's generation config names.
+            generation_eos: The stop ids in the model's generation config.
 
         Raises:
             SettingError: The tokenizer has no end-of-sequence token.
@@ -57,8 +57,8 @@ class PromptFormat:
             raise SettingError(
                 "tokenizer.chat_template",
                 str(tokenizer.chat_template)[:60],
-                f"it does not take a question with an answer ({error})",
-                fix="mend the template and save the tokenizer into the model folder",
+                f"it does not accept a question with an answer ({error})",
+                fix="correct the template and save the tokenizer into the model folder",
             ) from error
         named = generation_eos if isinstance(generation_eos, list) else [generation_eos]
         stops = {end_of_turn, tokenizer.eos_token_id, *(i for i in named if i is not None)}
@@ -66,7 +66,7 @@ class PromptFormat:
 
     @property
     def pad_id(self) -> int:
-        """The padding id, or the end of sequence without one: padded columns are masked anyway."""
+        """The padding id, or without one the end-of-sequence id: padded columns are masked."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
@@ -77,14 +77,14 @@ class PromptFormat:
         return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
 
     def prompt_ids(self, prompt: tuple[Message, ...]) -> tuple[int, ...]:
-        """Ids that a response is sampled after.
+        """Ids of the prompt, after which a response is sampled.
 
-        A template writes its own special tokens, so none are added to what it wrote; plain text
-        gets the tokenizer's (a beginning of sequence, where it has one), but no end of sequence.
+        A template writes its own special tokens, so none are added to its output. Plain text gets
+        the tokenizer's special tokens, such as a beginning of sequence, but no end of sequence.
 
         Raises:
-            SettingError: Several turns without a chat template.
-            jinja2.TemplateError: The template does not take these turns.
+            SettingError: There are several turns and no chat template.
+            jinja2.TemplateError: The template does not accept these turns.
         """
         if self.tokenizer.chat_template is not None:
             return self._ids(self._rendered(prompt, to_be_answered=True))
@@ -101,13 +101,13 @@ class PromptFormat:
     def response_ids(self, conversation: Conversation) -> tuple[int, ...]:
         """Ids of a whole real response, up to and including its stop id.
 
-        With a template, they are those that follow the prompt in the whole conversation; what
-        comes after the end of the turn, usually a newline, is dropped. A stop token that the
-        response spells out ends it there, since a sampled response would end there too.
+        With a template, these are the ids that follow the prompt in the whole conversation, without
+        what the template writes after the end of the turn, usually a newline. A stop token in the
+        response's text ends it, since a sampled response would end there, too.
 
         Raises:
-            SettingError: Several turns without a chat template.
-            jinja2.TemplateError: The template does not take these turns.
+            SettingError: There are several turns and no chat template.
+            jinja2.TemplateError: The template does not accept these turns.
         """
         return self._response_after(self.prompt_ids(conversation.prompt), conversation)
 
@@ -124,16 +124,16 @@ class PromptFormat:
         Args:
             conversation: The text.
             max_prompt_tokens: Longest prompt; None for the context's length.
-            max_response_tokens: Cap of the response, the stop id counted.
-            context: Longest sequence that the model was made for.
+            max_response_tokens: Cap of the response, including the stop id.
+            context: Longest sequence that the model supports, in tokens.
 
         Returns:
-            The example; a response over the cap keeps its first ids and is not finished. Or a bad
-            row: a prompt that is too long, a response without a token before its stop id, or turns
-            that the template does not take.
+            The example, whose response keeps its first ids and is not finished if it exceeds the
+            cap. A bad row if the prompt is too long, the response has no token before its stop id,
+            or the template does not accept the turns.
 
         Raises:
-            SettingError: Several turns without a chat template.
+            SettingError: There are several turns and no chat template.
         """
         example_id = conversation.example_id
         try:
@@ -165,15 +165,15 @@ class PromptFormat:
         answer = Message(role="assistant", content=conversation.response)
         before = self._rendered(conversation.prompt, to_be_answered=True)
         whole = self._rendered((*conversation.prompt, answer), to_be_answered=False)
-        # Some templates open the turn differently where they are to answer; then the text itself.
+        # Some templates open the turn differently for generation; then use the text itself.
         after = whole.removeprefix(before) if whole.startswith(before) else conversation.response
-        # Together, because some tokenizers put a space before a text that stands alone: it would
-        # tell real responses from generated ones.
+        # Tokenize both together: some tokenizers put a space before a text on its own, which would
+        # distinguish real responses from generated ones.
         ids = self._ids(before + after)
         return ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._ids(after)
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        # Not verbose: longer than the model takes is reported by us, as a bad row.
+        # Not verbose: sequences longer than the context are reported as bad rows.
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _rendered(self, turns: tuple[Message, ...], *, to_be_answered: bool) -> str:
@@ -183,10 +183,10 @@ class PromptFormat:
 def _render(
     tokenizer: PreTrainedTokenizerBase, turns: tuple[Message, ...], *, to_be_answered: bool
 ) -> str:
-    """Turns as the template writes them.
+    """The template's text for some turns.
 
     Raises:
-        jinja2.TemplateError: The template does not take them.
+        jinja2.TemplateError: The template does not accept them.
     """
     try:
         return str(
@@ -198,13 +198,13 @@ def _render(
         )
     except TemplateError:
         raise
-    # A template is a program: it may divide by zero, or add a text to a number.
+    # A template is a program: it may divide by zero, or add a string to a number.
     except Exception as error:
         raise TemplateError(first_line(error)) from error
 
 
 def _prompt_problem(length: int, longest: int | None, context: int) -> str | None:
-    """What is wrong with a prompt of this length, if anything is."""
+    """What is wrong with a prompt of this length; None if nothing is."""
     if not length:
         return "a prompt without tokens"
     if longest is not None and length > longest:
@@ -215,7 +215,7 @@ def _prompt_problem(length: int, longest: int | None, context: int) -> str | Non
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The special token that the template writes after the assistant's content, else eos."""
+    """The special token that the template writes after the assistant's content; default eos."""
     eos = int(tokenizer.eos_token_id)
     if tokenizer.chat_template is None:
         return eos

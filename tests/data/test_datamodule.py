@@ -1,6 +1,5 @@
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from spin_lightning import SPIN, SelfPlayDataModule
-from spin_lightning.data.datamodule import content_hash, hold_out
 from spin_lightning.data.dataset import EpochBatches
 from spin_lightning.errors import DataError, RunFolderError, SettingError
 from spin_lightning.run.folder import RunFolder
@@ -65,7 +63,7 @@ def set_up(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
-    """What the data module told the user."""
+    """What the data module logged."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger.name)
@@ -77,57 +75,7 @@ def ids(examples: Sequence[Example]) -> list[int]:
     return [example.example_id for example in examples]
 
 
-def examples(*prompts: int) -> list[Example]:
-    """One example for each prompt, told apart by their responses."""
-    return [Example(i, (1, prompt), (i, 2), real_finished=True) for i, prompt in enumerate(prompts)]
-
-
-def prompts_of(made: Sequence[Example]) -> set[tuple[int, ...]]:
-    return {example.prompt_ids for example in made}
-
-
 # ------------------------------------------------------------------------ holding out
-
-
-@pytest.mark.parametrize("count", [0, 1, 20, 99])
-def test_hold_out_with_many_prompts_takes_whole_prompts(count):
-    train, val, what = hold_out(examples(*range(100)), count)
-    assert len(val) == count
-    assert sorted(ids(train) + ids(val)) == list(range(100))
-    assert what == f"{count} examples with prompts of their own"
-
-
-def test_hold_out_repeated_prompts_stay_on_one_side():
-    data = examples(*(i % 70 for i in range(210)))
-    train, val, _ = hold_out(data, 30)
-    assert len(val) == 30
-    assert not prompts_of(train) & prompts_of(val)
-    assert set(Counter(e.prompt_ids for e in val).values()) == {3}
-
-
-def test_hold_out_with_few_prompts_takes_responses_and_says_so():
-    data = examples(*(i % 8 for i in range(200)))
-    train, val, what = hold_out(data, 50)
-    assert len(val) == 50
-    assert sorted(ids(train) + ids(val)) == list(range(200))
-    assert prompts_of(train) == prompts_of(val) == prompts_of(data)
-    assert "50 responses" in what
-    assert "only 8 different prompts" in what
-
-
-@pytest.mark.parametrize(("prompts", "by_prompt"), [(63, False), (64, True)])
-def test_hold_out_asks_for_64_prompts_to_hold_prompts_out(prompts, by_prompt):
-    what = hold_out(examples(*range(prompts)), 5)[2]
-    assert ("prompts of their own" in what) is by_prompt
-
-
-def test_hold_out_depends_on_the_seed_alone(monkeypatch):
-    def held(seed: int) -> tuple[int, ...]:
-        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
-        return tuple(ids(hold_out(examples(*range(100)), 10)[1]))
-
-    assert held(0) == held(0)
-    assert len({held(0), held(1), held(2)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -231,7 +179,7 @@ LONG = {"prompt": " ".join(["w1"] * CONTEXT), "response": "w1"}
 def test_bad_rows_skipped_are_left_out_and_counted(set_up, write, said):
     data = set_up(write([*BAD, *pairs(98)]), val_examples=0)
     assert ids(data.train) == list(range(2, 100))
-    assert "left out 2 of 100 rows" in said()
+    assert "skipped 2 of 100 rows" in said()
     assert "an empty prompt: 1 (row 0)" in said()
     assert "an empty response: 1 (row 1)" in said()
 
@@ -239,7 +187,9 @@ def test_bad_rows_skipped_are_left_out_and_counted(set_up, write, said):
 @pytest.mark.parametrize("rows", [BAD[:1], BAD[1:], [LONG]])
 def test_bad_rows_refused_name_setting_file_and_row(rows, set_up, write):
     source = write([*pairs(9), *rows])
-    with pytest.raises(DataError, match=r"data='.*data.jsonl': 1 of 10 .*\(row 9.*Fix: mend these"):
+    with pytest.raises(
+        DataError, match=r"data='.*data.jsonl': 1 of 10 .*\(row 9.*Fix: correct these"
+    ):
         set_up(source, bad_rows="refuse")
 
 
@@ -250,7 +200,7 @@ def test_bad_rows_of_val_data_name_val_data(set_up, write):
 
 
 def test_bad_rows_alone_are_refused_even_where_they_are_skipped(set_up, write):
-    with pytest.raises(DataError, match=r"2 of 2 rows.*Fix: mend the rows"):
+    with pytest.raises(DataError, match=r"2 of 2 rows.*Fix: correct the rows"):
         set_up(write(BAD))
 
 
@@ -367,29 +317,6 @@ def test_data_module_without_a_trainer_says_to_pass_it_to_fit():
 
 
 # ------------------------------------------------------------------------ fingerprint
-
-EXAMPLE = Example(0, (1, 4, 5), (6, 2), real_finished=True)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param([replace(EXAMPLE, prompt_ids=(1, 4, 6))], id="prompt"),
-        pytest.param([replace(EXAMPLE, real_ids=(7, 2))], id="response"),
-        pytest.param([replace(EXAMPLE, example_id=1)], id="example"),
-        pytest.param([Example(0, (1, 4), (5, 6, 2), real_finished=True)], id="boundary"),
-        pytest.param([EXAMPLE, EXAMPLE], id="repeated"),
-        pytest.param([], id="none"),
-    ],
-)
-def test_content_hash_changes_with_any_id(other):
-    assert content_hash(other) != content_hash([EXAMPLE])
-
-
-def test_content_hash_depends_on_the_order_and_on_nothing_else():
-    first, second = examples(4, 5)
-    assert content_hash([first, second]) != content_hash([second, first])
-    assert content_hash([first, second]) == content_hash([replace(first), replace(second)])
 
 
 def test_fingerprint_of_other_data_with_the_same_number_of_rows_differs(set_up, write):

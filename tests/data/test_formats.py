@@ -269,20 +269,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "contents None": (
         {"messages": [user("a"), assistant(None)]},
-        "an assistant turn that is no text",
+        "an assistant turn that is not text",
     ),
     "contents in parts": (
         {"messages": [user([{"type": "text", "text": "a"}]), assistant("b")]},
-        "a user turn that is no text",
+        "a user turn that is not text",
     ),
     "empty prompt": ({"prompt": "", "response": "a"}, "an empty prompt"),
     "blank prompt": ({"prompt": " \t\n", "response": "a"}, "an empty prompt"),
-    "prompt None": ({"prompt": None, "response": "a"}, "a prompt that is no text"),
-    "prompt number": ({"prompt": 3, "response": "a"}, "a prompt that is no text"),
+    "prompt None": ({"prompt": None, "response": "a"}, "a prompt that is not text"),
+    "prompt number": ({"prompt": 3, "response": "a"}, "a prompt that is not text"),
     "prompt no turns": ({"prompt": [], "response": "a"}, "no messages"),
     "empty response": ({"prompt": "a", "response": ""}, "an empty response"),
-    "response None": ({"prompt": "a", "response": None}, "a response that is no text"),
-    "response number": ({"prompt": "a", "response": 7}, "a response that is no text"),
+    "response None": ({"prompt": "a", "response": None}, "a response that is not text"),
+    "response number": ({"prompt": "a", "response": 7}, "a response that is not text"),
     "response of a user": (
         {"prompt": "a", "response": [user("b")]},
         "a response that is more than the answer to its prompt",
@@ -314,7 +314,7 @@ def test_read_row_without_an_example_is_left_out_with_its_reason(
 
 def test_read_row_without_the_column_is_bad(write: Callable[..., str]) -> None:
     conversations, bad = read_conversations(write([{"prompt": "a", "response": "b"}, {"x": "a"}]))
-    assert (len(conversations), bad) == (1, [BadRow(1, "a prompt that is no text")])
+    assert (len(conversations), bad) == (1, [BadRow(1, "a prompt that is not text")])
 
 
 def test_describe_bad_rows_groups_by_kind_and_keeps_details() -> None:
@@ -387,7 +387,7 @@ def test_read_unknown_columns_lists_those_that_are_there(write: Callable[..., st
         ({"prompt": "x", "response": "output"}, ["maps prompt to 'x'", "instruction, output"]),
         ({"messages": "chat"}, ["maps messages to 'chat'", "instruction, output"]),
         ({"promt": "instruction"}, ["has a key 'promt'", "use messages, or prompt and response"]),
-        ({"prompt": "instruction"}, ["no columns that are recognized"]),
+        ({"prompt": "instruction"}, ["no recognized columns"]),
         ({"messages": "output", "prompt": "instruction"}, ["names messages and parts of them"]),
     ],
 )
@@ -437,7 +437,7 @@ def test_read_parquet_cut_short_names_it(write: Callable[..., str]) -> None:
 def test_read_hub_id_offline_fails_fast() -> None:
     start = time.perf_counter()
     message = message_of("no-such-owner/no-such-data")
-    assert "data='no-such-owner/no-such-data' is no file" in message
+    assert "data='no-such-owner/no-such-data' is not a file" in message
     assert "HF_HUB_OFFLINE=1" in message
     assert time.perf_counter() - start < 20
 
@@ -464,7 +464,7 @@ def test_read_hub_id_without_a_network_fails_fast(tmp_path: Path) -> None:
     kind, seconds, message = done.stdout.split(maxsplit=2)
     assert kind == "DataError"
     assert float(seconds) < 10  # `load_dataset` alone retries for 23 seconds
-    assert "data='owner/name' is no file, and reading it from the hub failed" in message
+    assert "data='owner/name' is not a file, and reading it from the hub failed" in message
     assert done.stderr == ""
 
 

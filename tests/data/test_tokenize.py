@@ -214,7 +214,9 @@ def test_tokenize_turns_that_the_template_refuses_are_bad(
     "template", ["{{ raise_exception('needs tools') }}", "{% for message in %}"]
 )
 def test_of_template_that_takes_no_chat_names_it(template: str) -> None:
-    with pytest.raises(SettingError, match=r"tokenizer\.chat_template.*does not take.*Fix: mend"):
+    with pytest.raises(
+        SettingError, match=r"tokenizer\.chat_template.*does not accept.*Fix: correct"
+    ):
         chat_format("chatml", template)
 
 

@@ -99,7 +99,7 @@ TEMPLATES = {
 def test_chat_template_that_fails_is_refused_in_one_error(case, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = TEMPLATES[case]
-    with pytest.raises(SettingError, match=r"tokenizer.chat_template=.*Fix: mend the template"):
+    with pytest.raises(SettingError, match=r"tokenizer.chat_template=.*Fix: correct the template"):
         PromptFormat.of(tokenizer, None)
 
 
