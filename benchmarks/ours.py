@@ -21,7 +21,6 @@ from spin_lightning.data.dataset import Pair
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.mixtures import window
-from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.optimizers import make_optimizer
 from spin_lightning.rows.making import Synthesis, Timing, finish
@@ -179,8 +178,7 @@ def synthesis_of(setup: Setup, policy: Policy, generator: Generator) -> Synthesi
 
 def decoder(module: SPIN) -> LocalGenerator:
     """The decoder of a run."""
-    config = pretrained.load_config(module.base)
-    return LocalGenerator(config, (STOP,), PAD, module.generation)
+    return LocalGenerator((STOP,), PAD, module.generation)
 
 
 def play_iterate(setup: Setup, data: Path, cap: int, epochs: int) -> None:

@@ -1,4 +1,4 @@
-"""Shape of the trained adapter, and whether it, or one to start from, fits the base."""
+"""Shape of the trained adapter, and checks that it, or an initial adapter, fits the base."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class LoraSettings:
 
 
 def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | None) -> None:
-    """Refuse, before weights are read, an adapter that cannot be put on the base.
+    """Refuse an adapter that does not fit the base, before any weights of the base are read.
 
     Raises:
-        SettingError: A target module matches nothing, or the initial adapter is not there, is none
-            of LoRA, is damaged, or was made for another model.
+        SettingError: A target module matches no layer, or the initial adapter is missing, not a
+            LoRA adapter, damaged, or made for another model.
     """
     model = copy.deepcopy(skeleton(base))
     if initial_adapter is None:
@@ -69,13 +69,13 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
     try:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
-                raise refusal(f"there is no {name} in it")
+                raise refusal(f"it has no {name}")
         config = peft.PeftConfig.from_pretrained(initial_adapter)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SettingError:
         raise
-    # PEFT hands what is in the file to a class of its own, unchecked: anything may come of it.
+    # PEFT passes the fields of the file to a class unchecked, which may raise anything.
     except Exception as error:
         raise refusal(f"it cannot be read ({first_line(error)})") from error
     if not isinstance(config, peft.LoraConfig):
@@ -85,7 +85,7 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
     except Exception as error:
         raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
     if any(not t.is_floating_point() or not t.isfinite().all() for t in tensors.values()):
-        raise refusal("it has weights that are no finite numbers")
+        raise refusal("it has non-finite weights")
     given = {name: weight.shape for name, weight in tensors.items()}
     if given != {name: weight.shape for name, weight in wanted.items()}:
         raise refusal(f"its weights do not have the shapes of {base.name}")
@@ -107,11 +107,7 @@ def _check_targets(base: FrozenBase, model: nn.Module, lora: LoraSettings) -> No
             "lora_target_modules",
             unmatched[0],
             f"no layer of {base.name} has this name"
-            + (
-                ": without a list it is a pattern for full names"
-                if isinstance(targets, str)
-                else ""
-            ),
+            + (": a single string is a pattern for full names" if isinstance(targets, str) else ""),
             fix=f"choose from {', '.join(leaves)}, or give all-linear",
         )
 

@@ -49,11 +49,10 @@ def models(tiny_model_dir, adapters) -> dict[int, nn.Module]:
 
 
 @pytest.fixture
-def generate(policy, tiny_base):
+def generate(policy):
     def run(requests: list[Request], **settings) -> list[Response]:
-        return LocalGenerator(
-            load_config(tiny_base), STOPS, pad_id=0, settings=GenerationSettings(**settings)
-        ).generate(policy, requests)
+        generator = LocalGenerator(STOPS, pad_id=0, settings=GenerationSettings(**settings))
+        return generator.generate(policy, requests)
 
     return run
 
@@ -238,10 +237,10 @@ def memory_for(rows: int, policy: LoraPolicy, error: BaseException) -> Iterator[
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_batches_that_memory_does_not_suffice_for_are_halved_and_it_is_said(
-    kind, policy, tiny_base, plain, caplog
+def test_batches_that_memory_does_not_suffice_for_are_halved_and_the_log_says_so(
+    kind, policy, plain, caplog
 ):
-    generator = LocalGenerator(load_config(tiny_base), STOPS, 0, GenerationSettings())
+    generator = LocalGenerator(STOPS, 0, GenerationSettings())
     requests = some_requests()
     assert generator.deviations == {}
     with memory_for(20, policy, ERRORS[kind]) as sizes, caplog.at_level(logging.INFO):
@@ -257,9 +256,9 @@ def test_batches_that_memory_does_not_suffice_for_are_halved_and_it_is_said(
     assert 0 < tokens < 60 * (9 + 12)
     assert f"generation.batch_tokens {tokens}" in caplog.text
     assert max(sizes[first:]) < 60, "it did not try the whole again"
-    # A run that starts with this number makes the same bytes.
+    # A run that starts with this value makes the same bytes.
     fresh = GenerationSettings(batch_tokens=tokens)
-    generator = LocalGenerator(load_config(tiny_base), STOPS, 0, fresh)
+    generator = LocalGenerator(STOPS, 0, fresh)
     assert generator.generate(policy, requests) == again
     assert generator.deviations == {}
 

@@ -182,11 +182,11 @@ def test_fused_policy_snapshots_what_an_unfused_one_does(wide, tmp_path):
 
 def test_fused_policy_acts_as_iterates_that_are_loaded_later(wide, tmp_path):
     base = FrozenBase(str(wide), compute_dtype="float32")
-    bank = {0: tmp_path, 1: write_adapter(wide, tmp_path / "1", seed=1)}
+    folders = {0: tmp_path, 1: write_adapter(wide, tmp_path / "1", seed=1)}
     found = []
     for fused in (True, False):
         policy = LoraPolicy(base, LoraSettings(r=2), fused=fused)
-        policy.use_iterates(bank)
+        policy.use_iterates(folders)
         with policy.at(1):
             found.append(policy.model(IDS).logits)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)

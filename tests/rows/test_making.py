@@ -15,7 +15,6 @@ from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import load_config
 from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
 from spin_lightning.rows.store import read_manifest, read_rows
 from spin_lightning.types import Example
@@ -36,7 +35,7 @@ def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
 def synthesis(tiny_base, adapters, tmp_path_factory) -> Synthesis:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
     policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
-    generator = LocalGenerator(load_config(tiny_base), (STOP,), 0, GenerationSettings())
+    generator = LocalGenerator((STOP,), 0, GenerationSettings())
     return Synthesis(policy, generator, vocabulary=24)
 
 
@@ -101,9 +100,11 @@ def test_make_scores_every_prompt_once_per_member(synthesis, tmp_path, monkeypat
     assert {len(lengths) for batch in batches for lengths in batch.response_lengths} == {3}
 
 
-def test_make_scores_of_padded_sequences_are_the_same(tiny_base, synthesis, whole, tmp_path):
+def test_make_scores_of_padded_sequences_are_the_same(
+    tiny_base, adapters, synthesis, whole, tmp_path
+):
     policy = LoraPolicy(tiny_base, LoraSettings(r=2), packing="padded", fused=False)
-    policy.use_iterates(synthesis.policy._bank)
+    policy.use_iterates({0: tmp_path, **adapters})
     list(replace(synthesis, policy=policy).make(PLAN, EXAMPLES, tmp_path, Timing()))
     for row, other in zip(rows_in(tmp_path), rows_in(whole), strict=True):
         for name in ("member_real_logps", "member_generated_logps"):

@@ -119,6 +119,9 @@ class ToyPolicy(Policy):
     def use_iterates(self, folders: Mapping[int, Path]) -> None:
         raise NotImplementedError
 
+    def iterate_folder(self, iterate: int) -> Path | None:
+        raise NotImplementedError
+
     def evict(self, keep: Collection[int] = ()) -> None:
         raise NotImplementedError
 

@@ -123,7 +123,6 @@ class _Writer:
         self._format = PromptFormat.of(tokenizer, model.generation_config.eos_token_id)
         self._context = context_length_of(model.config)
         self._generator = LocalGenerator(
-            model.config,
             self._format.stop_ids,
             self._format.pad_id,
             # The most likely token is the one that is left when all others are taken out.
