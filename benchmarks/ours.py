@@ -177,7 +177,7 @@ def synthesis_of(setup: Setup, policy: Policy, generator: Generator) -> Synthesi
 
 
 def decoder(module: SPIN) -> LocalGenerator:
-    """The decoder of a run."""
+    """The generation engine of a run."""
     return LocalGenerator((STOP,), PAD, module.generation)
 
 

@@ -223,8 +223,8 @@ def check_quantizable(base: FrozenBase) -> None:
         raise SettingError(
             "quantization",
             base.quantization,
-            f"bitsandbytes' CPU kernels need input widths that are multiples of {_NF4_BLOCK}, and "
-            f"{len(odd)} layers have another width, such as {odd[0]}",
+            f"bitsandbytes' CPU kernels need input widths that are a multiple of {_NF4_BLOCK}, "
+            f"and {len(odd)} layers have another width, such as {odd[0]}",
             fix="set quantization: none, or use a GPU",
         )
 

@@ -1,4 +1,4 @@
-"""Decoding in this process, against one row at a time by transformers' own `generate`."""
+"""Decoding in this process, against transformers' own `generate` one row at a time."""
 
 import logging
 import random
@@ -255,7 +255,7 @@ def test_batches_that_memory_does_not_suffice_for_are_halved_and_the_log_says_so
     tokens = generator.deviations["batch_tokens"]
     assert 0 < tokens < 60 * (9 + 12)
     assert f"generation.batch_tokens {tokens}" in caplog.text
-    assert max(sizes[first:]) < 60, "it did not try the whole again"
+    assert max(sizes[first:]) < 60, "it did not try the whole batch again"
     # A run that starts with this value makes the same bytes.
     fresh = GenerationSettings(batch_tokens=tokens)
     generator = LocalGenerator(STOPS, 0, fresh)
@@ -268,7 +268,7 @@ def test_a_single_response_that_memory_does_not_suffice_for_is_an_error(policy, 
         generate([replace(request, cap=12) for request in some_requests()])
 
 
-def test_other_errors_are_not_taken_for_want_of_memory(policy, generate):
+def test_other_errors_are_not_mistaken_for_a_lack_of_memory(policy, generate):
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with memory_for(20, policy, error) as sizes, pytest.raises(RuntimeError, match="mat1 and mat2"):
         generate(some_requests())
@@ -278,7 +278,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(policy, generate):
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
 def test_nucleus_is_that_of_transformers(top_p, spread):
-    """Also where more tokens belong to it than are looked at first."""
+    """Also if it has more tokens than are sorted at first."""
     logits = spread * torch.randn(7, 3000, generator=torch.Generator().manual_seed(0))
     wanted = TopPLogitsWarper(top_p)(torch.empty(0), logits).isfinite()
     probabilities = logits.softmax(-1)

@@ -24,7 +24,7 @@ def wide(tiny_model_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> Path:
-    """Layers with a bias, held the other way round."""
+    """Layers with a bias, whose weights are stored transposed."""
     folder = tmp_path_factory.mktemp("gpt2")
     config = GPT2Config(
         vocab_size=24,
@@ -57,7 +57,7 @@ def with_adapters(base: FrozenBase, *, fused: bool, dropout: float = 0.0) -> Pef
         model = get_peft_model(model, config, adapter_name="one")
         if fused:
             fused_lora.fuse(model, in_4_bits=base.quantization == "nf4")
-        model.add_adapter("two", config)  # after the fusing, as iterates come
+        model.add_adapter("two", config)  # after `fuse`, as for iterates
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data.normal_(0, 0.2)
@@ -66,7 +66,7 @@ def with_adapters(base: FrozenBase, *, fused: bool, dropout: float = 0.0) -> Pef
 
 @contextmanager
 def counting(calls: list[int]):
-    """Count the layers that take the fused pass."""
+    """Count the layers that use the fused pass."""
     apply = fused_lora._LoraLinear.apply
 
     def counted(*args):

@@ -116,8 +116,8 @@ def test_logps_are_sums_over_the_response_under_the_active_policy(policy, folder
 
 @pytest.mark.parametrize("t", [0, 1, 7])
 @pytest.mark.parametrize("fails", [False, True])
-def test_at_left_normally_or_by_an_exception_puts_everything_back(t, fails, policy):
-    policy.model.base_model.model.lm_head.eval()  # no mode and no flag is just the default
+def test_at_left_normally_or_by_an_exception_restores_everything(t, fails, policy):
+    policy.model.base_model.model.lm_head.eval()  # not the default mode
     next(p for _, p in policy.trainable()).requires_grad_(False)
     before = state_of(policy)
     try:
@@ -181,7 +181,7 @@ def test_snapshot_is_a_peft_adapter_with_the_bytes_of_the_trained_one(policy, mo
     hashes = policy.snapshot(tmp_path / "ours")
     files = {p.name: p.read_bytes() for p in (tmp_path / "ours").iterdir()}
     assert hashes == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    # PEFT's own writer, which puts a named adapter one folder down.
+    # PEFT's own writer saves a named adapter one folder down.
     policy.model.save_pretrained(tmp_path / "theirs", selected_adapters=["policy"])
     theirs = tmp_path / "theirs" / "policy"
     ours, wanted = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "ours", theirs))
@@ -204,7 +204,7 @@ def test_snapshot_of_the_same_adapter_has_the_same_bytes(base, folders, tmp_path
         acting = policy.snapshot(tmp_path / "acting")
     other = make_policy(base, folders).snapshot(tmp_path / "other")
     assert first == acting == other
-    # PEFT keeps them in a set, which has another order in every process.
+    # PEFT keeps them in a set, whose order differs between processes.
     targets = json.loads((tmp_path / "first" / "adapter_config.json").read_text())["target_modules"]
     assert len(targets) == 2 * 7
     assert targets == sorted(targets)
@@ -255,7 +255,7 @@ def test_initial_adapter_is_iterate_zero_and_its_config_replaces_the_settings(
         (("v_proj", "q_prj"), "q_prj"),
         (("proj",), "proj"),
         (("layers.q_proj",), "layers.q_proj"),
-        ("q_proj", "q_proj"),  # PEFT takes text for a pattern of the whole name
+        ("q_proj", "q_proj"),  # PEFT treats a string as a pattern for the whole name
     ],
 )
 def test_check_adapter_target_that_matches_no_layer_is_refused(targets, named, base):
@@ -273,7 +273,7 @@ def test_check_adapter_lists_the_layers_that_an_adapter_can_be_put_on(base):
 @pytest.mark.parametrize(
     "targets", ["all-linear", r".*\.(q|v)_proj", ("q_proj", "self_attn.v_proj", "lm_head")]
 )
-def test_check_adapter_targets_that_it_lets_through_train(targets, base):
+def test_check_adapter_targets_that_it_accepts_train(targets, base):
     lora = LoraSettings(target_modules=targets)
     check_adapter(base, lora, None)
     assert any(True for _ in LoraPolicy(base, lora).trainable())

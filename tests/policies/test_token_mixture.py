@@ -65,7 +65,7 @@ class Players:
         return mixed - mixed.logsumexp(-1, keepdim=True)
 
     def found(self, t: int, alpha: float, ids: Tensor) -> Tensor:
-        """The same from the policy."""
+        """The same, from the policy."""
         with self.policy.at(t, alpha):
             return self.policy.model(input_ids=ids).logits.double().log_softmax(-1)
 
@@ -318,7 +318,7 @@ def test_hooks_are_gone_after_the_block_also_by_an_exception(fails, players):
     assert torch.equal(policy.model(input_ids=IDS).logits, logits)
 
 
-def test_alphas_in_turn_leave_nothing_of_each_other(llama):
+def test_successive_alphas_do_not_affect_each_other(llama):
     for t, alpha in ((1, 0.5), (2, 0.0), (0, 0.5), (1, 0.2), (2, 0.9)):
         wanted = llama.mixed(t, alpha if t else 0.0, IDS)
         torch.testing.assert_close(llama.found(t, alpha, IDS), wanted, atol=1e-5, rtol=0)
