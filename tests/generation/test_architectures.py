@@ -246,6 +246,15 @@ def test_models_that_cache_more_than_keys_and_values_are_decoded_by_length_and_l
     assert_drawn(player, requests, responses)
 
 
+def test_one_generator_reads_the_config_of_each_policy_it_is_given(tmp_path):
+    generator = LocalGenerator((STOP,), PAD, GenerationSettings())
+    requests = some_requests(16)
+    for family in ("lfm2", "llama", "gpt2"):
+        player = Player(tmp_path / family, family, initial=False)
+        found = generator.generate(player.policy, requests)
+        assert found == player.generate(requests), family
+
+
 def test_iterates_share_batches_unless_a_layer_mixes_the_rows(tmp_path):
     ids = {PolicyId(t, alpha) for t in range(4) for alpha in (0.0, 0.5)}
     for family, together in (("llama", True), ("lfm2", True), ("qwen2_moe", False)):
