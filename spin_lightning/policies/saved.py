@@ -28,7 +28,7 @@ def load_iterate(
 
     Args:
         run_dir: The run folder.
-        t: Index of the iterate, 0 is the base; or the best one that the run knows of.
+        t: Index of the iterate, 0 is the base; or "best" for the best one of the run.
         device: Where to load it.
 
     Returns:
@@ -52,7 +52,7 @@ def load_mixture(
 
     Args:
         run_dir: The run folder.
-        weights: Weight of each iterate, summing to 1; equal ones for all iterates if not said.
+        weights: Weight of each iterate, summing to 1; default: equal weights of all iterates.
         device: Where to load it.
 
     Returns:
@@ -60,7 +60,7 @@ def load_mixture(
 
     Raises:
         RunFolderError: The run has no such iterate.
-        SettingError: Weights that do not sum to 1.
+        SettingError: The weights do not sum to 1.
     """
     run = RunFolder(Path(run_dir))
     mixture = uniform(run.known_iterates() or [0]) if weights is None else Mixture(weights)
@@ -96,20 +96,20 @@ def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerBase:
 
 
 def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = False) -> Path:
-    """Write iterate t as a folder that needs nothing of the run.
+    """Write iterate t to a self-contained folder.
 
     Args:
         run_dir: The run folder.
         t: Index of the iterate.
         out: The folder to write; it must not exist yet, or be empty.
-        merge: Write a full model with the adapter merged into (de-quantized) base weights, instead
+        merge: Write a full model, with the adapter merged into (de-quantized) base weights, instead
             of a PEFT adapter folder.
 
     Returns:
         The folder.
 
     Raises:
-        SettingError: `out` has content, or iterate t has no adapter to write.
+        SettingError: `out` is not empty, or iterate t has no adapter to write.
         RunFolderError: The run has no iterate t.
     """
     run, out = RunFolder(Path(run_dir)), Path(out)
@@ -120,7 +120,7 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
         raise SettingError(
             "iterate",
             t,
-            f"it is the base model {base.name} itself and has no adapter",
+            f"it is the base model {base.name} itself, without an adapter",
             fix="use the base model as it is, or export with --merge",
         )
     if merge:
@@ -134,13 +134,13 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
 
 
 def _parts(run: RunFolder, t: int) -> tuple[FrozenBase, Path | None]:
-    run.check_iterate(t)
+    record = run.check_iterate(t)
     try:
-        base = FrozenBase(**run.field(t, "base"))
+        base = FrozenBase(**record.base)
     except TypeError as error:
         raise RunFolderError(
-            f"{run.iterate(t)} does not say its base model as this version does "
-            f"({first_line(error)})",
+            f"the base model in the record of {run.iterate(t)} has other fields than this version "
+            f"expects ({first_line(error)})",
             fix="restore its iterate.json from a copy of the run",
         ) from error
     has_adapter = (run.iterate(t) / ADAPTER_CONFIG).exists()
@@ -151,7 +151,7 @@ def _tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
     run.check_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(run.tokenizer)
-    # (Its files are read by several libraries.)
+    # (Several libraries read its files, each with errors of its own.)
     except Exception as error:
         raise RunFolderError(
             f"the tokenizer in {run.tokenizer} cannot be read ({first_line(error)})",
