@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.policies.base import Policy
 from spin_lightning.types import PolicyId
 
@@ -72,3 +73,18 @@ class Generator(ABC):
     def deviations(self) -> Mapping[str, Any]:
         """What is now done otherwise than the settings say, by name; the manifest tells."""
         return {}
+
+
+class MakeGenerator(Protocol):
+    """Builds a generation engine; the class `LocalGenerator` is one."""
+
+    def __call__(
+        self, stop_ids: tuple[int, ...], pad_id: int, settings: GenerationSettings
+    ) -> Generator:
+        """Build an engine.
+
+        Args:
+            stop_ids: A response ends with the first of these.
+            pad_id: Any valid id, for padded columns, which are masked.
+            settings: Sampling settings and batch size.
+        """

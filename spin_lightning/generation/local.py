@@ -31,16 +31,15 @@ class LocalGenerator(Generator):
     """Decodes in this process, one batch after the other.
 
     Attributes:
-        config: Configuration of the model.
         stop_ids: A response ends with the first of these.
         pad_id: Any valid id; padded columns are masked.
         settings: Sampling settings and batch size.
     """
 
-    config: PretrainedConfig
     stop_ids: tuple[int, ...]
     pad_id: int
     settings: GenerationSettings
+    config: Any = field(default=None, init=False)
     _halved: int | None = field(default=None, init=False)
 
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
@@ -49,6 +48,7 @@ class LocalGenerator(Generator):
         Raises:
             SpinError: There is not enough memory for a single response.
         """
+        self.config = policy.model.config
         responses: dict[int, Response] = {}
         for team in policy.teams({request.actor for request in requests}):
             asked = [i for i, request in enumerate(requests) if request.actor in team]
