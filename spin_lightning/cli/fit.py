@@ -220,7 +220,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         _end(mistake, 2)
     except RuntimeError as error:
-        if not RankLost.is_told_by(error):
+        if not RankLost.is_cause_of(error):
             raise
         _end(RankLost(), 1)
 
