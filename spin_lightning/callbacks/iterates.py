@@ -165,9 +165,10 @@ def training_record(session: Session, timing: Timing, clock: TrainingClock) -> T
 
 def draw_curves(session: Session) -> None:
     """Draw the metrics over the iterates, if any iterate has metrics."""
-    run = session.run
-    if any(record.metrics for record in run.records()):
-        console.print(f"Picture: {draw_iterates([run], run.report / 'iterates.png')}")
+    run, records = session.run, session.run.records()
+    if any(record.metrics for record in records):
+        picture = draw_iterates({run.root.name: records}, run.report / "iterates.png")
+        console.print(f"Picture: {picture}")
 
 
 def _trained(session: Session, clock: TrainingClock) -> Trained:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.callbacks.session import Session
-from spin_lightning.mixtures import Mixture, latest
+from spin_lightning.mixtures import latest
 from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
-from spin_lightning.rows.plan import NO_ROWS, Coupling, EarlierRows, RowPlan
-from spin_lightning.rows.store import MANIFEST, read_manifest, read_rows
+from spin_lightning.rows.manifest import MANIFEST, read_manifest
+from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowPlan, RowSettings, plan_rows
+from spin_lightning.rows.store import read_rows
 from spin_lightning.types import Example
 
 
@@ -47,9 +48,14 @@ class RowMaker:
         Args:
             fields: What the manifest holds besides the rows' own numbers.
         """
-        session = self.session
-        t = session.module.iterate
-        plan = self._plan(latest(t), also_scored_by={t, max(t - 1, 0), 0}, samples=1)
+        session, t = self.session, self.session.module.iterate
+        plan = plan_rows(
+            t,
+            latest(t),
+            session.module.reference(t),
+            self._settings(),
+            also_scored_by={t, max(t - 1, 0), 0},
+        )
         self._make(plan, session.data.val, session.run.val_rows, fields, "held-out rows")
 
     def make_train(self, fields: dict[str, Any]) -> RowPlan:
@@ -66,9 +72,15 @@ class RowMaker:
         """
         module, data = self.session.module, self.session.data
         t, self.timing = module.iterate, Timing()
-        opponent = module.opponent(t)
-        plan = self._plan(opponent, samples=data.samples_per_prompt)
-        plan = replace(plan, union=module.rows == "union", coupling=self._coupling(t, opponent))
+        plan = plan_rows(
+            t,
+            module.opponent(t),
+            module.reference(t),
+            self._settings(),
+            samples=data.samples_per_prompt,
+            union=module.rows == "union",
+            keep_from=module.opponent(t - 1) if t and module.refresh == "reservoir" else None,
+        )
         examples = data.iterate_examples(t)
         self._make(plan, examples, self.session.run.rows, fields, "rows", estimate=True)
         return plan
@@ -88,36 +100,14 @@ class RowMaker:
             f"{len(data.val):,} held-out rows."
         )
 
-    def _plan(
-        self, opponent: Mixture | None, samples: int, also_scored_by: Collection[int] = ()
-    ) -> RowPlan:
+    def _settings(self) -> RowSettings:
         module, data = self.session.module, self.session.data
-        members, token_alpha = set(also_scored_by), 0.0
-        token_members: tuple[int, ...] = ()
-        if opponent is not None:
-            reference = module.reference(module.iterate)
-            token_members, token_alpha = reference.token_members, reference.token_alpha
-            members |= {*reference.plain_members, *token_members, *((0,) if token_alpha else ())}
-        return RowPlan(
-            iterate=module.iterate,
-            opponent=opponent,
-            members=tuple(sorted(members)),
-            token_alpha=token_alpha,
-            token_members=token_members,
+        return RowSettings(
             seed=data.seed,
-            samples=samples,
             unit_size=module.generation.unit_size,
             cap=data.max_response_tokens,
             context=module.context_length,
         )
-
-    def _coupling(self, t: int, opponent: Mixture | None) -> Coupling | None:
-        """How rows of the iterate before are kept; None if all rows are regenerated."""
-        module = self.session.module
-        before = module.opponent(t - 1) if t else None
-        if module.refresh == "all" or opponent is None or before is None:
-            return None
-        return Coupling.between(before, opponent)
 
     def _make(
         self,

@@ -334,7 +334,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self, stop_ids: tuple[int, ...], pad_id: int, settings: GenerationSettings
     ) -> Generator:
         """Build the engine that samples responses."""
-        return LocalGenerator(pretrained.load_config(self.base), stop_ids, pad_id, settings)
+        return LocalGenerator(stop_ids, pad_id, settings)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer and schedule for the iterate at hand."""

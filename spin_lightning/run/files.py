@@ -120,7 +120,12 @@ def reading(path: Path | str, fix: str, *others: type[Exception]) -> Iterator[No
     try:
         yield
     except refused as error:
-        raise RunFolderError(f"{path} is damaged ({first_line(error)})", fix=fix) from error
+        raise damaged(path, first_line(error), fix) from error
+
+
+def damaged(path: Path | str, reason: str, fix: str) -> RunFolderError:
+    """The error for a damaged file of the run."""
+    return RunFolderError(f"{path} is damaged ({reason})", fix=fix)
 
 
 def is_of_the_disk(error: OSError) -> bool:
