@@ -93,7 +93,7 @@ def _read(groups: Mapping[str, Sequence[RunFolder]]) -> dict[str, dict[str, list
         RunFolderError: There is no such metric.
     """
     measured = {
-        variant: [[record.get("metrics", {}) for record in iterate_records(run)] for run in runs]
+        variant: [[record.metrics or {} for record in read_records(run)] for run in runs]
         for variant, runs in groups.items()
     }
     common = [

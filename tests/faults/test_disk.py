@@ -20,14 +20,14 @@ from spin_lightning.callbacks.requirements import check_folder
 from spin_lightning.callbacks.run_files import RunCSVLogger
 from spin_lightning.cli.fit import main
 from spin_lightning.errors import RunFolderError
-from spin_lightning.evaluation.mt_bench.judge import append_line
 from spin_lightning.policies import lora
+from spin_lightning.run.files import append_line
 from spin_lightning.run.fingerprint import differences
 from spin_lightning.run.folder import RunFolder
 from tests.cli.test_fit import fit_arguments
 from tests.toys.runs import contents, play, write_examples
 
-GO_ON = "start the same command again: what was written before is whole and is used"
+GO_ON = "start the same command again: everything that was written before is complete and is used"
 CommandLine = Callable[..., str]
 
 
