@@ -38,7 +38,7 @@ from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies.saved import export_iterate
 from spin_lightning.report.report import comparison_table, draw_iterates, write_report
 from spin_lightning.report.run_view import read_runs
-from spin_lightning.report.study import draw_study, study_table
+from spin_lightning.report.study import draw_study, study_curves, study_table
 from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
 from spin_lightning.run.files import is_of_the_disk, unwritable
 from spin_lightning.run.folder import RunFolder
@@ -372,8 +372,9 @@ def _study(args: list[str]) -> None:
         variant: [RunFolder(play.folder(out)) for play in plays if play.variant == variant]
         for variant in given.variants
     }
-    show_table(study_table(groups))
-    console.print(f"Picture: {draw_study(groups, out / 'study.png')}")
+    curves = study_curves(groups)
+    show_table(study_table(curves))
+    console.print(f"Picture: {draw_study(curves, out / 'study.png')}")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

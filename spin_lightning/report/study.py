@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from spin_lightning.errors import RunFolderError
+from spin_lightning.report.run_view import read_records
 from spin_lightning.run.folder import RunFolder
 
 # The metrics that are compared if all runs have them, with the titles of their panels.
@@ -23,71 +24,15 @@ _CURVES: Final = {
 # Whether a run has settled is judged by its second half.
 _LATE: Final = 0.5
 
-
-def study_table(groups: Mapping[str, Sequence[RunFolder]]) -> list[list[str]]:
-    """Each metric of each variant at each iterate, the median over seeds, as rows of text.
-
-    The last column is the median over seeds of the mean over the second half of the iterates. The
-    first row is the header.
-
-    Args:
-        groups: The runs of each variant.
-    """
-    curves = _read(groups)
-    histories_of_all = [runs for variants in curves.values() for runs in variants.values()]
-    length = max(len(points) for runs in histories_of_all for points in runs)
-    first_late = length - int(_LATE * (length - 1))
-    late = f"mean p{first_late}–p{length - 1}"
-    table = [["median over seeds", "variant", *(f"p{t}" for t in range(length)), late]]
-    for metric, runs in curves.items():
-        for variant, histories in runs.items():
-            cells = [f"{median(at):.3f}" for at in zip(*histories, strict=False)]
-            cells += ["-"] * (length - len(cells))
-            settled = median(fmean(points[first_late:] or points[-1:]) for points in histories)
-            table.append([metric, variant, *cells, f"{settled:.3f}"])
-    return table
+# The points of every run, by metric and variant.
+Curves = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
 
 
-def draw_study(groups: Mapping[str, Sequence[RunFolder]], path: Path) -> Path:
-    """Draw every metric over the iterates: a line per variant, the median over its seeds.
-
-    A band reaches from the smallest to the largest of the seeds.
+def study_curves(groups: Mapping[str, Sequence[RunFolder]]) -> Curves:
+    """Read the metrics that all runs of a study have.
 
     Args:
         groups: The runs of each variant.
-        path: Where the picture goes.
-
-    Returns:
-        The picture's path.
-    """
-    curves = _read(groups)
-    figure = Figure(figsize=(10, 3.6 * len(curves)), layout="constrained")
-    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (metric, runs) in zip(panels, curves.items(), strict=True):
-        for variant, histories in runs.items():
-            _draw(axes, variant, histories)
-        axes.set_title(_CURVES[metric], fontsize=10)
-        axes.grid(alpha=0.3)
-        if metric.startswith("exact/"):
-            axes.set_yscale("log")
-    lines = panels[0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside upper center", fontsize=8, ncols=3)
-    panels[-1].set_xlabel("iterate")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
-
-
-def _draw(axes: Axes, variant: str, histories: Sequence[Sequence[float]]) -> None:
-    by_iterate = list(zip(*histories, strict=False))
-    (line,) = axes.plot([median(at) for at in by_iterate], marker="o", markersize=4, label=variant)
-    low, high = [min(at) for at in by_iterate], [max(at) for at in by_iterate]
-    axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
-def _read(groups: Mapping[str, Sequence[RunFolder]]) -> dict[str, dict[str, list[list[float]]]]:
-    """The points of every run by metric and variant, for the metrics that all runs have.
 
     Raises:
         RunFolderError: There is no such metric.
@@ -113,3 +58,60 @@ def _read(groups: Mapping[str, Sequence[RunFolder]]) -> dict[str, dict[str, list
         }
         for metric in common
     }
+
+
+def study_table(curves: Curves) -> list[list[str]]:
+    """Each metric of each variant at each iterate, the median over seeds, as rows of text.
+
+    The last column is the median over seeds of the mean over the second half of the iterates. The
+    first row is the header.
+    """
+    histories_of_all = [runs for variants in curves.values() for runs in variants.values()]
+    length = max(len(points) for runs in histories_of_all for points in runs)
+    first_late = length - int(_LATE * (length - 1))
+    late = f"mean p{first_late}–p{length - 1}"
+    table = [["median over seeds", "variant", *(f"p{t}" for t in range(length)), late]]
+    for metric, runs in curves.items():
+        for variant, histories in runs.items():
+            cells = [f"{median(at):.3f}" for at in zip(*histories, strict=False)]
+            cells += ["-"] * (length - len(cells))
+            settled = median(fmean(points[first_late:] or points[-1:]) for points in histories)
+            table.append([metric, variant, *cells, f"{settled:.3f}"])
+    return table
+
+
+def draw_study(curves: Curves, path: Path) -> Path:
+    """Draw every metric over the iterates: a line per variant, the median over its seeds.
+
+    A band reaches from the smallest to the largest of the seeds.
+
+    Args:
+        curves: The metrics, see `study_curves`.
+        path: Where the picture goes.
+
+    Returns:
+        The picture's path.
+    """
+    figure = Figure(figsize=(10, 3.6 * len(curves)), layout="constrained")
+    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (metric, runs) in zip(panels, curves.items(), strict=True):
+        for variant, histories in runs.items():
+            _draw(axes, variant, histories)
+        axes.set_title(_CURVES[metric], fontsize=10)
+        axes.grid(alpha=0.3)
+        if metric.startswith("exact/"):
+            axes.set_yscale("log")
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", fontsize=8, ncols=3)
+    panels[-1].set_xlabel("iterate")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _draw(axes: Axes, variant: str, histories: Sequence[Sequence[float]]) -> None:
+    by_iterate = list(zip(*histories, strict=False))
+    (line,) = axes.plot([median(at) for at in by_iterate], marker="o", markersize=4, label=variant)
+    low, high = [min(at) for at in by_iterate], [max(at) for at in by_iterate]
+    axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -10,7 +10,7 @@ import yaml
 
 from spin_lightning.cli.fit import main
 from spin_lightning.errors import RunFolderError
-from spin_lightning.report.study import draw_study, study_table
+from spin_lightning.report.study import draw_study, study_curves, study_table
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import IterateRecord
 
@@ -32,7 +32,7 @@ def test_table_has_the_median_over_seeds_and_that_of_the_later_half(tmp_path):
         finished(tmp_path / str(i), [{"exact/kl": float(kl)} for kl in values])
         for i, values in enumerate(seeds)
     ]
-    head, row = study_table({"SPIN": runs})
+    head, row = study_table(study_curves({"SPIN": runs}))
     assert head == ["median over seeds", "variant", "p0", "p1", "p2", "p3", "p4", "mean p3–p4"]
     assert row == ["exact/kl", "SPIN", "1.000", "2.000", "4.000", "8.000", "16.000", "12.000"]
 
@@ -40,16 +40,16 @@ def test_table_has_the_median_over_seeds_and_that_of_the_later_half(tmp_path):
 def test_table_and_picture_of_a_run_that_stopped_early_end_where_it_did(tmp_path):
     short = finished(tmp_path / "a", [{"val/real_nll_per_token": 2.0}])
     long = finished(tmp_path / "b", [{"val/real_nll_per_token": 2.0}] * 3)
-    groups = {"SPIN": [short], "SFT": [long]}
-    assert study_table(groups)[1][2:] == ["2.000", "-", "-", "2.000"]
-    picture = draw_study(groups, tmp_path / "new" / "study.png")
+    curves = study_curves({"SPIN": [short], "SFT": [long]})
+    assert study_table(curves)[1][2:] == ["2.000", "-", "-", "2.000"]
+    picture = draw_study(curves, tmp_path / "new" / "study.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_without_a_common_metric_are_refused(tmp_path):
     groups = {"SPIN": [finished(tmp_path / "a", [{}])]}
     with pytest.raises(RunFolderError, match=r"Fix: hold examples out"):
-        study_table(groups)
+        study_curves(groups)
 
 
 def study(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
