@@ -60,6 +60,30 @@ def is_number(value: object) -> bool:
     )
 
 
+def check_settings(
+    settings: object, checks: Mapping[str, tuple[bool, str]], prefix: str = ""
+) -> None:
+    """Raise for the first setting that is out of range.
+
+    Args:
+        settings: The object that holds the settings as attributes.
+        checks: By attribute name, whether the value is valid, and a description of valid values
+            that completes "give …".
+        prefix: What precedes the attribute name in the setting's full name, such as `data.`.
+
+    Raises:
+        SettingError: A value is not valid.
+    """
+    for name, (valid, description) in checks.items():
+        if not valid:
+            raise SettingError(
+                f"{prefix}{name}",
+                getattr(settings, name),
+                "out of range",
+                fix=f"give {description}",
+            )
+
+
 def check_names(group: str, values: Mapping[str, object], known: Sequence[str]) -> None:
     """Refuse settings that a group of them does not have.
 
@@ -74,3 +98,19 @@ def check_names(group: str, values: Mapping[str, object], known: Sequence[str]) 
                 "there is no such setting",
                 fix=f"choose from {', '.join(known)}",
             )
+
+
+def missing_extra(field: str, package: str, extra: str) -> SettingError:
+    """The error for a setting that needs a package of an extra which is not installed.
+
+    Args:
+        field: The setting.
+        package: The package that is missing.
+        extra: The extra that installs it.
+    """
+    return SettingError(
+        field,
+        package,
+        "this package is not installed",
+        fix=f"run: pip install 'spin-lightning[{extra}]'",
+    )

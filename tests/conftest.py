@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.testbed import TestbedPaths, ensure
+from tests.toys.runs import play, write_examples
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +78,12 @@ def tiny_base(tiny_model_dir: Path) -> FrozenBase:
 def testbed_seed_0() -> TestbedPaths:
     """The embedded testbed, made once and then kept in the user's cache folder as for a user."""
     return ensure(seed=0)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Iterates 0 to 4 of SPIN on the tiny model. Not to be written to: copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = write_examples(folder / "examples.jsonl")
+    play(folder / "run", tiny_model_dir, data, epochs=4)
+    return RunFolder(folder / "run")

@@ -1,13 +1,13 @@
-"""What the user sees in the terminal: progress, the table of iterates, sample pairs."""
+"""Output in the terminal: progress, the table of iterates, sample pairs."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -15,17 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_lightning.callbacks.speed import speed_line
+from spin_lightning.run.records import IterateRecord, TrainingRecord
 
 _LINES_SHOWN = 8
 _LOG_WIDTH = 160
 
-# Without a terminal there is no width to keep to, and a log file should not be cut.
+# Without a terminal there is no width to fit, and a log file should not be cut.
 console = Console(
     soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH
 )
 
 
-# Name, width, and how a record shows it. "exact/kl" is there only where it is known.
+# Name, width and format. "exact/kl" is known on the testbed only.
 _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("iterate", 7, "d"),
     ("opponent", 10, "s"),
@@ -42,20 +43,21 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
 )
 
 
-def show_iterates(records: Sequence[Mapping[str, Any]]) -> None:
-    """Show the table of iterates as far as it has grown; of a long one the last lines."""
+def show_iterates(records: Sequence[IterateRecord]) -> None:
+    """Show the table of iterates so far; of a long one the last lines."""
     head = "  ".join(f"{name:>{width}}" for name, width, _ in _COLUMNS)
     console.print(head, style="bold")
     for record in records[-_LINES_SHOWN:]:
         console.print(_line(record))
-    speed = speed_line((records[-1].get("training") or {}).get("speed", {}))
+    training = records[-1].training
+    speed = "" if training is None else speed_line(training.speed)
     if speed:
         console.print(f"Speed: {speed}.", style="dim")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show nothing inside the block: many runs in a row have only their results to tell."""
+    """Print nothing inside the block, for many runs in a row whose results are shown later."""
     log = logging.getLogger("lightning.pytorch")
     shown, level = console.quiet, log.level
     console.quiet = True
@@ -84,7 +86,7 @@ def show_samples(pairs: Sequence[tuple[str, str, str]]) -> None:
 
 
 class RowProgress:
-    """Two bars, generation and scoring, with rate and time left. A `synthesis.Reporter`."""
+    """Two bars, generation and scoring, with rate and remaining time. A `rows.making.Reporter`."""
 
     def __init__(self, title: str, rows: int, *, visible: bool = True) -> None:
         """Prepare bars for `rows` rows."""
@@ -104,7 +106,7 @@ class RowProgress:
         }
 
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
-        """`rows` more rows went through `stage`."""
+        """Count `rows` more rows of a stage."""
         self._progress.advance(self._tasks[stage], rows)
 
     def __enter__(self) -> Self:
@@ -118,7 +120,7 @@ class RowProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         self._progress.stop()
 
 
@@ -129,22 +131,22 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or task.finished_speed or 0:.1f} rows/s")
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    """One iterate's line of the table, from what its folder knows of it."""
-    training, metrics = record.get("training") or {}, record.get("metrics") or {}
-    seconds = training.get("seconds", {})
+def _line(record: IterateRecord) -> str:
+    """One iterate's line of the table."""
+    training, metrics = record.training or TrainingRecord(), record.metrics or {}
+    seconds = training.seconds
     lengths = None
     if "val/generated_tokens" in metrics:
         generated, real = metrics["val/generated_tokens"], metrics["val/real_tokens"]
         lengths = f"{generated:.1f}/{real:.1f}"
     values = (
-        record["index"],
-        training.get("opponent"),
-        training.get("rows"),
+        record.index,
+        training.opponent,
+        training.rows,
         lengths,
-        training.get("loss"),
-        training.get("margin"),
-        training.get("accuracy"),
+        training.loss,
+        training.margin,
+        training.accuracy,
         metrics.get("val/real_nll_per_token"),
         metrics.get("exact/kl"),
         seconds.get("generating"),

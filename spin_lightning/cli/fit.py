@@ -30,15 +30,16 @@ from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import RunFolderError, SettingError, SpinError, first_line
 from spin_lightning.evaluation.base import Benchmark, evaluate_run
 from spin_lightning.evaluation.contestants import contestants
-from spin_lightning.evaluation.lm_eval import Harness, HarnessSettings
-from spin_lightning.evaluation.mt_bench.answers import Answering
+from spin_lightning.evaluation.lm_eval import Harness
 from spin_lightning.evaluation.mt_bench.benchmark import MTBench, judge_lines
-from spin_lightning.evaluation.mt_bench.judge import JudgeSettings
 from spin_lightning.evaluation.results import read_results, score_table
+from spin_lightning.evaluation.settings import Answering, HarnessSettings, JudgeSettings
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.policies.saved import export_iterate
 from spin_lightning.report.report import comparison_table, draw_iterates, write_report
-from spin_lightning.report.study import STABILITY_VARIANTS, Play, draw_study, study_table
+from spin_lightning.report.run_view import read_runs
+from spin_lightning.report.study import draw_study, study_curves, study_table
+from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
 from spin_lightning.run.files import is_of_the_disk, unwritable
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.testbed import ensure, train_base
@@ -220,7 +221,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         _end(mistake, 2)
     except RuntimeError as error:
-        if not RankLost.is_told_by(error):
+        if not RankLost.is_cause_of(error):
             raise
         _end(RankLost(), 1)
 
@@ -297,7 +298,8 @@ def _evaluate(args: list[str]) -> None:
     run = RunFolder(Path(given.run))
     benchmarks: list[Benchmark] = []
     if given.tasks:
-        chosen = {field.name: given[field.name] for field in fields(HarnessSettings)[1:]}
+        names = {field.name for field in fields(HarnessSettings)} - {"tasks"}
+        chosen = {name: given[name] for name in names}
         benchmarks.append(Harness(HarnessSettings(tuple(given.tasks), **chosen)))
     if given.mt_bench:
         (versus,) = contestants(run, [given.versus]) if given.versus else (None,)
@@ -320,11 +322,13 @@ def _report(args: list[str]) -> None:
     parser.add_argument("--out", help="folder of the page; the first run's report if not said")
     given = parser.parse_args(args)
     runs = [RunFolder(Path(folder)) for folder in given.runs]
-    show_table(comparison_table(runs))
+    views = read_runs(runs)
+    show_table(comparison_table(views))
     folder = Path(given.out) if given.out else runs[0].report
     name = "iterates.png" if len(runs) == 1 else "comparison.png"
-    console.print(f"Picture: {draw_iterates(runs, folder / name)}")
-    console.print(f"Report: {write_report(runs, folder)}")
+    histories = {view.name: view.records for view in views}
+    console.print(f"Picture: {draw_iterates(histories, folder / name)}")
+    console.print(f"Report: {write_report(views, folder)}")
 
 
 def _testbed(args: list[str]) -> None:
@@ -368,8 +372,9 @@ def _study(args: list[str]) -> None:
         variant: [RunFolder(play.folder(out)) for play in plays if play.variant == variant]
         for variant in given.variants
     }
-    show_table(study_table(groups))
-    console.print(f"Picture: {draw_study(groups, out / 'study.png')}")
+    curves = study_curves(groups)
+    show_table(study_table(curves))
+    console.print(f"Picture: {draw_study(curves, out / 'study.png')}")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {

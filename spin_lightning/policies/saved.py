@@ -60,7 +60,7 @@ def load_mixture(
 
     Raises:
         RunFolderError: The run has no such iterate.
-        SettingError: Weights that do not sum to 1.
+        SettingError: The weights do not sum to 1.
     """
     run = RunFolder(Path(run_dir))
     mixture = uniform(run.known_iterates() or [0]) if weights is None else Mixture(weights)
@@ -116,7 +116,7 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
         raise SettingError(
             "iterate",
             t,
-            f"it is the base model {base.name} itself and has no adapter",
+            f"it is the base model {base.name} itself, without an adapter",
             fix="use the base model as it is, or export with --merge",
         )
     if merge:
@@ -136,14 +136,13 @@ def _policy(run: RunFolder, base: FrozenBase, device: torch.device | str) -> Lor
 
 
 def _parts(run: RunFolder, t: int) -> tuple[FrozenBase, Path | None]:
-    """The base of iterate t, and its adapter folder if it has an adapter."""
-    run.check_iterate(t)
+    record = run.check_iterate(t)
     try:
-        base = FrozenBase(**run.record(t).base)
+        base = FrozenBase(**record.base)
     except TypeError as error:
         raise RunFolderError(
-            f"the record of {run.iterate(t)} does not describe its base model as this version does "
-            f"({first_line(error)})",
+            f"the base model in the record of {run.iterate(t)} has other fields than this version "
+            f"expects ({first_line(error)})",
             fix="restore its iterate.json from a copy of the run",
         ) from error
     has_adapter = (run.iterate(t) / ADAPTER_CONFIG).exists()

@@ -50,9 +50,7 @@ def test_two_processes_make_the_rows_and_the_adapter_of_one_with_the_doubled_bat
     apart = max(float((one[name] - other[name]).abs().max()) for name in one)
     print(f"largest difference of a weight: {apart:.2g}")
     assert apart < 1e-5
-    losses = [
-        RunFolder(r).read_iterate(2)["metrics"]["val/real_nll_per_token"] for r in (tmp_path, two)
-    ]
+    losses = [RunFolder(r).record(2).metrics["val/real_nll_per_token"] for r in (tmp_path, two)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
@@ -112,7 +110,7 @@ def test_failure_on_one_rank_ends_all_with_its_message_and_the_next_start_goes_o
 
 @pytest.mark.parametrize(
     ("target", "call", "rank"),
-    [(_GENERATE, 2, 1), ("spin_lightning.callbacks.self_play:measure_iterate", 1, 0)],
+    [(_GENERATE, 2, 1), ("spin_lightning.callbacks.iterates:measure_iterate", 1, 0)],
 )
 def test_wait_longer_than_the_process_group_allows_is_not_the_end(
     target, call, rank, two, tiny_model_dir, data, tmp_path

@@ -20,14 +20,14 @@ from spin_lightning.callbacks.requirements import check_folder
 from spin_lightning.callbacks.run_files import RunCSVLogger
 from spin_lightning.cli.fit import main
 from spin_lightning.errors import RunFolderError
-from spin_lightning.evaluation.mt_bench.judge import append_line
 from spin_lightning.policies import lora
+from spin_lightning.run.files import append_line
 from spin_lightning.run.fingerprint import differences
 from spin_lightning.run.folder import RunFolder
 from tests.cli.test_fit import fit_arguments
 from tests.toys.runs import contents, play, write_examples
 
-GO_ON = "start the same command again: what was written before is whole and is used"
+GO_ON = "start the same command again: everything that was written before is complete and is used"
 CommandLine = Callable[..., str]
 
 
@@ -176,8 +176,8 @@ def test_checkpoint_of_another_run_is_refused(seed, said, played, tiny_model_dir
     config, before = moved(played, tmp_path / "run", max_epochs=3), contents(played)
     last = RunFolder(other).last_checkpoint
     message = said("fit", "--config", config, "--ckpt_path", last)
-    assert "the checkpoint goes on from iterate 2 of another run" in message
-    assert "another iterate of this number" in message
+    assert "the checkpoint continues from iterate 2 of another run" in message
+    assert "a different iterate 2" in message
     assert "Fix: name a checkpoint of this run" in message
     assert contents(tmp_path / "run") == before
 
@@ -187,7 +187,7 @@ def test_checkpoint_in_a_folder_without_its_iterates_is_refused(
 ):
     arguments = fit_arguments(tmp_path / "run", tiny_model_dir, data)
     message = said(*arguments, "--ckpt_path", RunFolder(played).last_checkpoint)
-    assert "goes on from iterate 2 of another run" in message
+    assert "continues from iterate 2 of another run" in message
     assert "has no iterate 2" in message
 
 

@@ -1,4 +1,4 @@
-"""Rows in work units: which there are, whose bytes they have, and what their scores are."""
+"""Rows in work units: the same bytes however they are made, and scores as by hand."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +16,8 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
-from spin_lightning.rows.store import read_manifest, read_rows
+from spin_lightning.rows.manifest import Manifest, read_manifest
+from spin_lightning.rows.store import read_rows
 from spin_lightning.types import Example
 from tests.toys.adapters import plain_model, write_adapter
 from tests.toys.plans import PLAN, STOP, draw_row, key_by_hand, some_examples
@@ -189,22 +190,18 @@ def test_finish_makes_the_rows_readable_and_says_what_they_are(synthesis, tmp_pa
     list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
     assert read_manifest(tmp_path) is None
     finish(PLAN, EXAMPLES, tmp_path, {"variant": "Mine"})
-    manifest = read_manifest(tmp_path)
     parts = {p.name: sha256(p.read_bytes()).hexdigest() for p in tmp_path.glob("part-*")}
-    assert manifest.pop("parts") == parts
-    assert manifest == {
-        "schema_version": 1,
-        "variant": "Mine",
-        "iterate": 2,
-        "opponent": {"0": 0.5, "1": 0.25, "2": 0.25},
-        "members": [1, 2],
-        "token_alpha": None,
-        "token_members": [],
-        "rows": 70,
-        "units": 5,
-        "unit_size": 16,
-        "cap": 6,
-    }
+    assert read_manifest(tmp_path) == Manifest(
+        iterate=2,
+        opponent={0: 0.5, 1: 0.25, 2: 0.25},
+        members=(1, 2),
+        rows=70,
+        units=5,
+        unit_size=16,
+        cap=6,
+        parts=parts,
+        others={"variant": "Mine"},
+    )
     table = read_rows(tmp_path)
     assert table.example_id.tolist() == [e.example_id for e in EXAMPLES for _ in (0, 1)]
     assert table.members == (1, 2)
@@ -227,7 +224,7 @@ def test_units_decoded_otherwise_than_set_are_named_in_the_manifest(synthesis, t
     finish(PLAN, EXAMPLES, tmp_path, {})
     manifest = read_manifest(tmp_path)
     assert manifest is not None
-    assert manifest["deviations"] == {"1": {"batch_tokens": 320}}
+    assert manifest.deviations == {"1": {"batch_tokens": 320}}
     assert len(read_rows(tmp_path)) == 70
 
 
