@@ -13,14 +13,20 @@ from typing import Any, Literal, NoReturn
 
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from spin_lightning.callbacks.best_iterate import BestIterate
-from spin_lightning.callbacks.console import console, quiet, show_table
+from spin_lightning.callbacks.console import (
+    ParameterCount,
+    console,
+    quiet,
+    quiet_libraries,
+    show_table,
+)
 from spin_lightning.callbacks.guard import RankLost
 from spin_lightning.callbacks.requirements import check_folder, check_strategy, new_run
 from spin_lightning.callbacks.row_making import DryRunFinished
@@ -178,6 +184,10 @@ class SpinCLI(LightningCLI):
             callbacks.append(SelfPlay(**{n: self._get(self.config_init, n) for n in intervals}))
         if not any(isinstance(callback, BestIterate) for callback in callbacks):
             callbacks.append(BestIterate())
+        summarized = any(isinstance(callback, ModelSummary) for callback in callbacks)
+        if settings.enable_model_summary is not False and not summarized:
+            callbacks.append(ParameterCount())
+            kwargs["enable_model_summary"] = False
         for callback in callbacks:
             if isinstance(callback, SelfPlay):
                 callback.dry_run = self._get(self.config_init, "dry_run")
@@ -206,6 +216,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     for message in _NOT_THE_USERS:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    quiet_libraries()
     # So that --model my_variants.MySPIN finds my_variants.py, as `python -m` would.
     sys.path.insert(0, "")
     try:
