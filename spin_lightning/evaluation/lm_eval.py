@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from spin_lightning.errors import DataError, SettingError
 from spin_lightning.evaluation.contestants import Contestant
 from spin_lightning.evaluation.results import Result, cached_result, write_result
+from spin_lightning.evaluation.settings import HarnessSettings
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.pretrained import first_line
 from spin_lightning.run.fingerprint import file_hash, fingerprint
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 _BENCHMARK = "lm_eval"
-# The harness's own seeds, of Python, numpy, torch and the few-shot sampler.
-_SEEDS = (0, 1234, 1234, 1234)
 
 
 @dataclass(frozen=True)
@@ -57,34 +56,6 @@ PRESETS: Final[Mapping[str, tuple[PresetTask, ...]]] = {
         PresetTask("gsm8k", 5, "exact_match.strict-match"),
     )
 }
-
-
-@dataclass(frozen=True)
-class HarnessSettings:
-    """What is asked of the harness.
-
-    Attributes:
-        tasks: Names of presets, tasks or groups, or folders with tasks as YAML files.
-        num_fewshot: Examples in the prompt; what the task says if not given. A preset has its own.
-        limit: Only the first so many documents of each task, for a quick look.
-        batch_size: Requests in a forward.
-        apply_chat_template: Put the prompts into the chat template.
-        include_path: A folder with more tasks, which `tasks` may name.
-        seed: Of all that the harness draws; its own default seeds if not given.
-    """
-
-    tasks: tuple[str, ...]
-    num_fewshot: int | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    apply_chat_template: bool = False
-    include_path: str | None = None
-    seed: int | None = None
-
-    @property
-    def seeds(self) -> tuple[int, int, int, int]:
-        """Seeds of Python, numpy, torch and the few-shot sampler."""
-        return _SEEDS if self.seed is None else (self.seed,) * 4
 
 
 @dataclass(frozen=True)

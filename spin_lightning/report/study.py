@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Final
+from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.errors import RunFolderError
 from spin_lightning.report.report import iterate_records
 from spin_lightning.run.folder import RunFolder
-
-# The family, with the smallest history that mixes. The alpha is our own choice.
-STABILITY_VARIANTS: Final = (
-    "SPIN",
-    "MixtureSPIN(history=2)",
-    "FictitiousSPIN",
-    "AlphaSPIN(alpha=0.3)",
-    "SFT",
-)
 
 # What is compared where the runs know it, and the panel's title.
 _CURVES: Final = {
@@ -35,54 +23,6 @@ _CURVES: Final = {
 }
 # The second half of a run tells whether it has settled.
 _LATE: Final = 0.5
-
-
-@dataclass(frozen=True)
-class Play:
-    """One run of a study.
-
-    Attributes:
-        variant: The variant and its own settings, as they were written.
-        model: Its class: a name of ours, or an import path.
-        settings: Its own settings.
-        seed: Seed of the run, and of the testbed where that is played on.
-    """
-
-    variant: str
-    model: str
-    settings: Mapping[str, Any]
-    seed: int
-
-    @classmethod
-    def of(cls, variant: str, seed: int) -> Play:
-        """Read `Class` or `Class(setting=value, …)`.
-
-        Raises:
-            SettingError: It is neither.
-        """
-        try:
-            node = ast.parse(variant, mode="eval").body
-            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-            settings = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise _unreadable(variant) from error
-        if call.args or not isinstance(call.func, ast.Name | ast.Attribute):
-            raise _unreadable(variant)
-        return cls(variant, ast.unparse(call.func), settings, seed)
-
-    def folder(self, out: Path) -> Path:
-        """Where the run goes."""
-        name = re.sub(r"[^\w.=-]+", "_", self.variant).strip("_")
-        return out / f"{name}-seed{self.seed}"
-
-    def arguments(self, config: str, out: Path) -> list[str]:
-        """What `fit` is called with."""
-        own = [f"--model.{name}={value}" for name, value in self.settings.items()]
-        return [
-            *("fit", "--config", config, "--model", self.model, *own),
-            *(f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder(out)}"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-        ]
 
 
 def study_table(groups: Mapping[str, Sequence[RunFolder]]) -> list[list[str]]:
@@ -173,12 +113,3 @@ def _read(groups: Mapping[str, Sequence[RunFolder]]) -> dict[str, dict[str, list
         }
         for metric in common
     }
-
-
-def _unreadable(variant: str) -> SettingError:
-    return SettingError(
-        "variants",
-        variant,
-        "it does not name a class",
-        fix="write a name such as FictitiousSPIN, or with settings 'AlphaSPIN(alpha=0.3)'",
-    )

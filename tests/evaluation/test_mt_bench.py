@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.errors import DataError, SettingError
 from spin_lightning.evaluation.base import evaluate_run
 from spin_lightning.evaluation.contestants import contestants

@@ -8,9 +8,10 @@ from statistics import fmean, median
 import pytest
 import yaml
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.report.study import STABILITY_VARIANTS, Play, draw_study, study_table
+from spin_lightning.report.study import draw_study, study_table
+from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
 from spin_lightning.run.folder import RunFolder
 
 CONFIG = Path(__file__).parents[2] / "configs" / "testbed" / "stability.yaml"

@@ -16,6 +16,7 @@ from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.contestants import Contestant
 from spin_lightning.evaluation.mt_bench.data import Question, by
 from spin_lightning.evaluation.mt_bench.judge import append_line, read_lines
+from spin_lightning.evaluation.settings import Answering
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
@@ -40,69 +41,59 @@ class Answer:
     did_not_fit: int
 
 
-@dataclass(frozen=True)
-class Answering:
-    """How questions are answered.
+def answers(
+    how: Answering,
+    policy: Callable[[], Policy],
+    tokenizer: PreTrainedTokenizerBase,
+    contestant: Contestant,
+    questions: Sequence[Question],
+    path: Path,
+) -> dict[int, Answer]:
+    """Answer every question that is not answered in the file yet.
 
-    Attributes:
-        max_new_tokens: Longest answer.
-        seed: Of the sampling; the same question gets the same random numbers from every iterate.
+    Args:
+        how: Length limit and seed.
+        policy: Gives who can act as the contestant's iterates; not asked if all is answered.
+        tokenizer: The run's.
+        contestant: Who answers; a mixture draws a member for each conversation.
+        questions: The questions.
+        path: JSON lines in FastChat's format; grows by the questions of one temperature.
+
+    Returns:
+        The answers by question id.
+
+    Raises:
+        SettingError: The tokenizer has no chat template, and a second turn needs one.
     """
-
-    max_new_tokens: int = 1024
-    seed: int = 0
-
-    def answers(
-        self,
-        policy: Callable[[], Policy],
-        tokenizer: PreTrainedTokenizerBase,
-        contestant: Contestant,
-        questions: Sequence[Question],
-        path: Path,
-    ) -> dict[int, Answer]:
-        """Answer every question that is not answered in the file yet.
-
-        Args:
-            policy: Gives who can act as the contestant's iterates; not asked if all is answered.
-            tokenizer: The run's.
-            contestant: Who answers; a mixture draws a member for each conversation.
-            questions: The questions.
-            path: JSON lines in FastChat's format; grows by the questions of one temperature.
-
-        Returns:
-            The answers by question id.
-
-        Raises:
-            SettingError: The tokenizer has no chat template, and a second turn needs one.
-        """
-        if tokenizer.chat_template is None:
-            raise SettingError(
-                "tokenizer.chat_template",
-                None,
-                "MT-Bench has two turns, and there is no template to join them",
-                fix="evaluate a chat model, or set a template and save it with the tokenizer",
-            )
-        rows = {row["key"]: row for row in read_lines(path)}
-        keys = {q.question_id: self._key(contestant, q) for q in questions}
-        missing = [q for q in questions if keys[q.question_id] not in rows]
-        for temperature, group in by(missing, lambda q: q.temperature).items():
-            writer = _Writer(policy(), tokenizer, contestant, self, temperature)
-            for question, answer in zip(group, writer.conversations(group), strict=True):
-                row = _row(keys[question.question_id], contestant, question, answer)
-                rows[row["key"]] = row
-                append_line(path, row)
-        return {number: _answer(rows[key]) for number, key in keys.items()}
-
-    def _key(self, contestant: Contestant, question: Question) -> str:
-        return fingerprint(
-            {
-                "identity": contestant.identity,
-                "turns": question.turns,
-                "temperature": question.temperature,
-                "max_new_tokens": self.max_new_tokens,
-                "seed": self.seed,
-            }
+    if tokenizer.chat_template is None:
+        raise SettingError(
+            "tokenizer.chat_template",
+            None,
+            "MT-Bench has two turns, and there is no template to join them",
+            fix="evaluate a chat model, or set a template and save it with the tokenizer",
         )
+    rows = {row["key"]: row for row in read_lines(path)}
+    keys = {q.question_id: _key(how, contestant, q) for q in questions}
+    missing = [q for q in questions if keys[q.question_id] not in rows]
+    for temperature, group in by(missing, lambda q: q.temperature).items():
+        writer = _Writer(policy(), tokenizer, contestant, how, temperature)
+        for question, answer in zip(group, writer.conversations(group), strict=True):
+            row = _row(keys[question.question_id], contestant, question, answer)
+            rows[row["key"]] = row
+            append_line(path, row)
+    return {number: _answer(rows[key]) for number, key in keys.items()}
+
+
+def _key(how: Answering, contestant: Contestant, question: Question) -> str:
+    return fingerprint(
+        {
+            "identity": contestant.identity,
+            "turns": question.turns,
+            "temperature": question.temperature,
+            "max_new_tokens": how.max_new_tokens,
+            "seed": how.seed,
+        }
+    )
 
 
 class _Writer:

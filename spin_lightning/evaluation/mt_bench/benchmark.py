@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning.evaluation.contestants import Contestant
-from spin_lightning.evaluation.mt_bench.answers import Answer, Answering
+from spin_lightning.evaluation.mt_bench.answers import Answer, answers
 from spin_lightning.evaluation.mt_bench.data import (
     TURNS,
     Query,
@@ -19,8 +19,9 @@ from spin_lightning.evaluation.mt_bench.data import (
     rating,
     read_mt_bench,
 )
-from spin_lightning.evaluation.mt_bench.judge import Judge, JudgeSettings, Verdict
+from spin_lightning.evaluation.mt_bench.judge import Judge, Verdict
 from spin_lightning.evaluation.results import Result, cached_result, write_result
+from spin_lightning.evaluation.settings import Answering, JudgeSettings
 from spin_lightning.policies.base import Policy
 from spin_lightning.run.folder import RunFolder
 
@@ -112,7 +113,8 @@ class MTBench:
         contestant: Contestant,
     ) -> dict[int, Answer]:
         path = run.evaluation(contestant.name) / _BENCHMARK / "answers.jsonl"
-        return self.answering.answers(policy, tokenizer, contestant, self.data.questions, path)
+        questions = self.data.questions
+        return answers(self.answering, policy, tokenizer, contestant, questions, path)
 
     def _ratings(
         self,

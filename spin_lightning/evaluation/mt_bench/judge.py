@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,10 @@ from spin_lightning.errors import (
     RunFolderError,
     SettingError,
     SpinError,
-    check_names,
     first_line,
 )
 from spin_lightning.evaluation.mt_bench.data import Query
+from spin_lightning.evaluation.settings import JudgeSettings
 from spin_lightning.redaction import masked
 from spin_lightning.run.files import writing
 from spin_lightning.run.fingerprint import fingerprint
@@ -35,68 +34,6 @@ _SAID = ("judgment", "prompt_tokens", "completion_tokens")
 
 class JudgeError(SpinError):
     """The judge did not answer everything."""
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Who judges, and how often it may be asked.
-
-    Attributes:
-        base_url: Of the server, such as http://localhost:8000/v1; OpenAI's own if not given.
-        model: The judge's name there.
-        key_variable: Environment variable that holds the key; local servers need none.
-        temperature: Of the verdicts.
-        max_tokens: Longest verdict.
-        concurrency: Requests under way at a time.
-        requests_per_minute: At most so many are started in a minute; no bound if not given.
-        retries: How often a request is repeated after a server error, a rate limit or a time-out.
-        timeout: Seconds until a request counts as lost.
-    """
-
-    base_url: str | None = None
-    model: str = "gpt-4"
-    key_variable: str = "OPENAI_API_KEY"
-    temperature: float = 0.0
-    max_tokens: int = 2048
-    concurrency: int = 4
-    requests_per_minute: float | None = None
-    retries: int = 8
-    timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        pace = self.requests_per_minute
-        checks = {
-            "concurrency": (self.concurrency >= 1, "1 or more"),
-            "requests_per_minute": (pace is None or pace > 0, "a number > 0, or leave it out"),
-            "temperature": (0 <= self.temperature < math.inf, "a number >= 0"),
-            "max_tokens": (self.max_tokens >= 1, "1 or more"),
-            "retries": (self.retries >= 0, "0 or more"),
-            "timeout": (0 < self.timeout < math.inf, "a number of seconds > 0"),
-        }
-        for name, (valid, fix) in checks.items():
-            if not valid:
-                value = getattr(self, name)
-                raise SettingError(f"judge.{name}", value, "out of range", fix=f"give {fix}")
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> JudgeSettings:
-        """Build settings from plain values.
-
-        Raises:
-            SettingError: There is no such setting, or a value is out of range.
-        """
-        check_names("judge", values, [field.name for field in fields(cls)])
-        return cls(**values)
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """What a verdict depends on besides the query."""
-        return {
-            "model": self.model,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
 
 
 @dataclass(frozen=True)
