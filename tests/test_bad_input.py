@@ -10,7 +10,7 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from tests.cli.test_fit import fit_arguments
 from tests.toys.runs import contents, write_examples
 

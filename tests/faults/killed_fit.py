@@ -57,7 +57,7 @@ def _die() -> None:
 
 
 if __name__ == "__main__":
-    from spin_lightning.cli.fit import main
+    from spin_lightning.cli.main import main
 
     rank = os.environ.get("LOCAL_RANK", "0")
     if os.environ.get(VARIABLE) and os.environ.get(RANK, rank) == rank:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from spin_lightning import load_iterate
 from spin_lightning.callbacks.requirements import check_folder
 from spin_lightning.callbacks.run_files import RunCSVLogger
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError
 from spin_lightning.policies import lora
 from spin_lightning.run.files import append_line
