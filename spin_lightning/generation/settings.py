@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from spin_lightning.errors import SettingError, check_names, is_number, is_whole
+from spin_lightning.errors import check_names, check_settings, is_number, is_whole
 
 # Below this the logits overflow a float32.
 _COLDEST = 1e-6
@@ -37,27 +37,26 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        checks = {
-            "batch_tokens": (
-                self.batch_tokens is None or is_whole(self.batch_tokens, 1),
-                "a whole number > 0, or null",
-            ),
-            "unit_size": (is_whole(self.unit_size, 1), "a whole number of rows > 0"),
-            "temperature": (
-                is_number(self.temperature) and self.temperature >= _COLDEST,
-                f"a number >= {_COLDEST}; 1 is what self-play assumes, top_k: 1 is greedy",
-            ),
-            "top_p": (
-                is_number(self.top_p) and 0 < self.top_p <= 1,
-                "a number in (0, 1]; 1 is what self-play assumes",
-            ),
-            "top_k": (is_whole(self.top_k, 0), "a whole number >= 0; 0 keeps every token"),
-        }
-        for name, (valid, fix) in checks.items():
-            if not valid:
-                raise SettingError(
-                    f"generation.{name}", getattr(self, name), "out of range", fix=f"give {fix}"
-                )
+        check_settings(
+            self,
+            {
+                "batch_tokens": (
+                    self.batch_tokens is None or is_whole(self.batch_tokens, 1),
+                    "a whole number > 0, or null",
+                ),
+                "unit_size": (is_whole(self.unit_size, 1), "a whole number of rows > 0"),
+                "temperature": (
+                    is_number(self.temperature) and self.temperature >= _COLDEST,
+                    f"a number >= {_COLDEST}; 1 is what self-play assumes, top_k: 1 is greedy",
+                ),
+                "top_p": (
+                    is_number(self.top_p) and 0 < self.top_p <= 1,
+                    "a number in (0, 1]; 1 is what self-play assumes",
+                ),
+                "top_k": (is_whole(self.top_k, 0), "a whole number >= 0; 0 keeps every token"),
+            },
+            prefix="generation.",
+        )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GenerationSettings:
@@ -68,6 +67,11 @@ class GenerationSettings:
         """
         check_names("generation", values, [field.name for field in fields(cls)])
         return cls(**values)
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The settings that all iterates of a run have in common."""
+        compared = ("unit_size", "temperature", "top_p", "top_k")
+        return {name: getattr(self, name) for name in compared}
 
     @property
     def is_exact(self) -> bool:

@@ -6,6 +6,7 @@ import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 from peft.utils import get_peft_model_state_dict
@@ -13,7 +14,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.errors import SettingError, first_line
+from spin_lightning.errors import (
+    SettingError,
+    check_settings,
+    first_line,
+    is_number,
+    is_whole,
+)
 from spin_lightning.policies.pretrained import FrozenBase, skeleton
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,13 +36,66 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
 
+    @classmethod
+    def of(
+        cls,
+        r: int | None,
+        alpha: int | None,
+        dropout: float | None,
+        target_modules: str | list[str] | None,
+        initial_adapter: str | None,
+    ) -> LoraSettings:
+        """Build the shape of a fresh adapter; None means the default.
+
+        Raises:
+            SettingError: A value is out of range, or one is given together with `initial_adapter`.
+        """
+        targets = tuple(target_modules) if isinstance(target_modules, list) else target_modules
+        values: dict[str, Any] = {
+            "r": r,
+            "alpha": alpha,
+            "dropout": dropout,
+            "target_modules": targets,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
+        if given and initial_adapter is not None:
+            raise SettingError(
+                "initial_adapter",
+                initial_adapter,
+                f"its own config determines {', '.join(f'lora_{name}' for name in given)}",
+                fix="leave the lora_* settings out, or start without initial_adapter",
+            )
+        lora = cls(**given)
+        lora._check()
+        return lora
+
+    def _check(self) -> None:
+        targets = self.target_modules
+        check_settings(
+            self,
+            {
+                "r": (is_whole(self.r, 1), "a whole number >= 1"),
+                "alpha": (is_whole(self.alpha, 1), "a whole number >= 1"),
+                "dropout": (
+                    is_number(self.dropout) and 0 <= self.dropout < 1,
+                    "a number in [0, 1)",
+                ),
+                "target_modules": (
+                    isinstance(targets, str)
+                    or (bool(targets) and all(isinstance(name, str) and name for name in targets)),
+                    "names of layers, or all-linear",
+                ),
+            },
+            prefix="lora_",
+        )
+
     def peft_config(self, base: FrozenBase) -> peft.LoraConfig:
-        """The same as PEFT takes it."""
+        """The settings as a PEFT config."""
         targets = self.target_modules
         turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
         return peft.LoraConfig(
             r=self.r,
-            fan_in_fan_out=turned,  # which PEFT would set by itself, with a warning
+            fan_in_fan_out=turned,  # PEFT would set it by itself, with a warning
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
