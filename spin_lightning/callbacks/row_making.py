@@ -12,10 +12,8 @@ import lightning as L
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.policies import pretrained
 from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
 from spin_lightning.rows.plan import NO_ROWS, Coupling, EarlierRows, RowPlan
 from spin_lightning.rows.store import MANIFEST, read_manifest, read_rows
@@ -174,9 +172,8 @@ class RowMaker:
     def _synthesis(self) -> Synthesis:
         module, text_format = self.module, self.data.format
         assert text_format is not None
-        config = pretrained.load_config(module.base)
-        generator = LocalGenerator(
-            config, text_format.stop_ids, text_format.pad_id, module.generation
+        generator = module.make_generator(
+            text_format.stop_ids, text_format.pad_id, module.generation
         )
         return Synthesis(module.policy, generator, module.vocabulary)
 

@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
 from spin_lightning.errors import RunFolderError, SettingError, is_number, is_whole
+from spin_lightning.generation.base import Generator
+from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics, pair_statistics
@@ -327,6 +329,19 @@ class SelfPlayModule(L.LightningModule, ABC):
             fused=self.fused_lora,
             compiled=self.torch_compile,
         )
+
+    def make_generator(
+        self, stop_ids: tuple[int, ...], pad_id: int, settings: GenerationSettings
+    ) -> Generator:
+        """Build the engine that samples responses.
+
+        Args:
+            stop_ids: Ids that end a response.
+            pad_id: Id that fills a batch up.
+            settings: How responses are sampled.
+        """
+        config = pretrained.load_config(self.base)
+        return LocalGenerator(config, stop_ids, pad_id, settings)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """A fresh optimizer and schedule for the iterate at hand."""
