@@ -139,6 +139,20 @@ class SelfPlayDataModule(L.LightningDataModule):
         self._hashes = {"data": content_hash(self.train), "val_data": content_hash(self.val)}
         rank_zero_info(f"Data: {len(self.train)} examples to play on, held out {held_out}.")
 
+    def read_conversations(
+        self, source: str, setting: str
+    ) -> tuple[list[Conversation], list[BadRow]]:
+        """Read a source as text; override it for a format of your own.
+
+        Args:
+            source: What `data` or `val_data` names.
+            setting: Which of the two, for messages.
+
+        Returns:
+            The conversations, and the rows that cannot be used with the reason.
+        """
+        return read_conversations(source, self.columns, setting)
+
     def iterate_examples(self, t: int) -> list[Example]:
         """The examples that the rows of iterate t are made from."""
         count = self.prompts_per_iterate
@@ -241,7 +255,7 @@ class SelfPlayDataModule(L.LightningDataModule):
     def _read(
         self, source: str, setting: str, text_format: PromptFormat, limit: int | None
     ) -> list[Example]:
-        conversations, bad = read_conversations(source, self.columns, setting)
+        conversations, bad = self.read_conversations(source, setting)
         total = len(conversations) + len(bad)
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
