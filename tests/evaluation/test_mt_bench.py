@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig
 
 from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
 from spin_lightning.cli.fit import main
@@ -25,6 +24,7 @@ from spin_lightning.evaluation.mt_bench.judge import Judge, JudgeError, JudgeSet
 from spin_lightning.policies import lora
 from spin_lightning.run.folder import RunFolder
 from tests.evaluation.scripted_judge import scripted_judge
+from tests.toys.models import write_model
 from tests.toys.runs import contents, play, write_examples
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "mt_bench"
@@ -92,9 +92,7 @@ def chat_run(tiny_model_dir, tmp_path_factory) -> RunFolder:
     tokenizer.save_pretrained(folder / "model")
     config = LlamaConfig.from_pretrained(folder / "model")
     config.max_position_embeddings = 512
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
+    write_model(config, folder / "model")
     data = write_examples(folder / "examples.jsonl")
     play(folder / "run", folder / "model", data, epochs=1)
     return RunFolder(folder / "run")
