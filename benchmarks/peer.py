@@ -117,8 +117,8 @@ def make_trainer(
 ) -> Any:
     """A DPOTrainer at its best; its constructor computes the reference log-probs of the pairs.
 
-    TRL rounds the adapter of a quantized base to bfloat16. In float32 that is undone, since it changes
-    the adapter.
+    TRL rounds the adapter of a quantized base to bfloat16. In float32 that is undone, since it
+    changes the adapter.
     """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
