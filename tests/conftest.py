@@ -19,7 +19,7 @@ from tests.toys.models import write_tiny_model
 
 @pytest.fixture(autouse=True)
 def _restore_random_state() -> Iterator[None]:
-    """A test that seeds leaves the random state and the announced seed as they were."""
+    """Restore the random state and the announced seed after each test."""
     state, seed = torch.get_rng_state(), os.environ.get("PL_GLOBAL_SEED")
     yield
     torch.set_rng_state(state)

@@ -11,7 +11,7 @@ from tests.toys.tasks import write_tasks
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Iterates 0 to 4 of SPIN on the tiny model. Not to be written to: copy it."""
+    """Iterates 0 to 4 of SPIN on the tiny model. Copy it before you write to it."""
     folder = tmp_path_factory.mktemp("finished")
     data = write_examples(folder / "examples.jsonl")
     play(folder / "run", tiny_model_dir, data, epochs=4)

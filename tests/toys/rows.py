@@ -26,7 +26,7 @@ ROW = Row(
     token_generated_logps=(),
     seed=-123_456_789_012_345_678,
 )
-# As a method without opponents leaves it.
+# Fields of a row of a method without opponents.
 REAL_ONLY = {
     "generated_ids": (),
     "opponent": None,
@@ -38,7 +38,7 @@ REAL_ONLY = {
 
 
 def write_rows(folder: Path, *parts: Sequence[Row], **fields: Any) -> Path:
-    """A finished folder of rows, one part for each list."""
+    """A finished folder of rows, one part per list."""
     for unit, rows in enumerate(parts):
         write_part(folder, unit, rows)
     counted = {"units": len(parts), "rows": sum(map(len, parts)), "members": parts[0][0].members}
