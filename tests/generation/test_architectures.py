@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator
@@ -25,6 +24,7 @@ from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.types import PolicyId
 from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.models import family_config, write_model
 
 # PEFT detects by itself that GPT-2's layers are transposed, and warns.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
@@ -64,7 +64,9 @@ class Player:
     """A policy with iterates 0 to 3, and the same iterates by transformers and peft alone."""
 
     def __init__(self, root: Path, family: str, *, initial: bool, nf4: bool = False) -> None:
-        model_dir = _write_model(family, root / "model")
+        model_dir = write_model(
+            family_config(family, WORDS, **{**FAMILIES, **OTHERS}[family]), root / "model"
+        )
         shape: dict[str, Any] = {"fan_in_fan_out": family == "gpt2"}
         narrow = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}.get(family, "all-linear")
         shapes: dict[int, dict[str, Any]] = {
@@ -108,25 +110,6 @@ class Player:
         alpha = request.token_alpha
         mixed = ((1 - alpha) * own + alpha * base).log_softmax(-1)
         return mixed[len(request.prompt_ids) - 1 : -1]
-
-
-def _write_model(family: str, folder: Path) -> Path:
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=WORDS,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=STOP,
-        **{"initializer_range": 0.2, **{**FAMILIES, **OTHERS}[family]},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def some_requests(count: int = 48) -> list[Request]:

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from spin_lightning.keyed import position_uniforms
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import load_config
-from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model
 from tests.toys.chi_square import chi_square
 
 STOPS = (2, 5)
@@ -30,22 +29,16 @@ WORDS = 24
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {t: write_adapter(tiny_model_dir, root / str(t), seed=t) for t in (1, 2)}
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_base, adapters, tmp_path_factory) -> LoraPolicy:
+def policy(tiny_base, tiny_adapters, tmp_path_factory) -> LoraPolicy:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
-    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
+    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **tiny_adapters})
     return policy
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model_dir, adapters) -> dict[int, nn.Module]:
+def models(tiny_model_dir, tiny_adapters) -> dict[int, nn.Module]:
     """The iterates without our code."""
-    return {t: plain_model(tiny_model_dir, adapters.get(t)) for t in (0, 1, 2)}
+    return {t: plain_model(tiny_model_dir, tiny_adapters.get(t)) for t in (0, 1, 2)}
 
 
 @pytest.fixture
@@ -174,7 +167,7 @@ def test_ids_of_the_most_extreme_uniforms_have_probability(uniform, generate, mo
 
 
 def test_generate_leaves_the_global_random_state(policy, generate):
-    policy.evict()  # so that adapters are loaded
+    policy.evict()  # so that tiny_adapters are loaded
     state = torch.get_rng_state()
     generate(some_requests(5))
     assert torch.equal(torch.get_rng_state(), state)

@@ -14,7 +14,8 @@ from spin_lightning.policies.loading import load_base
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
-from tests.toys.adapters import IDS, write_adapter, write_wide_model
+from tests.toys.adapters import IDS, write_adapter
+from tests.toys.models import write_wide_model
 
 
 @pytest.fixture(scope="module")

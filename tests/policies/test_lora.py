@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config
 
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.packing import pack_padded
@@ -24,8 +24,8 @@ from tests.toys.adapters import (
     plain_logits,
     plain_model,
     write_adapter,
-    write_wide_model,
 )
+from tests.toys.models import write_model, write_wide_model
 
 QUANTIZED = ["nf4", "int8"]
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -325,7 +325,7 @@ def test_load_base_int8_holds_every_layer_in_eight_bits(base):
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_load_base_gpt2_holds_its_transposed_layers_quantized_too(quantization, tmp_path):
     config = GPT2Config(vocab_size=24, n_positions=32, n_embd=64, n_layer=1, n_head=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    write_model(config, tmp_path)
     base = FrozenBase(str(tmp_path), quantization=quantization, compute_dtype="float32")
     kind = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}[quantization]
     assert sum(isinstance(m, kind) for m in load_base(base).modules()) == 4

@@ -14,7 +14,8 @@ from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.types import PolicyId
-from tests.toys.adapters import plain_model, write_adapter, write_wide_model
+from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.models import write_wide_model
 
 IDS = torch.tensor([[1, 5, 9, 14, 6, 23, 11], [1, 20, 20, 4, 7, 8, 13]])
 # Each with its own rank, scaling and layers.

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -31,6 +30,7 @@ from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import ARCHITECTURES, shares_prefixes
 from spin_lightning.types import PromptBatch
+from tests.toys.models import write_model
 
 SIZES = {
     "vocab_size": 96,
@@ -83,11 +83,7 @@ NF4 = ("llama", "mistral_window", "qwen3", "gemma2", "gpt_neox")
 def folder_of(tmp_path_factory):
     @cache
     def write(name: str) -> str:
-        folder = tmp_path_factory.mktemp(name)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder)
-        return str(folder)
+        return str(write_model(CONFIGS[name], tmp_path_factory.mktemp(name)))
 
     return write
 
@@ -378,9 +374,8 @@ def test_head_that_is_not_frozen_gets_its_gradient(head, folder_of):
 @pytest.fixture(scope="module")
 def unknown(tmp_path_factory) -> FrozenBase:
     """A model whose attention does not support positions that restart."""
-    folder = tmp_path_factory.mktemp("bloom")
     config = BloomConfig(vocab_size=96, hidden_size=64, n_layer=1, n_head=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    folder = write_model(config, tmp_path_factory.mktemp("bloom"))
     return FrozenBase(str(folder), compute_dtype="float32")
 
 

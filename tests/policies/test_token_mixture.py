@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.kv_cache import PreallocatedCache
@@ -24,6 +23,7 @@ from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
 from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.models import family_config, write_model
 
 # PEFT warns that it detects GPT-2's transposed layers, and that it saves a head with an adapter.
 pytestmark = [
@@ -70,26 +70,6 @@ class Players:
             return self.policy.model(input_ids=ids).logits.double().log_softmax(-1)
 
 
-def write_model(family: str, folder: Path) -> Path:
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=WORDS,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=STOP,
-        **FAMILIES[family],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
 def make_players(
     root: Path, family: str, *, initial: bool = False, quantization: str = "none", **shape: Any
 ) -> Players:
@@ -97,7 +77,7 @@ def make_players(
 
     The trained adapter differs from all of them.
     """
-    model_dir = write_model(family, root / "model")
+    model_dir = write_model(family_config(family, WORDS, **FAMILIES[family]), root / "model")
     shape |= {"fan_in_fan_out": True} if family == "gpt2" else {}
     narrow = {"r": 2, "target_modules": ["c_attn"] if family == "gpt2" else ["q_proj", "down_proj"]}
     adapters: dict[int, Path | None] = {
