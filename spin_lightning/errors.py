@@ -98,3 +98,19 @@ def check_names(group: str, values: Mapping[str, object], known: Sequence[str]) 
                 "there is no such setting",
                 fix=f"choose from {', '.join(known)}",
             )
+
+
+def missing_extra(field: str, package: str, extra: str) -> SettingError:
+    """The error for a setting that needs a package of an extra which is not installed.
+
+    Args:
+        field: The setting.
+        package: The package that is missing.
+        extra: The extra that installs it.
+    """
+    return SettingError(
+        field,
+        package,
+        "this package is not installed",
+        fix=f"run: pip install 'spin-lightning[{extra}]'",
+    )

@@ -10,7 +10,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.testbed import Language, ensure, response_log_probs

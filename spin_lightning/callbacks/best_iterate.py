@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from spin_lightning.callbacks.interfaces import IterateListener
 from spin_lightning.errors import SettingError
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import IterateRecord
 
 _DEFAULT_METRIC = "val/real_nll_per_token"
 
@@ -18,15 +19,15 @@ _DEFAULT_METRIC = "val/real_nll_per_token"
 class BestIterate(IterateListener):
     """Keeps `iterates/best.json` ({index, metric, value}), and can stop a run that gets worse.
 
-    Self-play need not improve with every iterate. What is best is read off the records of the
-    iterates, so a resumed run comes to the same verdict.
+    Self-play need not improve with every iterate. The ranking depends only on the records of the
+    iterates, so a resumed run reaches the same verdict.
 
     Args:
-        metric: Which metric of the iterates decides; val/real_nll_per_token, where there are
-            held-out examples, if nothing is said.
-        mode: Whether smaller or larger is better.
-        patience: Stop when this many iterates in a row were no better than the best; never if
-            nothing is said.
+        metric: The metric to rank iterates by; default val/real_nll_per_token, which needs
+            held-out examples.
+        mode: min: smaller is better; max: larger is better.
+        patience: Stop after this many iterates in a row that were no better than the best;
+            default: never.
 
     Raises:
         SettingError: A `patience` below 1, or a metric that the iterates do not have.
@@ -48,9 +49,9 @@ class BestIterate(IterateListener):
         self.patience = patience
 
     def on_iterate_measured(
-        self, trainer: L.Trainer, run: RunFolder, records: Sequence[Mapping[str, Any]]
+        self, trainer: L.Trainer, run: RunFolder, records: Sequence[IterateRecord]
     ) -> None:
-        """Write who is best; stop when it has been the same for too long."""
+        """Write which iterate is the best; stop once `patience` later ones were no better."""
         values = self._values(records)
         if not values:
             return
@@ -58,7 +59,7 @@ class BestIterate(IterateListener):
         best = min(values, key=lambda t: (sign * values[t], t))
         if trainer.is_global_zero:
             run.write_best(best, self.metric or _DEFAULT_METRIC, values[best])
-        newest = records[-1]["index"]
+        newest = records[-1].index
         if self.patience is not None and newest - best >= self.patience:
             trainer.should_stop = True
             rank_zero_info(
@@ -66,8 +67,8 @@ class BestIterate(IterateListener):
                 f"iterate {best}, {newest - best} iterates ago (patience {self.patience})."
             )
 
-    def _values(self, records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-        metrics = {record["index"]: record.get("metrics", {}) for record in records}
+    def _values(self, records: Sequence[IterateRecord]) -> dict[int, float]:
+        metrics = {record.index: record.metrics or {} for record in records}
         name = self.metric or _DEFAULT_METRIC
         values = {t: measured[name] for t, measured in metrics.items() if name in measured}
         if self.metric is not None and not values:

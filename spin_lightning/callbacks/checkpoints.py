@@ -1,4 +1,4 @@
-"""Reading checkpoints: nothing that is pickled in them runs, and they belong to the run."""
+"""Reading checkpoints safely: no pickled code runs, and a checkpoint must be of this run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
 
 _LINEAGE = "run_lineage"
-# What every checkpoint of ours holds, and what training needs besides.
+# What every checkpoint of self-play holds, and what training needs besides.
 _PARTS = {"state_dict": dict, "self_play": dict, "pytorch-lightning_version": str}
 _TRAINING_PARTS = {
     "callbacks": dict,
@@ -28,14 +28,14 @@ _TRAINING_PARTS = {
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Loads tensors and plain values only, whatever it is asked for.
+    """Loads tensors and plain values only, whatever the caller requests.
 
     Args:
-        to_train_on: Whether training is to go on from what is loaded.
+        to_train_on: Whether training will continue from the checkpoint, which needs more of it.
     """
 
     def __init__(self, to_train_on: bool) -> None:
-        """Say what it is for."""
+        """Choose the parts that a checkpoint must have."""
         super().__init__()
         self._parts = _PARTS | (_TRAINING_PARTS if to_train_on else {})
 
@@ -43,15 +43,15 @@ class RunCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint of self-play.
 
         Raises:
-            RunFolderError: The file is damaged, no such checkpoint, or holds more than tensors and
-                plain values.
+            RunFolderError: The file is missing or damaged, is not a checkpoint of self-play, or
+                holds more than tensors and plain values.
         """
         kwargs["weights_only"] = True
         try:
             content = super().load_checkpoint(path, *args[:1], **kwargs)
         except FileNotFoundError as error:
             raise _refusal(path, "there is no such file") from error
-        # Torch's readers raise whatever they stumble over; there is no base class.
+        # Torch's readers raise exceptions of many classes without a common base.
         except Exception as error:
             raise _refusal(
                 path,
@@ -59,12 +59,12 @@ class RunCheckpointIO(TorchCheckpointIO):
                 f"since it could run code ({type(error).__name__})",
             ) from error
         if not isinstance(content, dict):
-            raise _refusal(path, "it is no checkpoint of a training run")
+            raise _refusal(path, "it is not a checkpoint of a training run")
         for name, kind in self._parts.items():
             if not isinstance(content.get(name), kind):
-                raise _refusal(path, f"it is no checkpoint of self-play, its {name!r} is missing")
+                raise _refusal(path, f"it is not a checkpoint of self-play ({name!r} is missing)")
         if not isinstance(content["self_play"].get("iterate"), int):
-            raise _refusal(path, "it does not say which iterate it is on its way to")
+            raise _refusal(path, "its index of the current iterate is missing")
         return content
 
 
@@ -75,7 +75,7 @@ def read_safely(trainer: L.Trainer) -> None:
 
 
 def write_lineage(checkpoint: dict[str, Any], run: RunFolder, iterate: int) -> None:
-    """Say in a checkpoint which iterate of which run it goes on from."""
+    """Store in a checkpoint which iterate of which run it continues from."""
     checkpoint[_LINEAGE] = _lineage(run, iterate)
 
 
@@ -83,30 +83,30 @@ def check_lineage_of(checkpoint: Mapping[str, Any], run: RunFolder) -> None:
     """Refuse a checkpoint of another run.
 
     Raises:
-        RunFolderError: The run has no such iterate, or another one of its number.
+        RunFolderError: The run has no such iterate, or a different one with this index.
     """
     iterate = checkpoint["self_play"]["iterate"]
     there = iterate in run.known_iterates()
-    # (A checkpoint of an earlier version does not say.)
+    # (A checkpoint of an earlier version has no lineage.)
     if there and checkpoint.get(_LINEAGE, _lineage(run, iterate)) == _lineage(run, iterate):
         return
     raise RunFolderError(
-        f"the checkpoint goes on from iterate {iterate} of another run: {run.root} has "
-        f"{'another iterate of this number' if there else f'no iterate {iterate}'}",
-        fix="name a checkpoint of this run, or the folder of the run that it belongs to with "
+        f"the checkpoint continues from iterate {iterate} of another run: {run.root} has "
+        f"{f'a different iterate {iterate}' if there else f'no iterate {iterate}'}",
+        fix="name a checkpoint of this run, or name the folder of the run that it belongs to with "
         "--trainer.default_root_dir",
     )
 
 
 def _lineage(run: RunFolder, iterate: int) -> str:
-    record = run.read_iterate(iterate)
-    return fingerprint({name: record.get(name) for name in ("fingerprint", "files")})
+    record = run.record(iterate)
+    return fingerprint({"fingerprint": record.fingerprint, "files": record.files})
 
 
 def _refusal(path: object, problem: str) -> RunFolderError:
     others = Path(str(path)).parent
     return RunFolderError(
         f"the checkpoint {path} cannot be used: {problem}",
-        fix=f"name another checkpoint (see {others}) with --ckpt_path; without any, move the "
-        "folder's iterates away or name a new folder to start again",
+        fix=f"name another checkpoint (see {others}) with --ckpt_path; if there is none, move "
+        "the folder's iterates away or name a new folder to start again",
     )

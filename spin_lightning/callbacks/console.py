@@ -1,31 +1,37 @@
-"""What the user sees in the terminal: progress, the table of iterates, sample pairs."""
+"""Output in the terminal: progress, the table of iterates, sample pairs."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+import lightning as L
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.model_summary import summarize
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from transformers.utils.logging import set_tqdm_hook
 
 from spin_lightning.callbacks.speed import speed_line
+from spin_lightning.run.records import IterateRecord, TrainingRecord
 
 _LINES_SHOWN = 8
 _LOG_WIDTH = 160
 
-# Without a terminal there is no width to keep to, and a log file should not be cut.
+# Without a terminal there is no width to fit, and a log file should not be cut.
 console = Console(
     soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH
 )
 
 
-# Name, width, and how a record shows it. "exact/kl" is there only where it is known.
+# Name, width and format. "exact/kl" is known on the testbed only.
 _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("iterate", 7, "d"),
     ("opponent", 10, "s"),
@@ -42,20 +48,21 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
 )
 
 
-def show_iterates(records: Sequence[Mapping[str, Any]]) -> None:
-    """Show the table of iterates as far as it has grown; of a long one the last lines."""
+def show_iterates(records: Sequence[IterateRecord]) -> None:
+    """Show the table of iterates so far; of a long one the last lines."""
     head = "  ".join(f"{name:>{width}}" for name, width, _ in _COLUMNS)
     console.print(head, style="bold")
     for record in records[-_LINES_SHOWN:]:
         console.print(_line(record))
-    speed = speed_line((records[-1].get("training") or {}).get("speed", {}))
+    training = records[-1].training
+    speed = "" if training is None else speed_line(training.speed)
     if speed:
         console.print(f"Speed: {speed}.", style="dim")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show nothing inside the block: many runs in a row have only their results to tell."""
+    """Print nothing inside the block, for many runs in a row whose results are shown later."""
     log = logging.getLogger("lightning.pytorch")
     shown, level = console.quiet, log.level
     console.quiet = True
@@ -65,6 +72,34 @@ def quiet() -> Iterator[None]:
     finally:
         console.quiet = shown
         log.setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """Silence output of other libraries that does not concern a run; warnings still show.
+
+    Silenced are transformers' bars for loading weights, which take a moment, and Lightning's tips
+    for other products. Bars of downloads stay. Calling this twice is harmless.
+    """
+    set_tqdm_hook(_without_weight_bars)
+    # The logger of Lightning's rank_zero_info.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_a_tip)
+
+
+class ParameterCount(ModelSummary):
+    """Prints how many parameters are trained and how many are frozen, in one line.
+
+    In place of Lightning's summary, which lists modules and how many of them are in train mode:
+    self-play switches modes all the time.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line."""
+        if trainer.is_global_zero:
+            summary = summarize(pl_module)
+            trained = summary.trainable_parameters
+            counts = (trained, summary.total_parameters - trained)
+            shown = [get_human_readable_count(count).strip() for count in counts]
+            console.print(f"Parameters: {shown[0]} trained, {shown[1]} frozen.")
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
@@ -84,7 +119,7 @@ def show_samples(pairs: Sequence[tuple[str, str, str]]) -> None:
 
 
 class RowProgress:
-    """Two bars, generation and scoring, with rate and time left. A `synthesis.Reporter`."""
+    """Two bars, generation and scoring, with rate and remaining time. A `rows.making.Reporter`."""
 
     def __init__(self, title: str, rows: int, *, visible: bool = True) -> None:
         """Prepare bars for `rows` rows."""
@@ -104,7 +139,7 @@ class RowProgress:
         }
 
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
-        """`rows` more rows went through `stage`."""
+        """Count `rows` more rows of a stage."""
         self._progress.advance(self._tasks[stage], rows)
 
     def __enter__(self) -> Self:
@@ -118,7 +153,7 @@ class RowProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         self._progress.stop()
 
 
@@ -129,22 +164,34 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or task.finished_speed or 0:.1f} rows/s")
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    """One iterate's line of the table, from what its folder knows of it."""
-    training, metrics = record.get("training") or {}, record.get("metrics") or {}
-    seconds = training.get("seconds", {})
+def _without_weight_bars(
+    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make one of transformers' progress bars; those for loading weights are disabled."""
+    hidden = kwargs.get("desc") == "Loading weights"
+    return make(*args, **(kwargs | {"disable": True} if hidden else kwargs))
+
+
+def _is_not_a_tip(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡 Tip:")
+
+
+def _line(record: IterateRecord) -> str:
+    """One iterate's line of the table."""
+    training, metrics = record.training or TrainingRecord(), record.metrics or {}
+    seconds = training.seconds
     lengths = None
     if "val/generated_tokens" in metrics:
         generated, real = metrics["val/generated_tokens"], metrics["val/real_tokens"]
         lengths = f"{generated:.1f}/{real:.1f}"
     values = (
-        record["index"],
-        training.get("opponent"),
-        training.get("rows"),
+        record.index,
+        training.opponent,
+        training.rows,
         lengths,
-        training.get("loss"),
-        training.get("margin"),
-        training.get("accuracy"),
+        training.loss,
+        training.margin,
+        training.accuracy,
         metrics.get("val/real_nll_per_token"),
         metrics.get("exact/kl"),
         seconds.get("generating"),

@@ -1,4 +1,4 @@
-"""What keeps a run whole: its lock, its checkpoints, signals to stop, ranks that wait."""
+"""The run's lock, its checkpoints, stop signals, and waiting for other ranks."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from spin_lightning.run.files import replace_synced, writing
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.lock import FolderLock
 
-# What a shell says of a process that SIGTERM ended: 128 + 15.
+# The exit code that shells report for a process that SIGTERM ended: 128 + 15.
 STOPPED = 128 + signal.SIGTERM
-# A rank may wait for days while another one generates; one that died is noticed at once.
+# A rank may wait for days while another one generates; a dead rank is noticed immediately.
 _LONGEST_WAIT = timedelta(days=365)
-# How torch's backends say that the process at the other end is gone.
+# Parts of the messages of torch's backends when the process at the other end is gone.
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
 
 class Stopped(SystemExit):
-    """The process was asked to end; everything that a resume needs is saved."""
+    """A signal ended the process; everything that a resume needs is saved."""
 
 
 class RankLost(RuntimeError):
-    """Another process of the run has ended early."""
+    """Another process of the run has failed."""
 
     def __init__(self) -> None:
         super().__init__("another process of this run has failed; its own message says why")
 
     @classmethod
-    def is_told_by(cls, error: BaseException) -> bool:
-        """Whether an error, of ours or of a collective of torch, says no more than this."""
+    def is_cause_of(cls, error: BaseException) -> bool:
+        """Whether an error, this one or one of torch's collectives, is due to a lost rank."""
         return isinstance(error, cls) or (
             isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
         )
 
 
 class StopSignals:
-    """Remembers that the process was asked to end, for the next point where it safely can.
+    """Remembers a signal to stop until the next point at which the process can safely end.
 
     SIGTERM, and inside a Slurm job SIGUSR1, which `sbatch --signal` sends ahead of the time limit.
     """
 
     def __init__(self) -> None:
-        """Nothing is caught yet."""
+        """Catch no signal yet."""
         self.received = False
         self._forward: Callable[[int], None] | None = None
         self._previous: dict[int, Any] = {}
 
     def catch(self, trainer: L.Trainer) -> None:
-        """Catch them; again where Lightning has put its own handler in front.
+        """Install the handler; call again after Lightning has installed its own over it.
 
-        Lightning's handler starts a collective wherever the process happens to be, and raises
-        where nothing was saved.
+        Lightning's handler starts a collective at an arbitrary point of the program, and raises
+        before anything is saved.
         """
         launcher = trainer.strategy.launcher
         self._forward = getattr(launcher, "kill", None)
@@ -71,19 +71,19 @@ class StopSignals:
         for signum in wanted:
             try:
                 before = signal.signal(signum, self._on_signal)
-            except ValueError:  # only the main thread may
+            except ValueError:  # only the main thread can install handlers
                 return
             self._previous.setdefault(signum, before)
-        # Lightning puts back, at its end, what it found: that would be this handler.
+        # Lightning restores, at its end, the handlers it found: that would be this one.
         theirs = trainer._signal_connector._original_handlers
         theirs.update(
             {signum: before for signum, before in self._previous.items() if signum in theirs}
         )
 
     def release(self) -> None:
-        """Put back what was there before."""
+        """Restore the handlers that were installed before."""
         for signum, handler in self._previous.items():
-            # (None: a handler that Python did not install and cannot put back.)
+            # (None: a handler that Python did not install and cannot restore.)
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
@@ -97,10 +97,10 @@ class StopSignals:
 
 
 class RunGuard:
-    """Holds the folder's lock, writes `last.ckpt`, and stops where nothing is lost.
+    """Holds the folder's lock, writes `last.ckpt`, and stops where no work is lost.
 
     Args:
-        minutes: Write a checkpoint when this long has gone by since the last one; None: never.
+        minutes: Write a checkpoint this many minutes after the last one; None: never.
         steps: Write one after this many optimizer steps; None: never.
 
     Raises:
@@ -120,10 +120,10 @@ class RunGuard:
         self._saved_at = (0, 0.0)
 
     def open(self, trainer: L.Trainer, run: RunFolder) -> None:
-        """Take the folder, rank 0 first, and catch signals.
+        """Lock the folder, rank 0 first, and catch signals.
 
         Raises:
-            RunFolderError: Another run writes into the folder, or it cannot be written.
+            RunFolderError: Another run writes into the folder, or the folder cannot be written.
         """
         self._signals.received = False
         self._signals.catch(trainer)
@@ -138,18 +138,18 @@ class RunGuard:
             self._lock.acquire()
 
     def close(self, trainer: L.Trainer, error: BaseException | None = None) -> None:
-        """Let the folder and the signals go; with an error, take the other ranks along."""
+        """Release the folder and the signals; after an error, end the other ranks as well."""
         self._signals.release()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
         kill = getattr(trainer.strategy.launcher, "kill", None)
         if error is not None and not isinstance(error, Stopped) and kill is not None:
-            # They would wait for this one, which Lightning lets go alone.
+            # They would wait for this one: Lightning ends only the process that failed.
             kill(signal.SIGKILL)
 
     def start(self, trainer: L.Trainer) -> None:
-        """Training starts: from here on steps and minutes count."""
+        """Start to count steps and minutes."""
         self._signals.catch(trainer)
         self._saved_at = (trainer.global_step, time.monotonic())
 
@@ -157,8 +157,8 @@ class RunGuard:
         """Wait for all ranks, for as long as it takes.
 
         Raises:
-            Stopped: A signal came, and another rank has stopped already.
-            RankLost: Another rank has died.
+            Stopped: A signal came, and another rank has already stopped.
+            RankLost: Another rank has failed.
         """
         if self._group is None:
             return
@@ -170,7 +170,7 @@ class RunGuard:
             raise RankLost from error
 
     def save(self, trainer: L.Trainer, run: RunFolder) -> None:
-        """Write `last.ckpt`, whole or not at all."""
+        """Write `last.ckpt` atomically."""
         temporary = run.last_checkpoint.with_name("last.tmp")
         with writing(run.last_checkpoint):
             trainer.save_checkpoint(temporary, weights_only=False)
@@ -180,7 +180,7 @@ class RunGuard:
         self._saved_at = (trainer.global_step, time.monotonic())
 
     def after_batch(self, trainer: L.Trainer, run: RunFolder) -> None:
-        """Save where it is due, and stop where that was asked for.
+        """Save a checkpoint if one is due, and stop if a signal came.
 
         Raises:
             Stopped: A signal came; the checkpoint is written.
@@ -188,7 +188,7 @@ class RunGuard:
         if is_mid_step(trainer):
             # Gradients of half a step are nothing to start from.
             return
-        # The clocks of two ranks, and the moments at which a signal reaches them, differ.
+        # Ranks decide together: their clocks differ, and a signal reaches them at different times.
         stop = self._any_rank(trainer, self._signals.received)
         due = self._any_rank(trainer, self._is_due(trainer))
         if stop or due:
@@ -197,7 +197,7 @@ class RunGuard:
             self._stop(trainer)
 
     def between_units(self, trainer: L.Trainer) -> None:
-        """Stop where that was asked for: all that is finished is on disk.
+        """Stop if a signal came: every finished unit is on disk.
 
         Raises:
             Stopped: A signal came.
@@ -218,9 +218,9 @@ class RunGuard:
 
     def _stop(self, trainer: L.Trainer) -> None:
         rank_zero_info(
-            "Stopped by a signal. All that was made is saved; the same command goes on from here."
+            "Stopped by a signal. All work is saved; run the same command again to continue."
         )
-        # Lightning kills the whole run when a process that it started ends with another code.
+        # Lightning kills the whole run when a process that it started ends with a nonzero code.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_child = isinstance(environment, LightningEnvironment) and trainer.global_rank > 0
         raise Stopped(0 if is_child else STOPPED)

@@ -13,15 +13,15 @@ _COLUMNS = ["prompt", "real", "generated"]
 def log_samples(
     loggers: Iterable[Logger], pairs: Sequence[tuple[str, str, str]], step: int
 ) -> None:
-    """Log (prompt, real, generated) texts: as a table where there are tables, else as text.
+    """Log (prompt, real, generated) texts: as a table if the logger has tables, else as text.
 
     Args:
-        loggers: The trainer's; those that hold numbers alone get nothing.
+        loggers: The trainer's. Loggers of numbers alone are left out.
         pairs: The texts.
         step: The step at which the iterate was complete.
     """
     for logger in loggers:
-        # Lightning's name for it, of W&B's logger and of whatever logger follows it.
+        # The name of the method in Lightning's logger for W&B; other loggers may have it too.
         table = getattr(logger, "log_table", None)
         if table is not None:
             table(_KEY, columns=_COLUMNS, data=[list(pair) for pair in pairs], step=step)
@@ -30,7 +30,7 @@ def log_samples(
 
 
 def _markdown(pairs: Sequence[tuple[str, str, str]]) -> str:
-    """A table as TensorBoard renders it, with the texts' own marks kept from being read as such."""
+    """A table in TensorBoard's Markdown, with the texts escaped."""
     rows = [_COLUMNS, ["---"] * len(_COLUMNS), *([_cell(text) for text in pair] for pair in pairs)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

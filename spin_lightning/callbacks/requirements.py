@@ -1,4 +1,4 @@
-"""What self-play needs of the run folder, checked before anything expensive."""
+"""Checks of the run folder and the strategy, made before anything expensive."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run.files import writing
 from spin_lightning.run.fingerprint import differences
-from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.folder import ITERATE_FILE, RunFolder
 
-# What a run that ended before its first iterate may have left, and what loggers put there.
+# Files of a run that ended before its first iterate, and files of loggers.
 _OWN = frozenset(
     {"checkpoints", "config.yaml", "evaluation", "iterates", "metrics.csv", "report", "rows"}
     | {"tensorboard", "tokenizer", "lightning_logs", "mlruns", "wandb"}
 )
-# What is caught of its output.
+# Captured output of a run.
 _LOGS = frozenset({".log", ".out", ".err", ".tmp"})
 _STRATEGIES = frozenset(
     {"auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"}
@@ -29,11 +28,11 @@ _STRATEGIES = frozenset(
 
 
 def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) -> None:
-    """Refuse to go on in a run folder that another configuration made.
+    """Refuse to continue a run folder of another configuration.
 
     Args:
         run: The run folder.
-        fields_at: What must be the same, for iterates up to t.
+        fields_at: The fingerprint's fields for iterates up to t, of this configuration.
 
     Raises:
         RunFolderError: The folder's iterates do not belong to this configuration.
@@ -41,8 +40,13 @@ def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) ->
     known = run.known_iterates()
     if not known:
         return
-    newest = run.field(known[-1], "fingerprint_fields")
-    changed = differences(newest, fields_at(known[-1]))
+    newest = run.record(known[-1])
+    if not newest.fingerprint_fields:
+        raise RunFolderError(
+            f"{run.iterate(newest.index) / ITERATE_FILE} does not say its fingerprint_fields",
+            fix="restore it from a copy of the run, or start a new run in another folder",
+        )
+    changed = differences(newest.fingerprint_fields, fields_at(newest.index))
     if changed:
         raise RunFolderError(
             f"{run.root} belongs to another configuration:\n  " + "\n  ".join(changed),
@@ -51,17 +55,17 @@ def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) ->
 
 
 def check_start(run: RunFolder, checkpoint: object) -> None:
-    """Refuse to start from scratch over iterates that were trained.
+    """Refuse to start from scratch over trained iterates.
 
-    A run that ended between its first iterate and its first checkpoint may: it makes the same
-    iterate again.
+    A run that ended between its first iterate and its first checkpoint may start again: it makes
+    the same iterate.
 
     Args:
         run: The run folder.
-        checkpoint: The checkpoint that training resumes from, None when it starts from scratch.
+        checkpoint: The checkpoint that training resumes from; None for a start from scratch.
 
     Raises:
-        RunFolderError: The folder has trained iterates, and nothing is resumed.
+        RunFolderError: The folder has trained iterates, and there is no checkpoint to resume.
     """
     known = run.known_iterates()
     untouched = 0 if run.last_checkpoint.exists() else 1
@@ -74,10 +78,10 @@ def check_start(run: RunFolder, checkpoint: object) -> None:
 
 
 def check_folder(run: RunFolder) -> None:
-    """Refuse to put a run among files of something else; make the folder.
+    """Refuse a folder that holds unrelated files; create the folder.
 
     Raises:
-        RunFolderError: The folder holds no run but other files, or it cannot be made.
+        RunFolderError: The folder holds other files and no run, or it cannot be created.
     """
     if run.root.is_dir() and not run.iterates.is_dir():
         foreign = [
@@ -95,8 +99,8 @@ def check_folder(run: RunFolder) -> None:
         run.root.mkdir(parents=True, exist_ok=True)
 
 
-def run_root(trainer: L.Trainer, module: SelfPlayModule) -> Path:
-    """Where the run lies: the trainer's root folder, or a new `runs/<Variant>-<n>` without one."""
+def run_root(trainer: L.Trainer, module: L.LightningModule) -> Path:
+    """The run folder: the trainer's root folder, by default a new `runs/<Variant>-<n>`."""
     root = Path(trainer.default_root_dir)
     return new_run(type(module).__name__) if root.resolve() == Path.cwd() else root
 
@@ -110,14 +114,14 @@ def new_run(variant: str) -> Path:
 
 
 def check_strategy(strategy: str | Strategy) -> None:
-    """Refuse ways of using several devices under which iterates could not act.
+    """Refuse strategies under which a process cannot switch between iterates.
 
     Args:
-        strategy: Of a trainer, or the name that one was asked for by.
+        strategy: A trainer's strategy, or its name.
 
     Raises:
-        SettingError: A strategy that holds a shard of the model on each device, or that takes the
-            module to other processes by pickling it.
+        SettingError: A strategy that shards the model over devices, or that sends the module to
+            other processes by pickling it.
     """
     if isinstance(strategy, str):
         name, works = strategy, strategy in _STRATEGIES
@@ -129,8 +133,8 @@ def check_strategy(strategy: str | Strategy) -> None:
         raise SettingError(
             "trainer.strategy",
             name,
-            "iterates act in place of each other on a whole model in each process that fit starts, "
-            "and it shards the model or pickles it",
-            fix="use ddp; where memory is short, with model.quantization: nf4 and "
+            "each process that fit starts must hold the whole model; this strategy shards or "
+            "pickles it",
+            fix="use ddp; if memory is short, with model.quantization: nf4 and "
             "model.activation_checkpointing: true",
         )

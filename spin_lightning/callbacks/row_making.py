@@ -1,25 +1,20 @@
-"""Making an iterate's rows inside a Trainer, shown as they come, with what they will cost."""
+"""Making an iterate's rows inside a Trainer, with progress bars and an estimate of the cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.callbacks.guard import RunGuard
-from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.generation.local import LocalGenerator
-from spin_lightning.mixtures import Mixture, latest
-from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.policies import pretrained
+from spin_lightning.callbacks.session import Session
+from spin_lightning.mixtures import latest
 from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
-from spin_lightning.rows.plan import NO_ROWS, Coupling, EarlierRows, RowPlan
-from spin_lightning.rows.store import MANIFEST, read_manifest, read_rows
-from spin_lightning.run.folder import RunFolder
+from spin_lightning.rows.manifest import MANIFEST, read_manifest
+from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowPlan, RowSettings, plan_rows
+from spin_lightning.rows.store import read_rows
 from spin_lightning.types import Example
 
 
@@ -32,21 +27,15 @@ class RowMaker:
     """Makes the rows of the module's iterate into the run folder.
 
     Attributes:
-        trainer: Whose ranks share the work.
-        module: Whose policy plays.
-        data: Whose examples are answered.
-        run: Where rows go.
+        session: The run; its ranks share the work.
         iterates: Number of iterates of the run.
         guard: Lets ranks wait, and stops between two units.
         dry_run: Stop after the first work unit of training rows.
-        estimated: Whether the time that the run will take was said before.
+        estimated: Whether the duration of the run was estimated before.
         timing: What was made here and how long it took.
     """
 
-    trainer: L.Trainer
-    module: SelfPlayModule
-    data: SelfPlayDataModule
-    run: RunFolder
+    session: Session
     iterates: int
     guard: RunGuard
     dry_run: bool = False
@@ -57,76 +46,68 @@ class RowMaker:
         """Answer the held-out examples with the newest iterate, and score for every comparison.
 
         Args:
-            fields: What the manifest says besides the rows' own numbers.
+            fields: What the manifest holds besides the rows' own numbers.
         """
-        t = self.module.iterate
-        plan = self._plan(latest(t), also_scored_by={t, max(t - 1, 0), 0}, samples=1)
-        self._make(plan, self.data.val, self.run.val_rows, fields, "held-out rows")
+        session, t = self.session, self.session.module.iterate
+        plan = plan_rows(
+            t,
+            latest(t),
+            session.module.reference(t),
+            self._settings(),
+            also_scored_by={t, max(t - 1, 0), 0},
+        )
+        self._make(plan, session.data.val, session.run.val_rows, fields, "held-out rows")
 
     def make_train(self, fields: dict[str, Any]) -> RowPlan:
         """Make the rows that train the next iterate, and time it.
 
         Args:
-            fields: What the manifest says besides the rows' own numbers.
+            fields: What the manifest holds besides the rows' own numbers.
 
         Returns:
-            What rows they are.
+            The plan of these rows.
 
         Raises:
-            DryRunFinished: After the first work unit, when that is all that was asked for.
+            DryRunFinished: In a dry run, after the first work unit.
         """
-        t, self.timing = self.module.iterate, Timing()
-        opponent = self.module.opponent(t)
-        plan = self._plan(opponent, samples=self.data.samples_per_prompt)
-        plan = replace(
-            plan, union=self.module.rows == "union", coupling=self._coupling(t, opponent)
+        module, data = self.session.module, self.session.data
+        t, self.timing = module.iterate, Timing()
+        plan = plan_rows(
+            t,
+            module.opponent(t),
+            module.reference(t),
+            self._settings(),
+            samples=data.samples_per_prompt,
+            union=module.rows == "union",
+            keep_from=module.opponent(t - 1) if t and module.refresh == "reservoir" else None,
         )
-        examples = self.data.iterate_examples(t)
-        self._make(plan, examples, self.run.rows, fields, "rows", estimate=True)
+        examples = data.iterate_examples(t)
+        self._make(plan, examples, self.session.run.rows, fields, "rows", estimate=True)
         return plan
 
     def cost(self) -> str:
         """Rows and tokens of an iterate, before anything is made."""
-        examples = self.data.iterate_examples(self.module.iterate)
-        t, cap = self.module.iterate, self.data.max_response_tokens
-        samples = self.data.samples_per_prompt * self.module.rows_per_sample(t)
+        module, data = self.session.module, self.session.data
+        examples = data.iterate_examples(module.iterate)
+        t, cap = module.iterate, data.max_response_tokens
+        samples = data.samples_per_prompt * module.rows_per_sample(t)
         prompt = sum(len(example.prompt_ids) for example in examples) * samples
         real = sum(len(example.real_ids) for example in examples) * samples
         rows = len(examples) * samples
         return (
             f"Each of {self.iterates} iterates: {rows:,} rows, {prompt:,} prompt tokens, "
             f"{real:,} real tokens, at most {rows * cap:,} generated tokens; "
-            f"{len(self.data.val):,} held-out rows."
+            f"{len(data.val):,} held-out rows."
         )
 
-    def _plan(
-        self, opponent: Mixture | None, samples: int, also_scored_by: Collection[int] = ()
-    ) -> RowPlan:
-        members, token_alpha = set(also_scored_by), 0.0
-        token_members: tuple[int, ...] = ()
-        if opponent is not None:
-            reference = self.module.reference(self.module.iterate)
-            token_members, token_alpha = reference.token_members, reference.token_alpha
-            members |= {*reference.plain_members, *token_members, *((0,) if token_alpha else ())}
-        return RowPlan(
-            iterate=self.module.iterate,
-            opponent=opponent,
-            members=tuple(sorted(members)),
-            token_alpha=token_alpha,
-            token_members=token_members,
-            seed=self.data.seed,
-            samples=samples,
-            unit_size=self.module.generation.unit_size,
-            cap=self.data.max_response_tokens,
-            context=self.module.context_length,
+    def _settings(self) -> RowSettings:
+        module, data = self.session.module, self.session.data
+        return RowSettings(
+            seed=data.seed,
+            unit_size=module.generation.unit_size,
+            cap=data.max_response_tokens,
+            context=module.context_length,
         )
-
-    def _coupling(self, t: int, opponent: Mixture | None) -> Coupling | None:
-        """How rows of the iterate before are kept; None where all are made anew."""
-        before = self.module.opponent(t - 1) if t else None
-        if self.module.refresh == "all" or opponent is None or before is None:
-            return None
-        return Coupling.between(before, opponent)
 
     def _make(
         self,
@@ -138,13 +119,13 @@ class RowMaker:
         *,
         estimate: bool = False,
     ) -> None:
-        folder, trainer = folder_of(plan.iterate), self.trainer
-        # One rank decides: while another looks, parts may already be made again.
+        folder, trainer = folder_of(plan.iterate), self.session.trainer
+        # One rank decides: while another looks, parts may already be regenerated.
         here = trainer.is_global_zero and is_finished(plan, examples, folder)
         if trainer.strategy.broadcast(here):
             return
         if trainer.is_global_zero:
-            # Rows of another plan, of an alpha that was changed, say, are made anew.
+            # Rows of another plan, after a change of alpha for example, are regenerated.
             (folder / MANIFEST).unlink(missing_ok=True)
         before = folder_of(plan.iterate - 1)
         is_there = plan.iterate > 0 and (plan.coupling or read_manifest(before))
@@ -165,34 +146,34 @@ class RowMaker:
                 self.guard.between_units(trainer)
                 if estimate and not self.estimated and self.timing.rows:
                     self.estimated = True
-                    self._announce(plan, rows)
+                    self._print_estimate(plan, rows)
         self.guard.wait(trainer)
         if trainer.is_global_zero:
             finish(plan, examples, folder, fields)
         self.guard.wait(trainer)
 
     def _synthesis(self) -> Synthesis:
-        module, text_format = self.module, self.data.format
-        assert text_format is not None
-        config = pretrained.load_config(module.policy_spec.base)
-        generator = LocalGenerator(
-            config, text_format.stop_ids, text_format.pad_id, module.generation
+        module, text_format = self.session.module, self.session.data.format
+        assert text_format is not None, "setup() of the data module chose it"
+        generator = module.make_generator(
+            text_format.stop_ids, text_format.pad_id, module.generation
         )
         return Synthesis(module.policy, generator, module.vocabulary)
 
-    def _announce(self, plan: RowPlan, rows: int) -> None:
-        """Say how long the run will take, from its first work unit; a dry run ends here."""
-        share = rows / self.timing.rows / self.trainer.world_size
+    def _print_estimate(self, plan: RowPlan, rows: int) -> None:
+        """Print how long the run will take, judging by its first work unit; a dry run ends here."""
+        trainer, module = self.session.trainer, self.session.module
+        share = rows / self.timing.rows / trainer.world_size
         making = share * (self.timing.generating + self.timing.scoring)
         # A step is a forward and a backward pass over what one member's scoring runs forward.
-        passes = 3 * self.module.epochs_per_iterate / max(1, len(plan.members))
+        passes = 3 * module.epochs_per_iterate / max(1, len(plan.members))
         training = share * self.timing.scoring * passes
         left = self.iterates - plan.iterate
-        if self.trainer.is_global_zero:
+        if trainer.is_global_zero:
             console.print(
                 f"Estimated per iterate: {_minutes(making)} to generate and score, about "
-                f"{_minutes(training)} to train; {_minutes(left * (making + training))} for the "
-                f"{left} iterates that are left."
+                f"{_minutes(training)} to train; {_minutes(left * (making + training))} in "
+                f"total (iterates left: {left})."
             )
         if self.dry_run:
             raise DryRunFinished
@@ -200,7 +181,7 @@ class RowMaker:
 
 @dataclass(frozen=True)
 class _Both:
-    """Passes progress on to the bars and to the clock."""
+    """Reports progress to the bars and to the timing."""
 
     progress: RowProgress
     timing: Timing

@@ -1,4 +1,4 @@
-"""What an iterate's rows say: held-out ones of the iterate, the others of its opponent."""
+"""Metrics from rows: held-out rows measure the iterate, training rows its opponent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def measure_iterate(table: RowTable, t: int) -> dict[str, float]:
 
     Returns:
         Negative log-likelihood of the real responses in nats per token, lengths in tokens, the
-        share of responses that ended by themselves, and KL(p_t || p_0) and KL(p_t || p_{t-1}) in
+        share of responses that ended with a stop id, and KL(p_t || p_0) and KL(p_t || p_{t-1}) in
         nats per response with standard errors, and per token.
     """
     real_lengths = torch.from_numpy(table.real_ids.lengths).double()
@@ -44,11 +44,11 @@ def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
 
     Args:
         table: The rows, written by the opponent.
-        regenerated: Share of them that was generated now, and not kept from earlier iterates.
+        regenerated: Share of rows that were generated at this iterate, not kept from earlier ones.
 
     Returns:
         Share of rows by opponent, log-prob of the real responses under each member in nats per
-        response, how alike the generated responses are, and mean lengths.
+        response, diversity of the generated responses, and mean lengths.
     """
     generated, rows = table.generated_ids, len(table)
     metrics = {
@@ -72,7 +72,7 @@ def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Most memory held so far, bytes: tensors on the GPU where there is one, else the process."""
+    """Peak memory so far, bytes: of tensors on the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Files of a run that Lightning's own writers would delete or refuse on a resume."""
+"""Writers of run files that Lightning's own would delete, or refuse to write, on a resume."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from spin_lightning.run.files import replace_synced, write_text, writing
 
 
 class _AppendingWriter(ExperimentWriter):
-    """Writes below what an earlier start of the run has logged."""
+    """Appends to what an earlier start of the run logged."""
 
     def _check_log_dir_exists(self) -> None:
-        """Take the columns of an existing file over, where Lightning would delete it."""
+        """Read the columns of an existing file, which Lightning would delete."""
         path = Path(self.metrics_file_path)
         if path.is_file():
             _drop_torn_line(path)
@@ -32,13 +32,13 @@ class _AppendingWriter(ExperimentWriter):
         """Write what was logged.
 
         Raises:
-            RunFolderError: The disk refuses.
+            RunFolderError: The disk is full, read-only or damaged.
         """
         with writing(Path(self.metrics_file_path)):
             super().save()
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Add columns, whole or not at all; Lightning's would lose the file to a crash."""
+        """Add columns atomically; Lightning's method would lose the file in a crash."""
         path = Path(self.metrics_file_path)
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -51,14 +51,14 @@ class _AppendingWriter(ExperimentWriter):
 
 
 class RunCSVLogger(CSVLogger):
-    """`metrics.csv` in the run folder: appended on a resume, never truncated.
+    """`metrics.csv` in the run folder: appended to on a resume, never truncated.
 
     Args:
         root: The run folder.
     """
 
     def __init__(self, root: str | Path) -> None:
-        """Log into `root` itself, every line at once."""
+        """Log into `root` itself, and write every line immediately."""
         super().__init__(root, name="", version="", flush_logs_every_n_steps=1)
 
     @property
@@ -69,17 +69,17 @@ class RunCSVLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        """The writer, made when first asked for."""
+        """The writer, created at first use."""
         if not isinstance(self._experiment, _AppendingWriter):
             self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: `config.yaml` holds the settings."""
+        """Do nothing: `config.yaml` holds the settings."""
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what a crash left half written; the resumed run writes that line again."""
+    """Remove an incomplete last line after a crash; the resumed run writes that line again."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
@@ -90,7 +90,7 @@ def _drop_torn_line(path: Path) -> None:
 class ConfigFile(Callback):
     """Writes the resolved configuration into the run folder, once.
 
-    A later start with another configuration leaves `config.resumed-<n>.yaml` beside it.
+    A later start with another configuration writes `config.resumed-<n>.yaml` beside it.
 
     Args:
         root: The run folder.
@@ -98,13 +98,13 @@ class ConfigFile(Callback):
     """
 
     def __init__(self, root: Path, text: str) -> None:
-        """Keep what to write, less keys and tokens; it is written when training starts."""
+        """Keep the text, with keys and tokens masked, until training starts."""
         self._root = root
         self._text = masked(text)
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file, now that every check has passed."""
+        """Write the file; by now every check has passed."""
         names = ["config.yaml", *(f"config.resumed-{n}.yaml" for n in range(1, 10_000))]
         for path in (self._root / name for name in names):
             if not path.exists():

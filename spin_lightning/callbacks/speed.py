@@ -1,4 +1,4 @@
-"""How fast an iterate was played: tokens per second, and where the time went."""
+"""Speed of an iterate: tokens per second, and the share of time of each stage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from spin_lightning.policies.pretrained import FrozenBase, skeleton
 from spin_lightning.rows.making import Timing
 
-# Dense bfloat16 peaks, FLOP/s, by words of the device's name; the first match counts. Data sheets
-# that quote sparse figures are halved.
+# Dense bfloat16 peaks in FLOP/s, by words of the device's name; the first match counts. Figures
+# that data sheets quote for sparse matrices are halved.
 _PEAKS = (
     # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
     ("H100 PCIe", 756e12),
@@ -36,7 +36,7 @@ class Trained:
 
     Attributes:
         seconds: Time it took, validation included.
-        rows: Rows that went through it; a row of two epochs counts twice.
+        rows: Rows trained on; a row counts once per epoch.
         prompt_tokens: Mean tokens of a row's prompt.
         response_tokens: Mean tokens of its responses, real and generated together.
     """
@@ -50,13 +50,13 @@ class Trained:
 def measure_speed(
     made: Timing, trained: Trained, base: FrozenBase, device: torch.device
 ) -> dict[str, float]:
-    """Metrics of an iterate's speed, of one process.
+    """Metrics of one process's speed during an iterate.
 
     Args:
         made: What was generated and scored here, and how long it took.
         trained: What was trained here.
         base: The frozen base.
-        device: Where it lies.
+        device: The device that holds it.
 
     Returns:
         Tokens per second of each stage that took time, the share of each in their sum, and the
@@ -81,7 +81,7 @@ def measure_speed(
 
 
 def peak_flops(base: FrozenBase, device: torch.device) -> float | None:
-    """Dense peak of the device in what the base computes in; None where it is not known."""
+    """Dense peak of the device in the base's compute dtype, FLOP/s; None if it is not known."""
     if device.type != "cuda" or base.dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
@@ -89,10 +89,11 @@ def peak_flops(base: FrozenBase, device: torch.device) -> float | None:
 
 
 def training_flops(base: FrozenBase, trained: Trained) -> float:
-    """Operations that training needs: products with frozen weights, forward and input gradient.
+    """Floating-point operations of training: products with frozen weights and input gradients.
 
-    4 per weight and token, where a prompt is there once for both responses and the head is needed
-    at response tokens alone. Attention and adapters are left out.
+    4 per weight and token: 2 in the forward pass, 2 for the gradient of the input. A prompt counts
+    once for both responses, and the head counts at response tokens alone. Attention and adapters
+    are left out.
     """
     model = skeleton(base)
     head = model.get_output_embeddings()

@@ -12,6 +12,7 @@ from spin_lightning import keyed
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.examples import ExampleReader, check_ids, content_hash
+from spin_lightning.data.formats import read_conversations
 from spin_lightning.data.held_out import MOST_HELD_OUT, held_out_count, hold_out
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import (
@@ -24,7 +25,7 @@ from spin_lightning.errors import (
 )
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
-from spin_lightning.types import Example, ModuleForData
+from spin_lightning.types import BadRow, Conversation, Example, ModuleForData
 
 # Collating is fast: more processes would only use up the machine.
 _MOST_WORKERS = 256
@@ -139,7 +140,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         """Read the examples of both sets, and return a description of those held out."""
         reader = ExampleReader(
             text_format=text_format,
-            columns=self.columns,
+            read_conversations=self.read_conversations,
             max_prompt_tokens=self.max_prompt_tokens,
             max_response_tokens=self.max_response_tokens,
             context=self._module.context_length,
@@ -154,6 +155,20 @@ class SelfPlayDataModule(L.LightningDataModule):
         limit = MOST_HELD_OUT if self.val_examples is None else self.val_examples
         self.train, self.val = examples, reader.read(self.val_data, "val_data", limit)
         return f"{len(self.val)} examples of {self.val_data}"
+
+    def read_conversations(
+        self, source: str, setting: str
+    ) -> tuple[list[Conversation], list[BadRow]]:
+        """Read a source as text; override this for a format of your own.
+
+        Args:
+            source: What `data` or `val_data` names.
+            setting: Which of the two, for messages.
+
+        Returns:
+            The conversations, and the rows that cannot be used with the reason.
+        """
+        return read_conversations(source, self.columns, setting)
 
     def iterate_examples(self, t: int) -> list[Example]:
         """The examples that rows of iterate t are made from."""

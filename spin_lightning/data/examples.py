@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
-from spin_lightning.data.formats import describe_bad_rows, read_conversations
+from spin_lightning.data.formats import describe_bad_rows
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import DataError, SettingError
-from spin_lightning.types import BadRow, Example
+from spin_lightning.types import BadRow, Conversation, Example
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ExampleReader:
 
     Attributes:
         text_format: Converts conversations to ids.
-        columns: Our column names to those of the source.
+        read_conversations: Reads a source as text, given the setting that names it.
         max_prompt_tokens: Longest prompt; None for the context's length.
         max_response_tokens: Cap of a response, including the stop id.
         context: Longest sequence that the model supports, in tokens.
@@ -31,7 +31,7 @@ class ExampleReader:
     """
 
     text_format: PromptFormat
-    columns: Mapping[str, str] | None
+    read_conversations: Callable[[str, str], tuple[list[Conversation], list[BadRow]]]
     max_prompt_tokens: int | None
     max_response_tokens: int
     context: int
@@ -50,7 +50,7 @@ class ExampleReader:
             DataError: The source cannot be read, has no usable rows, or has a bad row that is
                 refused.
         """
-        conversations, bad = read_conversations(source, self.columns, setting)
+        conversations, bad = self.read_conversations(source, setting)
         total = len(conversations) + len(bad)
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)

@@ -1,14 +1,16 @@
-"""Who is evaluated: an iterate of a run, or the mixture of all of them."""
+"""Contestants of an evaluation: the iterates of a run, and the mixture of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import Mixture, latest, uniform
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import IterateRecord
 
 _MIXTURE = "mixture"
 
@@ -19,8 +21,8 @@ class Contestant:
 
     Attributes:
         name: Its folder below `evaluation/`, such as iterate_002 or mixture.
-        mixture: The iterates that make it up, with their weights; one for an iterate.
-        identity: Changes when the weights of any of them change.
+        mixture: Its iterates with their weights; a single one for an iterate.
+        identity: A hash that changes with the weights of any of its iterates.
     """
 
     name: str
@@ -29,12 +31,12 @@ class Contestant:
 
     @property
     def label(self) -> str:
-        """The name in tables: p2, or mixture."""
+        """Its name in tables: p2, or mixture."""
         return label_of(self.name)
 
 
 def label_of(name: str) -> str:
-    """How a contestant's folder is called in tables: iterate_002 is p2."""
+    """A contestant's name in tables: p2 for iterate_002."""
     index = name.removeprefix("iterate_")
     return f"p{int(index)}" if index.isdigit() else name
 
@@ -45,42 +47,61 @@ def iterate_contestant(run: RunFolder, t: int) -> Contestant:
     Raises:
         RunFolderError: The run has no iterate t.
     """
-    mixture = latest(t)
-    return Contestant(run.iterate(t).name, mixture, _identity(run, mixture))
+    return _iterate(run, t, run.record)
 
 
 def contestants(run: RunFolder, names: Sequence[str]) -> list[Contestant]:
-    """Read who is asked for.
+    """The contestants of the given names.
 
     Args:
         run: The run.
-        names: Indices of iterates, `best`, `last`, `mixture` (of all iterates, equal weights) or
-            `all`; nobody twice. All iterates where nobody is named.
+        names: Indices of iterates, `best`, `last`, `mixture` (of all iterates, with equal weights)
+            or `all`; default: all iterates.
 
     Returns:
-        Iterates in the order they were named.
+        Each contestant once, in the order of the names.
 
     Raises:
-        SettingError: There is no such name.
-        RunFolderError: The run has no such iterate, or knows of no best one.
+        SettingError: A name is not one of these.
+        RunFolderError: The run has no such iterate, or no best one.
     """
-    known = run.known_iterates()
+    known, record = run.known_iterates(), cache(run.record)
     chosen: dict[str, Contestant] = {}
     for name in names or ["all"]:
         if name == _MIXTURE:
-            mixture = uniform(known or [0])
-            one = Contestant(_MIXTURE, mixture, _identity(run, mixture))
-            chosen.setdefault(one.name, one)
+            chosen.setdefault(_MIXTURE, _mixture(known or [0], record))
             continue
         for t in _indices(run, name, known):
-            one = iterate_contestant(run, t)
+            one = _iterate(run, t, record)
             chosen.setdefault(one.name, one)
     return list(chosen.values())
 
 
+def current_contestants(run: RunFolder, records: Sequence[IterateRecord]) -> list[Contestant]:
+    """All iterates and their mixture, with their present identities.
+
+    Args:
+        run: The run.
+        records: The records of all its iterates.
+    """
+    by_index = {record.index: record for record in records}
+    iterates = [_iterate(run, t, by_index.__getitem__) for t in by_index]
+    return [*iterates, _mixture(by_index, by_index.__getitem__)] if records else []
+
+
+def _iterate(run: RunFolder, t: int, record: Callable[[int], IterateRecord]) -> Contestant:
+    mixture = latest(t)
+    return Contestant(run.iterate(t).name, mixture, _identity(mixture, record))
+
+
+def _mixture(iterates: Iterable[int], record: Callable[[int], IterateRecord]) -> Contestant:
+    mixture = uniform(list(iterates))
+    return Contestant(_MIXTURE, mixture, _identity(mixture, record))
+
+
 def _indices(run: RunFolder, name: str, known: list[int]) -> list[int]:
     if name == "all":
-        # A run without iterates is told so by the look for iterate 0.
+        # In a run without iterates, reading the record of iterate 0 raises the error.
         return known or [0]
     if name == "last":
         return [max(known, default=0)]
@@ -96,9 +117,9 @@ def _indices(run: RunFolder, name: str, known: list[int]) -> list[int]:
     return [int(name)]
 
 
-def _identity(run: RunFolder, mixture: Mixture) -> str:
-    made_of = {}
+def _identity(mixture: Mixture, record: Callable[[int], IterateRecord]) -> str:
+    members = {}
     for t, weight in mixture.weights.items():
-        said = [run.field(t, name) for name in ("base", "files", "fingerprint")]
-        made_of[str(t)] = [weight, *said]
-    return fingerprint(made_of)
+        one = record(t)
+        members[str(t)] = [weight, one.base, one.files, one.fingerprint]
+    return fingerprint(members)

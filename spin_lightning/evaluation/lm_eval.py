@@ -1,90 +1,31 @@
-"""lm-evaluation-harness on iterates: one loaded base, adapters switched, every setting recorded."""
+"""lm-evaluation-harness on iterates: one loaded base, adapters switched, all settings recorded."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
-from transformers import PreTrainedTokenizerBase
 
-from spin_lightning.errors import DataError, SettingError
+from spin_lightning.errors import DataError, SettingError, first_line, missing_extra
+from spin_lightning.evaluation.base import EvaluatedRun
 from spin_lightning.evaluation.contestants import Contestant
+from spin_lightning.evaluation.presets import PRESETS
 from spin_lightning.evaluation.results import Result, cached_result, write_result
-from spin_lightning.policies.base import Policy
-from spin_lightning.policies.pretrained import first_line
+from spin_lightning.evaluation.settings import HarnessSettings
 from spin_lightning.run.fingerprint import file_hash, fingerprint
-from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 _BENCHMARK = "lm_eval"
-# The harness's own seeds, of Python, numpy, torch and the few-shot sampler.
-_SEEDS = (0, 1234, 1234, 1234)
-
-
-@dataclass(frozen=True)
-class PresetTask:
-    """A task of a preset.
-
-    Attributes:
-        task: The harness's name.
-        num_fewshot: Examples in the prompt.
-        score: The score that enters the preset's mean.
-    """
-
-    task: str
-    num_fewshot: int
-    score: str
-
-
-PRESETS: Final[Mapping[str, tuple[PresetTask, ...]]] = {
-    # The six tasks and settings of the first Open LLM Leaderboard, which the SPIN papers use.
-    "open_llm_leaderboard": (
-        PresetTask("arc_challenge", 25, "acc_norm"),
-        PresetTask("hellaswag", 10, "acc_norm"),
-        PresetTask("mmlu", 5, "acc"),
-        PresetTask("truthfulqa_mc2", 0, "acc"),
-        PresetTask("winogrande", 5, "acc"),
-        PresetTask("gsm8k", 5, "exact_match.strict-match"),
-    )
-}
-
-
-@dataclass(frozen=True)
-class HarnessSettings:
-    """What is asked of the harness.
-
-    Attributes:
-        tasks: Names of presets, tasks or groups, or folders with tasks as YAML files.
-        num_fewshot: Examples in the prompt; what the task says if not given. A preset has its own.
-        limit: Only the first so many documents of each task, for a quick look.
-        batch_size: Requests in a forward.
-        apply_chat_template: Put the prompts into the chat template.
-        include_path: A folder with more tasks, which `tasks` may name.
-        seed: Of all that the harness draws; its own default seeds if not given.
-    """
-
-    tasks: tuple[str, ...]
-    num_fewshot: int | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    apply_chat_template: bool = False
-    include_path: str | None = None
-    seed: int | None = None
-
-    @property
-    def seeds(self) -> tuple[int, int, int, int]:
-        """Seeds of Python, numpy, torch and the few-shot sampler."""
-        return _SEEDS if self.seed is None else (self.seed,) * 4
 
 
 @dataclass(frozen=True)
@@ -92,7 +33,7 @@ class _Job:
     """One call of the harness.
 
     Attributes:
-        task: A name that the task manager knows.
+        task: Name of a task or group.
         num_fewshot: Examples in the prompt, or None for the task's own number.
         source: Hash of the YAML folder it comes from; None for a task of the harness.
     """
@@ -103,31 +44,26 @@ class _Job:
 
 
 def check_installed() -> None:
-    """Refuse, before anything is loaded, to evaluate without the harness.
+    """Check, before anything is loaded, that the harness is installed.
 
     Raises:
         SettingError: lm_eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise SettingError(
-            "tasks",
-            "lm_eval",
-            "lm-evaluation-harness is not installed",
-            fix="run: pip install 'spin-lightning[eval]'",
-        )
+        raise missing_extra("tasks", "lm_eval", "eval")
 
 
 class Harness:
     """Scores iterates on tasks of lm-evaluation-harness.
 
-    What is known already is not measured again: each task of each iterate is kept as soon as it is
-    done, with all that is needed to repeat it.
+    The result of each task is stored as soon as it is measured, with everything that is needed to
+    repeat it, and is not measured again.
 
     Args:
-        settings: What is asked.
+        settings: The tasks, and how they are run.
 
     Raises:
-        SettingError: The harness is not installed, or knows no such task.
+        SettingError: The harness is not installed, or has no such task.
     """
 
     def __init__(self, settings: HarnessSettings) -> None:
@@ -138,25 +74,13 @@ class Harness:
         self._jobs = [job for name in settings.tasks for job in self._jobs_of(name)]
         self._model: Any = None
 
-    def evaluate(
-        self,
-        run: RunFolder,
-        policy: Callable[[], Policy],
-        tokenizer: PreTrainedTokenizerBase,
-        contestant: Contestant,
-    ) -> list[Result]:
+    def evaluate(self, run: EvaluatedRun, contestant: Contestant) -> list[Result]:
         """Score one contestant on every task.
 
-        The policy and the random states are as before when this returns.
-
-        Args:
-            run: The run folder.
-            policy: Gives who can act as the contestant's iterates; not asked where all is known.
-            tokenizer: The run's.
-            contestant: Who answers.
+        Afterwards the policy and the random states are as they were before.
 
         Returns:
-            One result per task, in the order asked for, and the mean of each preset.
+            One result per task, in the order of the settings, and the mean of each preset.
 
         Raises:
             DataError: The data of a task cannot be read.
@@ -165,16 +89,16 @@ class Harness:
         for job in self._jobs:
             asked = self._asked(job)
             benchmark = f"{_BENCHMARK}/{job.task}"
-            found = cached_result(run, contestant, benchmark, asked)
+            found = cached_result(run.folder, contestant, benchmark, asked)
             if found is None:
-                answer = self._call(policy(), tokenizer, contestant, job)
+                answer = self._call(run, contestant, job)
                 found = self._result(contestant, benchmark, asked, answer)
-                write_result(run, found)
+                write_result(run.folder, found)
             results[benchmark] = found
         for name in self.settings.tasks:
             if name in PRESETS:
                 mean = _preset_mean(name, contestant, results)
-                write_result(run, mean)
+                write_result(run.folder, mean)
                 results[mean.benchmark] = mean
         return list(results.values())
 
@@ -200,7 +124,7 @@ class Harness:
         return [_Job(name, settings.num_fewshot, source)]
 
     def _asked(self, job: _Job) -> dict[str, Any]:
-        """All that decides a score besides the weights."""
+        """Everything that a score depends on besides the weights."""
         settings = self.settings
         return {
             "harness": f"lm_eval {version('lm_eval')}",
@@ -212,21 +136,17 @@ class Harness:
             "seeds": list(settings.seeds),
         }
 
-    def _call(
-        self,
-        policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
-        contestant: Contestant,
-        job: _Job,
-    ) -> dict[str, Any]:
+    def _call(self, run: EvaluatedRun, contestant: Contestant, job: _Job) -> dict[str, Any]:
         import lm_eval
 
         from spin_lightning.evaluation.harness_model import PolicyLM
 
-        settings, seeds = self.settings, self.settings.seeds
+        settings, seeds, policy = self.settings, self.settings.seeds, run.policy()
         with isolate_rng(), _quiet(), _naming(job.task):
             if self._model is None or self._model.policy is not policy:
-                self._model = PolicyLM(policy, tokenizer, contestant.mixture, settings.batch_size)
+                self._model = PolicyLM(
+                    policy, run.tokenizer, contestant.mixture, settings.batch_size
+                )
             self._model.mixture = contestant.mixture
             answer: dict[str, Any] = lm_eval.simple_evaluate(
                 self._model,
@@ -252,7 +172,7 @@ class Harness:
         asked: Mapping[str, Any],
         answer: Mapping[str, Any],
     ) -> Result:
-        """What the harness found, under names that a logger takes."""
+        """The harness's scores, under names that loggers accept."""
         scores, lower = _scores(answer, asked["task"])
         versions = {name: version(name) for name in ("torch", "transformers", "peft")}
         return Result(
@@ -279,7 +199,7 @@ def _task_manager(settings: HarnessSettings) -> TaskManager:
 
     folders = [name for name in settings.tasks if name not in PRESETS and Path(name).is_dir()]
     included = [] if settings.include_path is None else [settings.include_path]
-    # Reading the harness's own 14,000 names takes seconds; local folders alone need none of them.
+    # Reading the harness's own 14,000 names takes seconds, and local folders do not need them.
     named = len(folders) < len(settings.tasks)
     with _quiet():
         return TaskManager(include_path=[*included, *folders], include_defaults=named)
@@ -301,7 +221,7 @@ def _tasks_in(folder: Path) -> list[str]:
 
 
 def _scores(answer: Mapping[str, Any], task: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Scores of what was asked for: of the task, the group, or every task of a tag."""
+    """The scores of a task or group, or of every task of a tag."""
     found = answer["results"]
     asked = {task: found[task]} if task in found else found
     scores, lower = {}, []
@@ -321,7 +241,7 @@ def _scores(answer: Mapping[str, Any], task: str) -> tuple[dict[str, float], tup
 
 
 def _preset_mean(name: str, contestant: Contestant, results: Mapping[str, Result]) -> Result:
-    """The mean that leaderboards show, between 0 and 1."""
+    """The mean of a preset that leaderboards show, in [0, 1]."""
     tasks = PRESETS[name]
     parts = [results[f"{_BENCHMARK}/{p.task}"] for p in tasks]
     values = {p.task: part.scores[p.score] for p, part in zip(tasks, parts, strict=True)}
@@ -336,14 +256,14 @@ def _preset_mean(name: str, contestant: Contestant, results: Mapping[str, Result
 
 
 def _folder_hash(folder: Path) -> str:
-    """Changes with every file below a folder of tasks, data among them."""
+    """A hash of all files below a folder of tasks, its data included."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return fingerprint({str(path.relative_to(folder)): file_hash(path) for path in files})
 
 
 @contextmanager
 def _naming(task: str) -> Iterator[None]:
-    """Say which task it was that could not be read."""
+    """Name the task whose data the block cannot read."""
     try:
         yield
     except OSError as error:
@@ -355,7 +275,7 @@ def _naming(task: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness's log, less what it says of every model and every task."""
+    """Log only errors of the harness, not a line for each model and task."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,35 +1,35 @@
-"""Scores of iterates on benchmarks: kept in the run folder, read back, put side by side."""
+"""Scores of iterates on benchmarks: stored in the run folder, and compared in tables."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from spin_lightning.errors import RunFolderError, first_line
-from spin_lightning.evaluation.contestants import Contestant, contestants, label_of
-from spin_lightning.run.files import write_json
+from spin_lightning.evaluation.contestants import Contestant, current_contestants, label_of
+from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import IterateRecord
+from spin_lightning.run.validation import NUMBERS, OBJECT, TEXT, TEXTS, check_fields
 
 _ERROR = "_error"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one contestant scored on one benchmark.
+    """The scores of one contestant on one benchmark.
 
     Attributes:
         contestant: Its name, such as iterate_002.
         identity: Its identity when it was measured.
-        benchmark: What it was measured on, such as lm_eval/arc_challenge.
-        settings: All that has to be the same for two results to compare.
+        benchmark: The benchmark, such as lm_eval/arc_challenge.
+        settings: Two results compare only if these are equal.
         scores: By metric; `<metric>_error` is the standard error of `<metric>`.
-        lower_is_better: The metrics of which a small value is good.
-        details: What was recorded besides: versions, sample counts, scores of parts.
+        lower_is_better: The metrics of which a smaller value is better.
+        details: Further records: versions, sample counts, scores of parts.
     """
 
     contestant: str
@@ -40,6 +40,18 @@ class Result:
     lower_is_better: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, content: object) -> Result:
+        """Read a result from JSON.
+
+        Raises:
+            ValueError: A field is missing, invalid, or of a later version.
+        """
+        known = check_fields(content, _RULES, required=set(_RULES) - {"details"})
+        if later := set(known) - set(_RULES):
+            raise ValueError(f"its {min(later)!r} is not a field of this version")
+        return cls(**{**known, "lower_is_better": tuple(known["lower_is_better"])})
+
     @property
     def metrics(self) -> dict[str, float]:
         """The scores under the names that loggers get."""
@@ -47,7 +59,7 @@ class Result:
 
 
 def write_result(run: RunFolder, result: Result) -> None:
-    """Keep a result in the run folder; one of the same settings is replaced."""
+    """Store a result in the run folder, in place of one with the same settings."""
     folder = run.evaluation(result.contestant)
     write_json(folder / _file_name(result.benchmark, result.settings), asdict(result))
 
@@ -55,18 +67,36 @@ def write_result(run: RunFolder, result: Result) -> None:
 def cached_result(
     run: RunFolder, contestant: Contestant, benchmark: str, settings: Mapping[str, Any]
 ) -> Result | None:
-    """The result of the same weights under the same settings, where it is known."""
+    """The stored result of the same weights under the same settings, if there is one."""
     path = run.evaluation(contestant.name) / _file_name(benchmark, settings)
     if not path.exists():
         return None
-    result = _read(path)
+    result = read_result(path)
     return result if result.identity == contestant.identity else None
 
 
-def read_results(run: RunFolder) -> list[Result]:
-    """All results of a run that still speak of its iterates, by benchmark, then contestant."""
-    known = {one.name: one for one in contestants(run, ["all", "mixture"])}
-    found = [_read(path) for path in run.evaluations.glob("*/*.json")]
+def read_result(path: Path) -> Result:
+    """Read a stored result.
+
+    Raises:
+        RunFolderError: The file is damaged.
+    """
+    return read_json(path, "delete it: `spin-lightning evaluate` measures it again", Result.of)
+
+
+def read_results(run: RunFolder, records: Sequence[IterateRecord] | None = None) -> list[Result]:
+    """The results of a run, without those of iterates that were trained again since.
+
+    Args:
+        run: The run.
+        records: The records of all its iterates; default: read from the run folder.
+
+    Returns:
+        Results by benchmark, then settings, then contestant.
+    """
+    records = run.records() if records is None else records
+    known = {one.name: one for one in current_contestants(run, records)}
+    found = [read_result(path) for path in run.evaluations.glob("*/*.json")]
     current = [
         r for r in found if r.contestant in known and r.identity == known[r.contestant].identity
     ]
@@ -75,13 +105,13 @@ def read_results(run: RunFolder) -> list[Result]:
 
 @dataclass(frozen=True)
 class ScoreLine:
-    """One metric of one benchmark under one set of settings, for all who were measured.
+    """One metric of one benchmark under one set of settings, for all contestants.
 
     Attributes:
         metric: Benchmark and metric.
-        settings: What the scores were taken under.
+        settings: The settings of the scores.
         scores: (value, standard error or None) by the contestant's label.
-        best: Label of the best one; None where there is nothing to compare.
+        best: Label of the best contestant; None for a single one.
     """
 
     metric: str
@@ -91,7 +121,7 @@ class ScoreLine:
 
 
 def score_lines(results: Sequence[Result]) -> list[ScoreLine]:
-    """Put results side by side; only those of the same settings meet in a line."""
+    """Put results side by side; those of different settings get lines of their own."""
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
         for name in result.scores:
@@ -110,7 +140,7 @@ def score_lines(results: Sequence[Result]) -> list[ScoreLine]:
 
 
 def score_table(results: Sequence[Result]) -> list[list[str]]:
-    """The same as rows of text, `*` at the best; the first row is a head."""
+    """The score lines as rows of text, `*` at the best; the first row is the header."""
     lines = score_lines(results)
     labels = list(dict.fromkeys(label for line in lines for label in line.scores))
     table = [["score", *labels]]
@@ -130,22 +160,12 @@ def _file_name(benchmark: str, settings: Mapping[str, Any]) -> str:
     return f"{slug}-{fingerprint(settings)[:12]}.json"
 
 
-def _read(path: Path) -> Result:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        result = Result(**{**fields, "lower_is_better": tuple(fields["lower_is_better"])})
-        for name, kind in (("contestant", str), ("benchmark", str), ("settings", dict)):
-            if not isinstance(getattr(result, name), kind):
-                raise ValueError(f"its {name!r} is no {kind.__name__}")
-        if not isinstance(result.scores, dict) or not all(map(_is_score, result.scores.values())):
-            raise ValueError("its scores are no numbers")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} is no result of an evaluation ({first_line(error)})",
-            fix="delete it: `spin-lightning evaluate` measures it again",
-        ) from error
-    return result
-
-
-def _is_score(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+_RULES: Final = {
+    "contestant": TEXT,
+    "identity": TEXT,
+    "benchmark": TEXT,
+    "settings": OBJECT,
+    "scores": NUMBERS,
+    "lower_is_better": TEXTS,
+    "details": OBJECT,
+}

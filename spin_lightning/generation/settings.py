@@ -1,4 +1,4 @@
-"""How responses are sampled, as settings."""
+"""Settings of sampling."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _COLDEST = 1e-6
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How the opponents' responses are sampled.
+    """How opponents' responses are sampled.
 
-    Self-play's theory holds for temperature 1 without truncation; anything else samples from
-    another distribution than the one whose log-probs the loss uses, and is said so in the log.
+    The theory of self-play holds for temperature 1 without truncation. Other settings sample from
+    another distribution than the one whose log-probs the loss uses; the log then says so.
 
     Attributes:
-        batch_tokens: Most padded tokens decoded at once; None picks a number from the model's size.
-        unit_size: Rows of a work unit: what is decoded together, written together, and lost
-            together in a crash.
+        batch_tokens: Maximum number of padded tokens decoded at once; default None derives it from
+            the model's size.
+        unit_size: Rows of a work unit. They are decoded and written together; a crash loses one
+            unit.
         temperature: Divides the logits, > 0.
         top_p: Keep the most likely tokens up to this total probability; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
@@ -62,7 +63,7 @@ class GenerationSettings:
         """Build settings from plain values.
 
         Raises:
-            SettingError: There is no such setting, or a value is out of range.
+            SettingError: A setting does not exist, or a value is out of range.
         """
         check_names("generation", values, [field.name for field in fields(cls)])
         return cls(**values)
@@ -74,5 +75,5 @@ class GenerationSettings:
 
     @property
     def is_exact(self) -> bool:
-        """Whether responses are samples of the iterates themselves."""
+        """Whether responses are samples from the iterates themselves."""
         return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0

@@ -37,7 +37,6 @@ from spin_lightning.modules.skipping import (
 )
 from spin_lightning.modules.step_log import log_first_margin, log_step
 from spin_lightning.modules.trainer_access import rank_share, steps_per_epoch
-from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.optimizers import (
@@ -204,8 +203,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self, stop_ids: tuple[int, ...], pad_id: int, settings: GenerationSettings
     ) -> Generator:
         """Build the engine that samples responses, for rows and for benchmarks alike."""
-        config = pretrained.load_config(self.policy_spec.base)
-        return LocalGenerator(config, stop_ids, pad_id, settings)
+        return LocalGenerator(stop_ids, pad_id, settings)
 
     def check_model(self) -> None:
         """Check all that can be checked about model and adapter before weights are read."""

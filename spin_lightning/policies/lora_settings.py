@@ -1,4 +1,4 @@
-"""Shape of the trained adapter, and checks that it or an initial adapter fits the base."""
+"""Shape of the trained adapter, and checks that it, or an initial adapter, fits the base."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ class LoraSettings:
 
 
 def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | None) -> None:
-    """Check, before weights are read, that the adapter fits the base.
+    """Refuse an adapter that does not fit the base, before any weights of the base are read.
 
     Raises:
-        SettingError: A target module matches no layer, or the initial adapter is missing, damaged,
-            not a LoRA adapter, or made for another model.
+        SettingError: A target module matches no layer, or the initial adapter is missing, not a
+            LoRA adapter, damaged, or made for another model.
     """
     model = copy.deepcopy(skeleton(base))
     if initial_adapter is None:
@@ -129,13 +129,13 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
     try:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
-                raise refusal(f"there is no {name} in it")
+                raise refusal(f"it has no {name}")
         config = peft.PeftConfig.from_pretrained(initial_adapter)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SettingError:
         raise
-    # PEFT passes the file's contents unchecked to a config class, which may raise anything.
+    # PEFT passes the fields of the file to a class unchecked, which may raise anything.
     except Exception as error:
         raise refusal(f"it cannot be read ({first_line(error)})") from error
     if not isinstance(config, peft.LoraConfig):
@@ -145,7 +145,7 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
     except Exception as error:
         raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
     if any(not t.is_floating_point() or not t.isfinite().all() for t in tensors.values()):
-        raise refusal("it has weights that are not finite floating-point numbers")
+        raise refusal("it has non-finite weights")
     given = {name: weight.shape for name, weight in tensors.items()}
     if given != {name: weight.shape for name, weight in wanted.items()}:
         raise refusal(f"its weights do not have the shapes of {base.name}")
@@ -167,11 +167,7 @@ def _check_targets(base: FrozenBase, model: nn.Module, lora: LoraSettings) -> No
             "lora_target_modules",
             unmatched[0],
             f"no layer of {base.name} has this name"
-            + (
-                ": a value that is not a list is a pattern for full names"
-                if isinstance(targets, str)
-                else ""
-            ),
+            + (": a single string is a pattern for full names" if isinstance(targets, str) else ""),
             fix=f"choose from {', '.join(leaves)}, or give all-linear",
         )
 

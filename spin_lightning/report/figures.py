@@ -1,4 +1,4 @@
-"""Pictures of runs, each small enough for a phone."""
+"""Figures of runs, each small enough for a phone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from spin_lightning.report.measures import Measure, Records, points
 
-# Okabe and Ito's colors, which differ for color-blind eyes as well.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _REAL = "#777777"
 _SIZE = (4.8, 3.0)
@@ -30,7 +30,7 @@ def curve_figure(measure: Measure, histories: Mapping[str, Records]) -> Figure:
 
 
 def draw_curve(axes: Axes, measure: Measure, histories: Mapping[str, Records]) -> None:
-    """Draw a metric over the iterates, with standard errors where they are known."""
+    """Draw a metric over the iterates, with its standard errors if there are any."""
     for i, (name, records) in enumerate(histories.items()):
         values = points(records, measure.name)
         errors = points(records, f"{measure.name}_error")
@@ -57,7 +57,7 @@ def draw_curve(axes: Axes, measure: Measure, histories: Mapping[str, Records]) -
 def histogram_figure(
     real: NDArray[Any], generated: NDArray[Any], label: str, color: str, bins: NDArray[Any]
 ) -> Figure:
-    """Two histograms over each other, as shares of their responses."""
+    """Two overlaid histograms, in shares of their responses."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     for values, name, style in (
@@ -74,21 +74,21 @@ def histogram_figure(
 
 
 def length_bins(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[Any]:
-    """Edges between whole numbers of tokens, the same for every histogram of a report."""
+    """Bin edges between whole numbers of tokens, the same for every histogram of a report."""
     longest = max(int(values.max(initial=1)) for pair in pairs for values in pair)
     step = max(1, -(-longest // _BINS))
     return np.arange(0, longest + 2 * step, step) - 0.5
 
 
 def reward_bins(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[Any]:
-    """Edges that hold all but the outermost hundredth on either side."""
+    """Bin edges around all values but the outermost half percent on either side."""
     values = np.concatenate([values for pair in pairs for values in pair])
     low, high = np.quantile(values, [0.005, 0.995])
     return np.linspace(low, max(high, low + 1e-6), _BINS + 1)
 
 
 def svg(figure: Figure) -> bytes:
-    """A figure as SVG, its letters drawn, the same bytes every time."""
+    """A figure as SVG, text as paths; the same figure gives the same bytes."""
     buffer = BytesIO()
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "spin-lightning"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

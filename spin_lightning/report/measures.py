@@ -1,10 +1,12 @@
-"""The metrics of iterates, each with what it means in one line."""
+"""The metrics of iterates that reports show, each with its meaning in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
+
+from spin_lightning.run.records import IterateRecord
 
 
 @dataclass(frozen=True)
@@ -12,10 +14,10 @@ class Measure:
     """A metric over the iterates.
 
     Attributes:
-        name: In the iterates' records.
-        title: What it is called, with the unit.
-        meaning: What it is, in one line.
-        best: Which end is good; None where neither is.
+        name: Its name in the iterates' records.
+        title: Its title, with the unit.
+        meaning: Its definition, in one line.
+        best: Which end is better; None if neither is.
         log: Whether its axis is logarithmic.
     """
 
@@ -44,7 +46,7 @@ MEASURES: Final = (
     Measure(
         "exact/reverse_kl",
         "Exact reverse KL, nats",
-        "KL(p_t ‖ p_data) of p_t within the language: large where p_t says what the data do not.",
+        "KL(p_t ‖ p_data) of p_t within the language: large if p_t generates what the data lack.",
         "min",
     ),
     Measure(
@@ -56,12 +58,12 @@ MEASURES: Final = (
     Measure(
         "exact/entropy",
         "Entropy, nats",
-        "Entropy of p_t within the language, mean over prompts: it falls where responses narrow.",
+        "Entropy of p_t within the language, mean over prompts: it falls as responses narrow.",
     ),
     Measure(
         "exact/outside_mass",
         "Mass outside the language",
-        "Probability that p_t says anything that is no sentence of the language.",
+        "Probability that p_t generates a string outside the language.",
         "min",
     ),
     Measure(
@@ -93,49 +95,45 @@ MEASURES: Final = (
     Measure(
         "rows/distinct_1",
         "Distinct 1-grams",
-        "Different tokens over all tokens of the responses that train the next iterate.",
+        "Distinct tokens over all tokens of the responses that train the next iterate.",
     ),
     Measure(
         "rows/distinct_2",
         "Distinct 2-grams",
-        "Different pairs of neighboring tokens over all such pairs, likewise.",
+        "Distinct pairs of neighboring tokens over all such pairs, likewise.",
     ),
     Measure(
         "rows/duplicates",
         "Duplicates",
-        "Share of the training rows' responses that another row has as well.",
+        "Share of the training rows' responses that another row also has.",
     ),
     Measure(
         "rows/regenerated",
-        "Share generated anew",
-        "Rows that were generated at this iterate and not kept from the one before.",
+        "Share regenerated",
+        "Share of rows that were generated at this iterate, not kept from the one before.",
     ),
 )
-# What other measures show beside their own line, or the tables of benchmarks have.
+# Metrics that tables of benchmarks show, or other measures beside their own line.
 _SHOWN_ELSEWHERE = ("lm_eval/", "mt_bench")
 _BESIDE = ("val/real_tokens", "val/real_finished", "iterate")
 _PARTS = ("_error", "_per_token")
 
-
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[IterateRecord]
 
 
 def points(records: Records, name: str) -> dict[int, float]:
-    """Values of a metric by iterate, where it is known."""
-    values = {}
-    for record in records:
-        known = {**(record.get("metrics") or {}), **(record.get("rows") or {})}
-        if name in known:
-            values[int(record["index"])] = float(known[name])
-    return values
+    """Values of a metric by iterate, for the iterates that have it."""
+    return {
+        record.index: float(record.measured[name]) for record in records if name in record.measured
+    }
 
 
 def measures_of(histories: Iterable[Records]) -> list[Measure]:
-    """The measures that some run has, and those that a callback of its own has logged."""
+    """The measures that some run has, then metrics that a callback of its own has logged."""
     names: dict[str, None] = {}
     for records in histories:
         for record in records:
-            names |= dict.fromkeys({**(record.get("metrics") or {}), **(record.get("rows") or {})})
+            names |= dict.fromkeys(record.measured)
     known = [measure for measure in MEASURES if measure.name in names]
     ours = {measure.name for measure in MEASURES}
     others = [
@@ -150,7 +148,7 @@ def measures_of(histories: Iterable[Records]) -> list[Measure]:
 
 
 def best_of(measure: Measure, values: Mapping[int, float]) -> int | None:
-    """The iterate at the good end; None where there is no such end, or nothing to compare."""
+    """The iterate at the better end; None if neither end is better, or for a single value."""
     if measure.best is None or len(values) < 2:
         return None
     sign = 1 if measure.best == "min" else -1

@@ -1,4 +1,4 @@
-"""The report's page: what each of its sections shows, as plain values for the template."""
+"""The report's page: the content of each section, as plain values for the template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from spin_lightning.evaluation.contestants import label_of
 from spin_lightning.evaluation.results import score_lines
 from spin_lightning.report.figures import (
     COLORS,
@@ -40,8 +39,8 @@ class Page:
     """A report.
 
     Attributes:
-        html: The page, which needs nothing besides itself.
-        figures: Its pictures by file name.
+        html: The page, self-contained.
+        figures: Its figures by file name.
     """
 
     html: str
@@ -49,7 +48,7 @@ class Page:
 
 
 def make_page(views: Sequence[RunView], version: str) -> Page:
-    """Draw and write the report of one run or of several side by side."""
+    """Make the report of one run, or of several side by side."""
     figures: dict[str, Figure] = {}
     values: dict[str, Any] = {
         "title": " · ".join(view.name for view in views),
@@ -90,17 +89,18 @@ def _image(figures: dict[str, Figure], name: str, figure: Figure) -> str:
 
 
 def _facts(view: RunView) -> list[tuple[str, str]]:
-    last, base = view.records[-1], view.records[0]["base"]
+    last, base = view.records[-1], view.records[0].base
     facts = [
         ("variant", view.variant),
         ("base", f"{base['name']} ({base['quantization']}, {base['compute_dtype']})"),
-        ("iterates", f"p0 … p{last['index']}, {last['step']:,} steps"),
+        ("iterates", f"p0 … p{last.index}, {last.step:,} steps"),
     ]
-    training = last.get("training") or {}
-    facts += [(k, str(training[k])) for k in ("opponent", "reference") if training.get(k)]
-    best = view.run.known_best()
-    if best is not None:
-        facts.append(("best", f"p{best['index']} by {best['metric']} = {best['value']:.4g}"))
+    if last.training is not None:
+        played = {"opponent": last.training.opponent, "reference": last.training.reference}
+        facts += [(name, value) for name, value in played.items() if value]
+    if view.best is not None:
+        best = view.best
+        facts.append(("best", f"p{best.index} by {best.metric} = {best.value:.4g}"))
     return facts
 
 
@@ -161,22 +161,22 @@ def _evaluation(metric: str, lines: Mapping[str, Any]) -> dict[str, Any]:
             )
         rows.append((label, cells))
     settings = next(iter(lines.values())).settings
-    return {"metric": metric, "runs": list(lines), "rows": rows, "settings": _told(settings)}
+    return {"metric": metric, "runs": list(lines), "rows": rows, "settings": _in_a_line(settings)}
 
 
-def _told(settings: Mapping[str, Any]) -> str:
-    """The settings of a score in a line; hashes are told by their first letters."""
-    told = []
+def _in_a_line(settings: Mapping[str, Any]) -> str:
+    """The settings of a score in one line, hashes shortened."""
+    shown = []
     for key, value in settings.items():
         if value is None or key in ("task", "of"):
             continue
         text = value[:8] if isinstance(value, str) and len(value) == 64 else str(value)
-        told.append(text if key == "harness" else f"{key} {text}")
-    return ", ".join(told)
+        shown.append(text if key == "harness" else f"{key} {text}")
+    return ", ".join(shown)
 
 
 def _chosen(iterates: Sequence[int]) -> list[int]:
-    """At most so many iterates, evenly spread, the first and the last among them."""
+    """At most `_HISTOGRAMS_PER_RUN` iterates, evenly spread, including the first and the last."""
     if len(iterates) <= _HISTOGRAMS_PER_RUN:
         return list(iterates)
     step = (len(iterates) - 1) / (_HISTOGRAMS_PER_RUN - 1)
@@ -193,7 +193,7 @@ def _lengths(views: Sequence[RunView], figures: dict[str, Figure]) -> dict[str, 
         "id": "lengths",
         "short": "Lengths",
         "title": "Lengths of responses",
-        "meaning": "Tokens of held-out responses, the stop token counted: real, and of p_t.",
+        "meaning": "Tokens of held-out responses, including the stop token: real, and of p_t.",
         "figures": _histograms("lengths", views, pairs, length_bins, "tokens", figures),
     }
 
@@ -211,7 +211,7 @@ def _rewards(views: Sequence[RunView], figures: dict[str, Figure]) -> dict[str, 
         "short": "Rewards",
         "title": "Rewards of responses",
         "meaning": "log p_t(y|x) − log p_{t−1}(y|x) of held-out responses, real and of p_t, nats "
-        "before β: to the right is what the last iterate made likelier. The outermost hundredth "
+        "before β: the last iterate made responses on the right likelier. The outermost hundredth "
         "is left out.",
         "figures": _histograms("rewards", views, pairs, reward_bins, axis, figures),
     }
@@ -225,7 +225,7 @@ def _histograms(
     axis: str,
     figures: dict[str, Figure],
 ) -> list[dict[str, str]]:
-    """One histogram of real and generated for each run and iterate, all with the same bins."""
+    """A histogram of real and generated responses per run and iterate, all with the same bins."""
     if not pairs:
         return []
     bins = bins_of(list(pairs.values()))
@@ -238,10 +238,10 @@ def _histograms(
 
 
 def _samples(views: Sequence[RunView]) -> list[dict[str, Any]]:
-    """The first prompts of the first run, and what every run that has them answered."""
+    """The first prompts of the first run, with the responses of every run that has them."""
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for i, view in enumerate(views):
-        # Enough of another run's to find the first run's prompts among them.
+        # Enough samples of another run to find the first run's prompts among them.
         for sample in view.samples(_PROMPTS_SHOWN if i == 0 else 1000):
             key = (sample.prompt, sample.real)
             if i and key not in found:
@@ -260,14 +260,16 @@ def _timings(views: Sequence[RunView]) -> list[dict[str, Any]]:
     for view in views:
         rows = []
         for record in view.records:
-            training = record.get("training") or {}
-            seconds = training.get("seconds")
-            if seconds:
-                memory = training.get("peak_memory")
+            training = record.training
+            if training is not None and training.seconds:
+                memory = training.peak_memory
                 rows.append(
                     [
-                        label_of(f"iterate_{record['index']}"),
-                        *(f"{seconds[k]:.1f} s" for k in ("generating", "scoring", "training")),
+                        f"p{record.index}",
+                        *(
+                            f"{training.seconds[stage]:.1f} s"
+                            for stage in ("generating", "scoring", "training")
+                        ),
                         "–" if memory is None else f"{memory / _GIB:.2f} GiB",
                     ]
                 )

@@ -1,8 +1,8 @@
-"""Reports of finished or running runs, from the files of their folders."""
+"""Reports of finished or running runs: a page, a picture of all curves, and a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,12 +10,11 @@ from matplotlib.figure import Figure
 
 from spin_lightning.errors import RunFolderError
 from spin_lightning.report.figures import draw_curve
-from spin_lightning.report.measures import MEASURES, measures_of, points
+from spin_lightning.report.measures import MEASURES, Records, measures_of, points
 from spin_lightning.report.page import make_page
-from spin_lightning.report.run_view import iterate_records, read_runs
-from spin_lightning.run.folder import RunFolder
+from spin_lightning.report.run_view import RunView
 
-# What the one picture of a run shows; the page shows all.
+# The metrics in the one picture of a run; the page shows all of them.
 _IN_PICTURE = (
     "exact/kl",
     "val/real_nll_per_token",
@@ -26,20 +25,17 @@ _IN_PICTURE = (
 )
 
 
-def write_report(runs: Sequence[RunFolder], folder: Path) -> Path:
-    """Write one self-contained page on one run or several, and its pictures as PNG.
+def write_report(views: Sequence[RunView], folder: Path) -> Path:
+    """Write one self-contained page on one run or several, and its figures as PNG.
 
     Args:
-        runs: The runs to put side by side.
-        folder: Where `report.html` and `figures/*.png` go.
+        views: The runs to put side by side, see `read_runs`.
+        folder: The folder for `report.html` and `figures/*.png`.
 
     Returns:
-        The page.
-
-    Raises:
-        RunFolderError: A folder holds no iterates.
+        Path of the page.
     """
-    page = make_page(read_runs(runs), version("spin-lightning"))
+    page = make_page(views, version("spin-lightning"))
     pictures = folder / "figures"
     pictures.mkdir(parents=True, exist_ok=True)
     for name, figure in page.figures.items():
@@ -49,20 +45,19 @@ def write_report(runs: Sequence[RunFolder], folder: Path) -> Path:
     return path
 
 
-def draw_iterates(runs: Sequence[RunFolder], path: Path) -> Path:
+def draw_iterates(histories: Mapping[str, Records], path: Path) -> Path:
     """Draw the main metrics over the iterates into one picture, one line per run.
 
     Args:
-        runs: The runs to compare.
+        histories: The records of each run's iterates, by the run's name.
         path: Where the picture goes.
 
     Returns:
         The picture's path.
 
     Raises:
-        RunFolderError: A folder holds no iterates, or there is nothing to draw.
+        RunFolderError: There is no metric to draw.
     """
-    histories = {run.root.name: iterate_records(run) for run in runs}
     measures = [
         m
         for m in MEASURES
@@ -84,9 +79,8 @@ def draw_iterates(runs: Sequence[RunFolder], path: Path) -> Path:
     return path
 
 
-def comparison_table(runs: Sequence[RunFolder]) -> list[list[str]]:
-    """Rows of text: each metric of each run at every iterate; the first row is a head."""
-    views = read_runs(runs)
+def comparison_table(views: Sequence[RunView]) -> list[list[str]]:
+    """Each metric of each run at every iterate as rows of text; the first row is the header."""
     histories = {view.name: view.records for view in views}
     length = max(len(records) for records in histories.values())
     table = [["metric", "run", *(f"p{t}" for t in range(length))]]

@@ -1,4 +1,4 @@
-"""What a report needs of a run, read once from its folder."""
+"""A run as the report shows it, read once from its folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.results import Result, read_results
 from spin_lightning.policies.saved import load_tokenizer
 from spin_lightning.report.samples import PromptSamples, samples_of_prompts
-from spin_lightning.rows.store import RowTable, read_manifest, read_rows
+from spin_lightning.rows.manifest import read_manifest
+from spin_lightning.rows.store import RowTable, read_rows
 from spin_lightning.run.files import reading
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import BestRecord, IterateRecord
 
-# Differ between any two runs, and say nothing of them.
+# Settings that differ between any two runs.
 _NOT_SETTINGS = ("trainer.default_root_dir", "ckpt_path")
 
 
@@ -28,38 +30,39 @@ class RunView:
     """One run.
 
     Attributes:
-        name: What it is called here; no two runs of a report share one.
+        name: Its name in the report, which no other run of the report has.
         run: Its folder.
-        records: What is known of each iterate, ascending.
-        tables: Held-out rows by the iterate that answered them, as far as they are there.
+        records: The record of each iterate, ascending.
+        best: The best iterate, if the run has ranked them.
+        tables: Held-out rows by the iterate that answered them, as far as there are any.
         results: Its scores on benchmarks.
     """
 
     name: str
     run: RunFolder
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[IterateRecord]
+    best: BestRecord | None
     tables: Mapping[int, RowTable]
     results: Sequence[Result]
 
     @property
     def variant(self) -> str:
-        """The class that was trained."""
-        fields = self.records[0].get("fingerprint_fields", {})
-        return str(fields.get("variant", "")).rsplit(".", 1)[-1]
+        """Name of the module's class."""
+        return str(self.records[0].fingerprint_fields.get("variant", "")).rsplit(".", 1)[-1]
 
     def samples(self, count: int) -> list[PromptSamples]:
-        """What the iterates answered to the same prompts."""
+        """The iterates' responses to the same prompts."""
         if not self.tables:
             return []
         return samples_of_prompts(self.tables, load_tokenizer(self.run.root), count)
 
     def lengths(self, t: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Tokens of held-out real responses, and of those that iterate t wrote."""
+        """Lengths in tokens of held-out real responses, and of those that iterate t generated."""
         table = self.tables[t]
         return table.real_ids.lengths, table.generated_ids.lengths
 
     def rewards(self, t: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        """log p_t − log p_{t−1} of real and generated responses, nats; None where it is unknown."""
+        """log p_t − log p_{t−1} of real and generated responses, nats; None without both."""
         table = self.tables[t]
         if t == 0 or not {t, t - 1} <= set(table.members) or not len(table.generated_ids.values):
             return None
@@ -78,25 +81,25 @@ def read_runs(runs: Sequence[RunFolder]) -> list[RunView]:
     return [_read(name, run) for name, run in zip(names, runs, strict=True)]
 
 
-def iterate_records(run: RunFolder) -> list[dict[str, Any]]:
-    """What is known of each iterate of a run, ascending.
+def read_records(run: RunFolder) -> list[IterateRecord]:
+    """The record of each iterate of a run, ascending.
 
     Raises:
         RunFolderError: The folder holds no iterates.
     """
-    known = run.known_iterates()
-    if not known:
+    records = run.records()
+    if not records:
         raise RunFolderError(
             f"{run.root} holds no iterates", fix="name the folder of a run, as `fit` printed it"
         )
-    return [run.read_iterate(t) for t in known]
+    return records
 
 
 def config_differences(views: Sequence[RunView]) -> list[list[str]]:
-    """Rows of a setting and its value in each run, for the settings that differ."""
+    """A row per setting that differs between runs: its name, then its value in each run."""
     configs = [_settings(view.run) for view in views]
     if not all(configs):
-        configs = [dict(_flat(view.records[-1].get("fingerprint_fields", {}))) for view in views]
+        configs = [dict(_flat(view.records[-1].fingerprint_fields)) for view in views]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = []
     for key in keys:
@@ -107,14 +110,14 @@ def config_differences(views: Sequence[RunView]) -> list[list[str]]:
 
 
 def _read(name: str, run: RunFolder) -> RunView:
-    records = iterate_records(run)
-    folders = {int(record["index"]): run.val_rows(int(record["index"])) for record in records}
+    records = read_records(run)
+    folders = {record.index: run.val_rows(record.index) for record in records}
     tables = {t: read_rows(folder) for t, folder in folders.items() if read_manifest(folder)}
-    return RunView(name, run, records, tables, read_results(run))
+    return RunView(name, run, records, run.best_record(), tables, read_results(run, records))
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
-    """The folders' names, with as many of those above as it takes to tell them apart."""
+    """The folders' names, made different by the folder above and a number where they are equal."""
     paths = [run.root.resolve() for run in runs]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
@@ -130,16 +133,16 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     path = Path(run.root) / "config.yaml"
     if not path.exists():
         return {}
-    fix = "restore it, or delete it: the report then takes the settings from the iterates"
+    fix = "restore it, or delete it: the report then reads the settings from the iterates"
     with reading(path, fix, yaml.YAMLError):
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
-    return dict(_flat(settings))
+        return dict(_flat(settings))
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`a.b.c` and its value, for every value of nested dictionaries."""
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`a.b.c` and its value, for each value of nested dictionaries."""
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, dict) and value:

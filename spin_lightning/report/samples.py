@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from spin_lightning.report.user_turn import PromptReader
 from spin_lightning.rows.store import RowTable
 
 
 @dataclass(frozen=True)
 class PromptSamples:
-    """One prompt, its real response and what each iterate answered.
+    """One prompt, its real response and the response of each iterate.
 
     Attributes:
-        prompt: The prompt, without special tokens.
+        prompt: The user's last turn of the prompt.
         real: The data's response.
         generated: The response of each iterate, by its index.
     """
@@ -28,13 +29,15 @@ class PromptSamples:
 def sample_pairs(
     table: RowTable, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[tuple[str, str, str]]:
-    """(prompt, real, generated) of the first rows with different prompts, the same every time.
+    """(prompt, real, generated) of the first rows with different prompts, in a fixed order.
 
-    Special tokens are shown where the response has them: whether a response ended is part of it.
+    Of a prompt, the user's last turn is shown, without what the chat template adds. Responses keep
+    their special tokens: whether a response ended is part of it.
     """
+    reader = PromptReader.of(tokenizer)
     return [
         (
-            str(tokenizer.decode(table.prompt_ids[i].tolist(), skip_special_tokens=True)),
+            reader.read(table.prompt_ids[i].tolist()),
             str(tokenizer.decode(table.real_ids[i].tolist())),
             str(tokenizer.decode(table.generated_ids[i].tolist())),
         )
@@ -45,15 +48,15 @@ def sample_pairs(
 def samples_of_prompts(
     tables: Mapping[int, RowTable], tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[PromptSamples]:
-    """What iterates answered to the same prompts.
+    """The iterates' responses to the same prompts.
 
     Args:
-        tables: Held-out rows by the iterate that answered them; every iterate has the same.
-        tokenizer: The run's.
-        count: Prompts to show, all different.
+        tables: Held-out rows by the iterate that answered them; all have the same examples.
+        tokenizer: The run's tokenizer.
+        count: Number of prompts, all different.
 
     Returns:
-        The first prompts of the first iterate.
+        The first prompts of the first iterate, with the responses of all.
     """
     if not tables:
         return []
@@ -73,7 +76,7 @@ def samples_of_prompts(
 
 
 def _first_of_prompts(table: RowTable) -> list[int]:
-    """The first row of every different prompt, in order."""
+    """The first row of each prompt, in order."""
     first: dict[tuple[int, ...], int] = {}
     for i in range(len(table)):
         first.setdefault(tuple(table.prompt_ids[i].tolist()), i)

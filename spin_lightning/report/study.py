@@ -1,99 +1,71 @@
-"""Studies: several variants of one config, each over several seeds, in one table and picture."""
+"""Studies: the table and picture of several variants, each with several seeds."""
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Final
+from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.report.report import iterate_records
+from spin_lightning.errors import RunFolderError
+from spin_lightning.report.run_view import read_records
 from spin_lightning.run.folder import RunFolder
 
-# The family, with the smallest history that mixes. The alpha is our own choice.
-STABILITY_VARIANTS: Final = (
-    "SPIN",
-    "MixtureSPIN(history=2)",
-    "FictitiousSPIN",
-    "AlphaSPIN(alpha=0.3)",
-    "SFT",
-)
-
-# What is compared where the runs know it, and the panel's title.
+# The metrics that are compared if all runs have them, with the titles of their panels.
 _CURVES: Final = {
     "exact/kl": "last iterate: exact KL(p_data || p_t), nats",
     "exact/mixture_kl": "mixture policy: exact KL(p_data || mean of p_0 … p_t), nats",
     "val/real_nll_per_token": "NLL of held-out real responses, nats per token",
 }
-# The second half of a run tells whether it has settled.
+# Whether a run has settled is judged by its second half.
 _LATE: Final = 0.5
 
-
-@dataclass(frozen=True)
-class Play:
-    """One run of a study.
-
-    Attributes:
-        variant: The variant and its own settings, as they were written.
-        model: Its class: a name of ours, or an import path.
-        settings: Its own settings.
-        seed: Seed of the run, and of the testbed where that is played on.
-    """
-
-    variant: str
-    model: str
-    settings: Mapping[str, Any]
-    seed: int
-
-    @classmethod
-    def of(cls, variant: str, seed: int) -> Play:
-        """Read `Class` or `Class(setting=value, …)`.
-
-        Raises:
-            SettingError: It is neither.
-        """
-        try:
-            node = ast.parse(variant, mode="eval").body
-            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-            settings = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise _unreadable(variant) from error
-        if call.args or not isinstance(call.func, ast.Name | ast.Attribute):
-            raise _unreadable(variant)
-        return cls(variant, ast.unparse(call.func), settings, seed)
-
-    def folder(self, out: Path) -> Path:
-        """Where the run goes."""
-        name = re.sub(r"[^\w.=-]+", "_", self.variant).strip("_")
-        return out / f"{name}-seed{self.seed}"
-
-    def arguments(self, config: str, out: Path) -> list[str]:
-        """What `fit` is called with."""
-        own = [f"--model.{name}={value}" for name, value in self.settings.items()]
-        return [
-            *("fit", "--config", config, "--model", self.model, *own),
-            *(f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder(out)}"),
-            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-        ]
+# The points of every run, by metric and variant.
+Curves = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
 
 
-def study_table(groups: Mapping[str, Sequence[RunFolder]]) -> list[list[str]]:
-    """Rows of text: every metric of each variant at each iterate, the median over seeds.
-
-    The last column is the median over seeds of the mean over the second half of the iterates.
+def study_curves(groups: Mapping[str, Sequence[RunFolder]]) -> Curves:
+    """Read the metrics that all runs of a study have.
 
     Args:
         groups: The runs of each variant.
+
+    Raises:
+        RunFolderError: There is no such metric.
     """
-    curves = _read(groups)
+    measured = {
+        variant: [[record.metrics or {} for record in read_records(run)] for run in runs]
+        for variant, runs in groups.items()
+    }
+    common = [
+        metric
+        for metric in _CURVES
+        if all(metric in at for runs in measured.values() for run in runs for at in run)
+    ]
+    if not common:
+        raise RunFolderError(
+            "these runs have no metric in common that can be compared",
+            fix="hold examples out with data.val_examples, or play on the testbed",
+        )
+    return {
+        metric: {
+            variant: [[at[metric] for at in run] for run in runs]
+            for variant, runs in measured.items()
+        }
+        for metric in common
+    }
+
+
+def study_table(curves: Curves) -> list[list[str]]:
+    """Each metric of each variant at each iterate, the median over seeds, as rows of text.
+
+    The last column is the median over seeds of the mean over the second half of the iterates. The
+    first row is the header.
+    """
     histories_of_all = [runs for variants in curves.values() for runs in variants.values()]
     length = max(len(points) for runs in histories_of_all for points in runs)
     first_late = length - int(_LATE * (length - 1))
@@ -108,19 +80,18 @@ def study_table(groups: Mapping[str, Sequence[RunFolder]]) -> list[list[str]]:
     return table
 
 
-def draw_study(groups: Mapping[str, Sequence[RunFolder]], path: Path) -> Path:
+def draw_study(curves: Curves, path: Path) -> Path:
     """Draw every metric over the iterates: a line per variant, the median over its seeds.
 
     A band reaches from the smallest to the largest of the seeds.
 
     Args:
-        groups: The runs of each variant.
+        curves: The metrics, see `study_curves`.
         path: Where the picture goes.
 
     Returns:
         The picture's path.
     """
-    curves = _read(groups)
     figure = Figure(figsize=(10, 3.6 * len(curves)), layout="constrained")
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (metric, runs) in zip(panels, curves.items(), strict=True):
@@ -144,41 +115,3 @@ def _draw(axes: Axes, variant: str, histories: Sequence[Sequence[float]]) -> Non
     (line,) = axes.plot([median(at) for at in by_iterate], marker="o", markersize=4, label=variant)
     low, high = [min(at) for at in by_iterate], [max(at) for at in by_iterate]
     axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
-def _read(groups: Mapping[str, Sequence[RunFolder]]) -> dict[str, dict[str, list[list[float]]]]:
-    """The points of every run by metric and variant; metrics that a run lacks are left out.
-
-    Raises:
-        RunFolderError: The runs have no metric in common that is compared.
-    """
-    records = {
-        variant: [[record.get("metrics", {}) for record in iterate_records(run)] for run in runs]
-        for variant, runs in groups.items()
-    }
-    common = [
-        metric
-        for metric in _CURVES
-        if all(metric in measured for runs in records.values() for run in runs for measured in run)
-    ]
-    if not common:
-        raise RunFolderError(
-            "these runs have no metric in common that could be compared",
-            fix="hold examples out with data.val_examples, or play on the testbed",
-        )
-    return {
-        metric: {
-            variant: [[measured[metric] for measured in run] for run in runs]
-            for variant, runs in records.items()
-        }
-        for metric in common
-    }
-
-
-def _unreadable(variant: str) -> SettingError:
-    return SettingError(
-        "variants",
-        variant,
-        "it does not name a class",
-        fix="write a name such as FictitiousSPIN, or with settings 'AlphaSPIN(alpha=0.3)'",
-    )

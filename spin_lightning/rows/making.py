@@ -1,15 +1,15 @@
 """Making the rows of an iterate: draw opponents, generate, score, write.
 
-Rows are made in work units: a fixed list of examples, one part file each, decoded and scored in
-batches that depend on nothing but the unit. So the same adapters and settings give the same bytes,
-whoever makes which unit in which order; a crash costs the unit at hand.
+Rows are made in work units: fixed lists of rows, one part file each, decoded and scored in batches
+that depend on the unit alone. So the same adapters and settings give the same bytes, whichever
+process makes a unit and in whatever order; a crash costs only the current unit.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,48 +17,44 @@ from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.packing import group_by_length, pack_prompts
 from spin_lightning.policies.base import Policy
-from spin_lightning.rows.plan import (
-    NO_ROWS,
-    EarlierRows,
-    RowDraw,
-    RowPlan,
-    unit_count,
-    units,
-)
+from spin_lightning.rows.manifest import read_manifest, write_manifest
+from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowDraw, RowPlan, units
 from spin_lightning.rows.store import (
     damaged_parts,
     part_hashes,
     part_matches,
     read_deviations,
-    read_manifest,
     warn_damaged,
-    write_manifest,
     write_part,
 )
 from spin_lightning.rows.suspects import check_rows
-from spin_lightning.run.fingerprint import differences
 from spin_lightning.types import Example, PolicyId, Row
 
-# The head's logits are the largest thing in a padded scoring pass: at most 2^27 floats of them at
-# once. With shared prompts they come in small chunks, and a batch only has to fill the device.
+# The head's logits are the largest tensor of a padded scoring pass: a batch has at most 2^27 of
+# them. With shared prompts they are computed in small chunks, and a batch only has to fill the
+# device.
 _SCORING_LOGITS = 1 << 27
 _MOST_SCORING_TOKENS = 1 << 14
 _SHARED_TOKENS = 1 << 13
 
 
 class Reporter(Protocol):
-    """Hears how far generation and scoring have come."""
+    """Receives the progress of generation and scoring."""
 
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
-        """`rows` more rows went through `stage` ("generating" or "scoring") in `seconds`.
+        """Report progress.
 
-        `tokens` of responses were generated now, or scored, once for each that scores.
+        Args:
+            stage: "generating" or "scoring".
+            rows: Rows that went through the stage.
+            seconds: Time they took; 0 for rows of an existing part.
+            tokens: Response tokens that were generated, or scored, counted once per scorer.
         """
 
 
 @dataclass
 class Scored:
-    """A response and what is known of its log-probs, by scorer."""
+    """A response and its known log-probs, by scorer."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -67,7 +63,7 @@ class Scored:
 
 @dataclass
 class Timing:
-    """Rows made here and the seconds they took; parts that were already there count nothing."""
+    """Rows that this process made and the seconds they took; existing parts do not count."""
 
     rows: int = 0
     generating: float = 0.0
@@ -76,7 +72,7 @@ class Timing:
     scored_tokens: int = 0
 
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
-        """Add what a stage took."""
+        """Add the progress of a stage, see `Reporter`."""
         if stage == "generating":
             self.rows += rows if seconds else 0
             self.generating += seconds
@@ -91,9 +87,9 @@ class Synthesis:
     """Makes rows with a policy and a generator.
 
     Attributes:
-        policy: Whose iterates answer and score.
-        generator: How responses are sampled.
-        vocabulary: Size of the model's head, which bounds a scoring batch.
+        policy: Its iterates generate and score.
+        generator: The engine that samples responses.
+        vocabulary: Size of the model's head, which limits a scoring batch.
     """
 
     policy: Policy
@@ -114,20 +110,20 @@ class Synthesis:
         """Make the parts that `folder` lacks; units k with k mod `world_size` = `rank` only.
 
         Args:
-            plan: What rows there are to be.
-            examples: What is answered.
-            folder: Where the parts go.
-            report: Hears how far it has come.
-            earlier: Rows of the iterate before, for what can be kept of them.
-            rank: Which of the processes this is.
+            plan: The rows to make.
+            examples: The examples to answer.
+            folder: The folder of the parts.
+            report: Receives the progress.
+            earlier: Rows of the iterate before, to be kept where the plan says so.
+            rank: Rank of this process.
             world_size: Number of processes that share the units.
 
         Yields:
-            The index of each unit once its part is on disk. The manifest is left to `finish`, when
-            all ranks are through.
+            The number of each unit once its part is on disk. Call `finish` for the manifest when
+            all ranks are done.
 
         Raises:
-            NonFiniteError: A log-prob of a unit is NaN or infinite; nothing of it is written.
+            NonFiniteError: A log-prob of a unit is NaN or infinite; the unit is not written.
         """
         for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:
@@ -195,11 +191,11 @@ class Synthesis:
         return [next(made) if draw.kept is None else draw.kept for draw in draws]
 
     def _score(self, scorers: Sequence[PolicyId], sequences: Sequence[Scored]) -> None:
-        """Fill in log p(response | prompt) under every scorer, where it is not known yet."""
+        """Fill in the missing log p(response | prompt) of every scorer."""
         for scorer in scorers:
             unknown = [s for s in sequences if scorer not in s.logps]
             for s in unknown:
-                s.logps[scorer] = 0.0  # what a response without tokens keeps
+                s.logps[scorer] = 0.0  # stays 0 for a response without tokens
             written = [s for s in unknown if s.response_ids]
             if not written:
                 continue
@@ -215,7 +211,7 @@ class Synthesis:
                         s.logps[scorer] = logp
 
     def _scoring_batches(self, sequences: Sequence[Scored]) -> Iterator[list[list[Scored]]]:
-        """Responses grouped by their prompt where the policy can share it, in batches."""
+        """Batches of responses, grouped by prompt if the policy can share prompts."""
         if self.policy.shares_prompts:
             by_prompt: dict[tuple[int, ...], list[Scored]] = {}
             for s in sequences:
@@ -230,55 +226,48 @@ class Synthesis:
 
 
 def finish(
-    plan: RowPlan, examples: Sequence[Example], folder: Path, fields: dict[str, Any]
+    plan: RowPlan, examples: Sequence[Example], folder: Path, fields: Mapping[str, Any]
 ) -> None:
-    """Write the manifest: all parts are there.
+    """Write the manifest, once all parts exist.
+
+    Args:
+        plan: The rows that were made.
+        examples: The examples that were answered.
+        folder: The folder of the parts.
+        fields: Further fields of the manifest.
 
     Raises:
-        SpinError: There is nothing to make rows of.
+        SpinError: There are no examples.
     """
     if not examples:
         raise SpinError(f"there are no examples to make rows of in {folder}", fix="give more data")
-    manifest = _manifest_of(plan, examples)
-    if deviations := read_deviations(folder, manifest["units"]):
-        manifest["deviations"] = deviations
-    parts = part_hashes(folder, manifest["units"])
-    write_manifest(folder, {**fields, **manifest, "parts": parts})
+    manifest = plan.manifest(examples)
+    write_manifest(
+        folder,
+        replace(
+            manifest,
+            parts=part_hashes(folder, manifest.units),
+            deviations=read_deviations(folder, manifest.units),
+            others=fields,
+        ),
+    )
 
 
 def is_finished(plan: RowPlan, examples: Sequence[Example], folder: Path) -> bool:
-    """Whether all rows of a plan are there, whole, and no others."""
+    """Whether the folder holds all rows of a plan, undamaged, and no others."""
     manifest = read_manifest(folder)
-    if manifest is None:
+    if manifest is None or not manifest.has_rows_of(plan.manifest(examples)):
         return False
-    wanted = _manifest_of(plan, examples)
-    if differences({name: manifest.get(name) for name in wanted}, wanted):
-        return False
-    damaged = damaged_parts(folder, manifest)
-    for path in damaged:
+    found = damaged_parts(folder, manifest)
+    for path in found:
         warn_damaged(path, "its bytes are not those that were written")
-        # It may still read like a whole one.
+        # It may still be a readable part.
         path.unlink(missing_ok=True)
-    return not damaged
-
-
-def _manifest_of(plan: RowPlan, examples: Sequence[Example]) -> dict[str, Any]:
-    weights = {} if plan.opponent is None else plan.opponent.weights
-    return {
-        "iterate": plan.iterate,
-        "opponent": {str(i): weight for i, weight in weights.items()} or None,
-        "members": plan.members,
-        "token_alpha": plan.token_alpha or None,
-        "token_members": plan.token_members,
-        "rows": len(examples) * plan.rows_per_example,
-        "units": unit_count(plan, examples),
-        "unit_size": plan.unit_size,
-        "cap": plan.cap,
-    }
+    return not found
 
 
 def _known_before(plan: RowPlan, draws: Sequence[RowDraw]) -> dict[str, list[Any]]:
-    """The columns of a unit's rows that are known before any is made."""
+    """The columns of a unit's rows that the plan determines."""
     rows = len(draws)
     return {
         "seed": [draw.key for draw in draws],
@@ -296,8 +285,6 @@ def _row(
     real_logps: Mapping[PolicyId, float],
     generated_logps: Mapping[PolicyId, float],
 ) -> Row:
-    plain = [plan.plain_scorer(i) for i in plan.members]
-    token = [plan.token_scorer(i) for i in plan.token_members]
     return Row(
         example_id=draw.example.example_id,
         sample=draw.sample,
@@ -308,11 +295,11 @@ def _row(
         finished=response.finished,
         real_finished=draw.example.real_finished,
         members=plan.members,
-        member_real_logps=tuple(real_logps[scorer] for scorer in plain),
-        member_generated_logps=tuple(generated_logps[scorer] for scorer in plain),
+        member_real_logps=tuple(real_logps[scorer] for scorer in plan.plain_scorers),
+        member_generated_logps=tuple(generated_logps[scorer] for scorer in plan.plain_scorers),
         token_alpha=plan.token_alpha or None,
         token_members=plan.token_members,
-        token_real_logps=tuple(real_logps[scorer] for scorer in token),
-        token_generated_logps=tuple(generated_logps[scorer] for scorer in token),
+        token_real_logps=tuple(real_logps[scorer] for scorer in plan.token_scorers),
+        token_generated_logps=tuple(generated_logps[scorer] for scorer in plan.token_scorers),
         seed=draw.key,
     )

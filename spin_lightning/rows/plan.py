@@ -1,19 +1,20 @@
-"""Which rows an iterate is to have: who answers which example, under which key, what is kept."""
+"""The plan of an iterate's rows: the opponent and key of each row, and which rows are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
 from spin_lightning import keyed
 from spin_lightning.generation.base import Response
-from spin_lightning.mixtures import Mixture
+from spin_lightning.mixtures import Mixture, Reference
+from spin_lightning.rows.manifest import Manifest
 from spin_lightning.rows.store import RowTable
 from spin_lightning.types import Example, PolicyId
 
-# Weights that differ by rounding alone are the same.
+# Weights that differ by less count as equal.
 _SAME_WEIGHT = 1e-12
 
 
@@ -27,7 +28,8 @@ class Coupling:
 
     Attributes:
         keep: Probability that a row of each index stays.
-        gained: What the others are drawn from; None where no weight grew, and none is redrawn.
+        gained: The mixture that new indices are drawn from; None if no weight grew, so that all
+            rows stay.
     """
 
     keep: Mapping[int, float]
@@ -47,22 +49,39 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class RowSettings:
+    """Settings that the rows of all iterates share.
+
+    Attributes:
+        seed: Seed of the run.
+        unit_size: Rows of a work unit.
+        cap: Most response tokens, including the stop id.
+        context: Most tokens of prompt and response together.
+    """
+
+    seed: int
+    unit_size: int
+    cap: int
+    context: int
+
+
+@dataclass(frozen=True)
 class RowPlan:
-    """What the rows of one iterate are to be.
+    """The rows that one iterate is to have.
 
     Attributes:
         iterate: The iterate t at which the rows are drawn.
-        opponent: Who writes y'; None when no response is generated.
+        opponent: The mixture that generates y'; None without generated responses.
         members: Iterates whose log-probs are stored, ascending.
         seed: Seed of the run.
         samples: Responses per prompt.
         unit_size: Rows of a work unit.
-        cap: Most response tokens, the stop id counted.
+        cap: Most response tokens, including the stop id.
         context: Most tokens of prompt and response together.
         token_alpha: Base weight of the token-level mixtures that are scored; 0 without any.
         token_members: Their iterates, ascending.
         union: A row per example and member of the opponent, instead of one with a drawn member.
-        coupling: How rows of the iterate before are kept; None when all are made anew.
+        coupling: How rows of the iterate before are kept; None if all rows are regenerated.
     """
 
     iterate: int
@@ -83,28 +102,94 @@ class RowPlan:
         """Number of rows that each example gets."""
         return self.samples * rows_per_sample(self.opponent, union=self.union)
 
-    def plain_scorer(self, member: int) -> PolicyId:
-        """Who scores for `member`."""
-        return PolicyId(member)
+    @cached_property
+    def plain_scorers(self) -> tuple[PolicyId, ...]:
+        """The policies that score for `members`, in their order."""
+        return tuple(PolicyId(i) for i in self.members)
 
-    def token_scorer(self, member: int) -> PolicyId:
-        """Who scores for `member` mixed with the base; the base mixed with itself is the base."""
-        return PolicyId(member, self.token_alpha if member else 0.0)
+    @cached_property
+    def token_scorers(self) -> tuple[PolicyId, ...]:
+        """The policies that score for `token_members`; the base mixed with itself is the base."""
+        return tuple(PolicyId(i, self.token_alpha if i else 0.0) for i in self.token_members)
 
     @cached_property
     def scorers(self) -> tuple[PolicyId, ...]:
-        """Everybody who scores, once."""
-        plain = [self.plain_scorer(i) for i in self.members]
-        token = [self.token_scorer(i) for i in self.token_members]
-        return tuple(dict.fromkeys(plain + token))
+        """All policies that score, each once."""
+        return tuple(dict.fromkeys(self.plain_scorers + self.token_scorers))
+
+    def manifest(self, examples: Sequence[Example]) -> Manifest:
+        """The manifest of its rows, without their bytes."""
+        return Manifest(
+            iterate=self.iterate,
+            opponent=None if self.opponent is None else dict(self.opponent.weights),
+            members=self.members,
+            rows=len(examples) * self.rows_per_example,
+            units=unit_count(self, examples),
+            unit_size=self.unit_size,
+            cap=self.cap,
+            token_alpha=self.token_alpha,
+            token_members=self.token_members,
+        )
+
+
+def plan_rows(
+    iterate: int,
+    opponent: Mixture | None,
+    reference: Reference,
+    settings: RowSettings,
+    *,
+    samples: int = 1,
+    union: bool = False,
+    keep_from: Mixture | None = None,
+    also_scored_by: Collection[int] = (),
+) -> RowPlan:
+    """Plan the rows of an iterate.
+
+    Args:
+        iterate: The iterate t at which the rows are drawn.
+        opponent: The mixture that generates y'; None without generated responses.
+        reference: What log-ratios are taken against; its members score the rows.
+        settings: Settings that the rows of all iterates share.
+        samples: Responses per prompt.
+        union: A row per example and member of the opponent, instead of one with a drawn member.
+        keep_from: The opponent of the iterate before, whose rows are kept as far as possible; None
+            regenerates all rows.
+        also_scored_by: Further iterates that score the rows.
+    """
+    members, token_alpha = set(also_scored_by), 0.0
+    token_members: tuple[int, ...] = ()
+    if opponent is not None:
+        token_members, token_alpha = reference.token_members, reference.token_alpha
+        members |= {*reference.plain_members, *token_members, *((0,) if token_alpha else ())}
+    coupling = None
+    if opponent is not None and keep_from is not None:
+        coupling = Coupling.between(keep_from, opponent)
+    return RowPlan(
+        iterate=iterate,
+        opponent=opponent,
+        members=tuple(sorted(members)),
+        seed=settings.seed,
+        samples=samples,
+        unit_size=settings.unit_size,
+        cap=settings.cap,
+        context=settings.context,
+        token_alpha=token_alpha,
+        token_members=token_members,
+        union=union,
+        coupling=coupling,
+    )
 
 
 @dataclass(frozen=True)
 class RowDraw:
-    """One row to be made: which sample of which example, under which key, against whom.
+    """One row to make.
 
     Attributes:
-        kept: The response that an earlier iterate's row already holds; None when one is generated.
+        example: Its example.
+        sample: Number of the sample among those of the example.
+        key: Key of its random numbers (`keyed.row_key`).
+        opponent: The iterate that generates the response; None without a response.
+        kept: The response of an earlier iterate's row; None if one is generated.
     """
 
     example: Example
@@ -115,10 +200,10 @@ class RowDraw:
 
 
 class EarlierRows:
-    """The rows of the iterate before: responses to keep, and scores that need no second pass.
+    """The rows of the iterate before: responses to keep, and scores to reuse.
 
     Args:
-        table: The rows; None when there are none.
+        table: The rows; None if there are none.
     """
 
     def __init__(self, table: RowTable | None = None) -> None:
@@ -131,7 +216,7 @@ class EarlierRows:
         self._by_example = {example: row for (example, _), row in self._rows.items()}
 
     def kept(self, example: Example, sample: int) -> RowDraw | None:
-        """The row of an example's sample, as it was made; None if there was none."""
+        """The row of an example's sample as it was made, or None."""
         row = self._rows.get((example.example_id, sample))
         if row is None:
             return None
@@ -141,12 +226,12 @@ class EarlierRows:
         return RowDraw(example, sample, key, opponent, kept=response)
 
     def real_logps(self, example: Example) -> dict[PolicyId, float]:
-        """log-probs of an example's real response that are known, by scorer."""
+        """Stored log-probs of an example's real response, by scorer."""
         row = self._by_example.get(example.example_id)
         return {} if row is None else self._known(row, real=True)
 
     def generated_logps(self, draw: RowDraw) -> dict[PolicyId, float]:
-        """log-probs of a kept row's generated response that are known, by scorer."""
+        """Stored log-probs of a kept row's generated response, by scorer."""
         return self._known(self._rows[draw.example.example_id, draw.sample], real=False)
 
     def _known(self, row: int, *, real: bool) -> dict[PolicyId, float]:
@@ -170,7 +255,7 @@ def rows_per_sample(opponent: Mixture | None, *, union: bool) -> int:
 def units(
     plan: RowPlan, examples: Sequence[Example], earlier: EarlierRows = NO_ROWS
 ) -> Iterator[list[RowDraw]]:
-    """The work units of a plan as they come: which rows, drawn against whom, in which order."""
+    """The rows of each work unit of a plan, in order."""
     draws = (draw for example in examples for draw in draws_of(plan, example, earlier))
     return iter(lambda: list(islice(draws, plan.unit_size)), [])
 
@@ -186,7 +271,7 @@ def draws_of(plan: RowPlan, example: Example, earlier: EarlierRows = NO_ROWS) ->
         if plan.opponent is None:
             yield RowDraw(example, sample, _key(plan, example, sample), opponent=None)
         elif plan.union:
-            # Numbered by the member as well, so that a row keeps its name while others come and go.
+            # The number includes the member, so that it stays the same while other members change.
             for member in plan.opponent.members:
                 number = sample + plan.samples * member
                 key = _key(plan, example, number)
@@ -197,7 +282,7 @@ def draws_of(plan: RowPlan, example: Example, earlier: EarlierRows = NO_ROWS) ->
 
 
 def redrawn(plan: RowPlan, table: RowTable) -> float:
-    """Share of a plan's finished rows that were generated for it, and not kept."""
+    """Share of a plan's finished rows that were generated for it rather than kept."""
     rows = zip(table.example_id.tolist(), table.sample.tolist(), table.seed.tolist(), strict=True)
     own = [keyed.row_key(plan.seed, plan.iterate, *names) == key for *names, key in rows]
     return sum(own) / len(own)
@@ -206,7 +291,7 @@ def redrawn(plan: RowPlan, table: RowTable) -> float:
 def _draw(
     plan: RowPlan, opponent: Mixture, example: Example, sample: int, earlier: EarlierRows
 ) -> RowDraw:
-    """Keep the earlier row or draw anew, so that indices follow the opponent's weights."""
+    """Keep the earlier row or draw a new one, so that indices follow the opponent's weights."""
     key = _key(plan, example, sample)
     kept = _kept(plan, example, sample, earlier)
     if kept is not None:
@@ -214,7 +299,7 @@ def _draw(
         assert kept.opponent is not None
         if keyed.keep_uniform(key) < plan.coupling.keep[kept.opponent]:
             return kept
-        assert plan.coupling.gained is not None, "what one weight lost another gained"
+        assert plan.coupling.gained is not None, "if one weight shrank, another grew"
         opponent = plan.coupling.gained
     return RowDraw(example, sample, key, opponent.draw(keyed.opponent_uniform(key)))
 

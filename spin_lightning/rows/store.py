@@ -1,4 +1,4 @@
-"""The rows of an iterate on disk: parquet parts written as they come, the manifest last."""
+"""The rows of an iterate on disk: a parquet part per work unit, each written when it is made."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spin_lightning.errors import RunFolderError, first_line, is_whole
-from spin_lightning.run.files import reading, replace_synced, write_json, writing
+from spin_lightning.errors import RunFolderError
+from spin_lightning.rows.manifest import MANIFEST, Manifest, read_manifest
+from spin_lightning.run.files import damaged, reading, replace_synced, writing
 from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.types import Row
 
 _LOG = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
+_RESTORE = (
+    "start the same command again: it regenerates a part of the newest rows alone; copy an older "
+    "part from a backup of the run"
+)
 _DEVIATIONS = b"spin_lightning.deviations"
 _IDS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float64())
@@ -51,7 +54,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Ragged:
-    """A column of lists, held flat."""
+    """A column of lists, stored flat."""
 
     values: NDArray[Any]
     offsets: NDArray[np.int64]
@@ -75,7 +78,7 @@ class RowTable:
     """The rows of one folder, by column, in the order they were made.
 
     Attributes:
-        opponent: The iterate that wrote each response, -1 where none did.
+        opponent: The iterate that generated each response, -1 without a response.
         members: Iterates whose log-probs are stored, the same for every row.
         real_logps: log p_i(y|x) by member, float64, each of shape [rows].
         generated_logps: log p_i(y'|x) by member, likewise.
@@ -109,7 +112,7 @@ class RowTable:
 
 
 def part_path(folder: Path, unit: int) -> Path:
-    """Where the rows of a work unit lie."""
+    """The file of a work unit's rows."""
     return folder / f"part-{unit:05d}.parquet"
 
 
@@ -119,10 +122,10 @@ def write_part(
     """Write the rows of one work unit, whole or not at all.
 
     Args:
-        folder: Where to.
-        unit: Which unit it is.
+        folder: The folder of the rows.
+        unit: Number of the unit.
         rows: Its rows.
-        deviations: What was done otherwise than the settings say; kept with the part.
+        deviations: Settings overridden at run time; stored with the part.
     """
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
     if deviations:
@@ -131,18 +134,18 @@ def write_part(
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        # With a checksum in every page: a bit that flipped is found before there is a manifest.
+        # Page checksums reveal a flipped bit while there is no manifest yet.
         pq.write_table(table, temporary, write_page_checksum=True)
         replace_synced(temporary, path)
 
 
 def part_matches(folder: Path, unit: int, expected: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a unit's part is there, whole, with these values in some of its columns."""
+    """Whether a unit has a complete part with these values in some of its columns."""
     path = part_path(folder, unit)
     if not path.exists():
         return False
     try:
-        # All of it, since a part may be torn anywhere.
+        # All of it, since a part may be damaged anywhere.
         table = _read_table(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         warn_damaged(path, error)
@@ -151,7 +154,7 @@ def part_matches(folder: Path, unit: int, expected: Mapping[str, Sequence[Any]])
 
 
 def read_deviations(folder: Path, units: int) -> dict[str, dict[str, Any]]:
-    """What was done otherwise than the settings say, by the number of the unit."""
+    """Settings overridden at run time, by the number of the work unit."""
     found = {}
     for unit in range(units):
         metadata = pq.read_schema(part_path(folder, unit)).metadata or {}
@@ -161,50 +164,8 @@ def read_deviations(folder: Path, units: int) -> dict[str, dict[str, Any]]:
 
 
 def warn_damaged(path: Path, reason: object) -> None:
-    """Name a part that is made again."""
-    _LOG.warning("%s is damaged (%s): it is made again, alone.", path, reason)
-
-
-def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Mark a folder of rows as finished."""
-    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **fields})
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder of rows; None while the rows are not all there.
-
-    Raises:
-        RunFolderError: It is damaged.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    fix = "delete it and start the same command again: parts that are whole are kept"
-    with reading(path, fix):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        _check_manifest(manifest)
-    return manifest
-
-
-def _check_manifest(manifest: Any) -> None:
-    """Refuse what is no manifest of rows, as far as this version knows them."""
-    if not isinstance(manifest, dict) or "schema_version" not in manifest:
-        raise ValueError("no manifest of rows")
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        return
-    for name in ("units", "rows"):
-        if not is_whole(manifest.get(name, 1), 1):
-            raise ValueError(f"its {name!r} is no number of them")
-    for name in ("members", "token_members"):
-        members = manifest.get(name, [])
-        if not isinstance(members, list) or not all(is_whole(i, 0) for i in members):
-            raise ValueError(f"its {name!r} are no iterates")
-    parts = manifest.get("parts", {})
-    # They are opened: none may lead out of the folder.
-    if not isinstance(parts, dict) or any(Path(name).name != name for name in parts):
-        raise ValueError("its 'parts' are no files of the folder")
-    if not isinstance(manifest.get("token_alpha"), int | float | None):
-        raise ValueError("its 'token_alpha' is no number")
+    """Log that a part is regenerated."""
+    _LOG.warning("%s is damaged (%s): it alone is regenerated.", path, reason)
 
 
 def part_hashes(folder: Path, units: int) -> dict[str, str]:
@@ -212,13 +173,11 @@ def part_hashes(folder: Path, units: int) -> dict[str, str]:
     return {path.name: file_hash(path) for path in (part_path(folder, u) for u in range(units))}
 
 
-def damaged_parts(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
-    """Parts that are missing, or are not those that the manifest was written for."""
-    # (A manifest of an earlier version knows no checksums.)
-    parts = manifest.get("parts", {})
-    paths = {folder / name: wanted for name, wanted in parts.items()}
+def damaged_parts(folder: Path, manifest: Manifest) -> list[Path]:
+    """Parts that are missing, or differ from those that the manifest was written for."""
+    paths = {folder / name: digest for name, digest in manifest.parts.items()}
     return [
-        path for path, wanted in paths.items() if not path.is_file() or file_hash(path) != wanted
+        path for path, digest in paths.items() if not path.is_file() or file_hash(path) != digest
     ]
 
 
@@ -226,41 +185,31 @@ def read_rows(folder: Path) -> RowTable:
     """Read all rows of a finished folder.
 
     Raises:
-        RunFolderError: The folder has no manifest, so its rows are not all there, or its rows are
+        RunFolderError: The folder has no manifest, so its rows are incomplete, or its rows are
             damaged or of another schema.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise RunFolderError(
             f"the rows in {folder} are not finished: there is no {MANIFEST}",
-            fix="start the run again in the same folder; it makes the rows that are missing",
+            fix="start the run again in the same folder; it makes the missing rows",
         )
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        raise RunFolderError(
-            f"the rows in {folder} are of schema version {manifest['schema_version']}, this "
-            f"version of spin-lightning reads {SCHEMA_VERSION}",
-            fix="use the version that made the run, or start a new run",
-        )
-    if lacking := {"units", "rows", "members"} - set(manifest):
-        raise _damaged(folder / MANIFEST, f"it does not say its {min(lacking)}")
     for path in damaged_parts(folder, manifest):
-        raise _damaged(path, "its bytes are not those that were written")
-    parts = [_read_part(folder, unit) for unit in range(manifest["units"])]
+        raise damaged(path, "it is missing, or its bytes are not those that were written", _RESTORE)
+    parts = [_read_part(part_path(folder, unit)) for unit in range(manifest.units)]
     table = pa.concat_tables(parts).combine_chunks()
-    if len(table) != manifest["rows"]:
+    if len(table) != manifest.rows:
         raise RunFolderError(
-            f"{folder} has {len(table)} rows, its manifest says {manifest['rows']}",
+            f"{folder} has {len(table)} rows, its manifest says {manifest.rows}",
             fix=f"delete {folder / MANIFEST} and start the run again",
         )
-    try:
+    # Values may be missing, or lists have other lengths than there are members.
+    with reading(folder, _RESTORE):
         return _row_table(table, manifest)
-    # Lists of other lengths than there are members, values that are missing.
-    except ValueError as error:
-        raise _damaged(folder, first_line(error)) from error
 
 
-def _row_table(table: pa.Table, manifest: Mapping[str, Any]) -> RowTable:
-    members, token_members = tuple(manifest["members"]), tuple(manifest.get("token_members", ()))
+def _row_table(table: pa.Table, manifest: Manifest) -> RowTable:
+    members, token_members = manifest.members, manifest.token_members
     return RowTable(
         example_id=_flat(table, "example_id"),
         sample=_flat(table, "sample"),
@@ -273,7 +222,7 @@ def _row_table(table: pa.Table, manifest: Mapping[str, Any]) -> RowTable:
         members=members,
         real_logps=_by_member(table, "member_real_logps", members),
         generated_logps=_by_member(table, "member_generated_logps", members),
-        token_alpha=manifest.get("token_alpha") or 0.0,
+        token_alpha=manifest.token_alpha,
         token_members=token_members,
         token_real_logps=_by_member(table, "token_real_logps", token_members),
         token_generated_logps=_by_member(table, "token_generated_logps", token_members),
@@ -281,28 +230,17 @@ def _row_table(table: pa.Table, manifest: Mapping[str, Any]) -> RowTable:
     )
 
 
-def _read_part(folder: Path, unit: int) -> pa.Table:
-    path = part_path(folder, unit)
-    try:
+def _read_part(path: Path) -> pa.Table:
+    with reading(path, _RESTORE, pa.ArrowException):
         return _read_table(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(path, first_line(error)) from error
 
 
 def _read_table(path: Path) -> pa.Table:
-    """All of a part, every page held against its checksum."""
+    """All of a part, every page compared with its checksum."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         if not file.schema_arrow.equals(SCHEMA):
             raise ValueError("it has other columns")
         return file.read()
-
-
-def _damaged(path: Path, reason: str) -> RunFolderError:
-    return RunFolderError(
-        f"{path} is missing or damaged ({reason})",
-        fix="start the same command again: a part of the newest rows is made anew, alone; an older "
-        "one has to come from a copy of the run",
-    )
 
 
 def _flat(table: pa.Table, name: str) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The run folder: where everything lies, and how it is written whole or not at all."""
+"""The run folder: the path of every file of a run, and the records of its iterates."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from spin_lightning.errors import RunFolderError, is_whole
-from spin_lightning.run.files import reading, write_json
+from spin_lightning.run.files import read_json, reading, write_json
 from spin_lightning.run.fingerprint import file_hash, folder_hashes
 from spin_lightning.run.records import BestRecord, IterateRecord
 
@@ -34,7 +34,7 @@ _RECORD = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run, and what is known of its iterates.
+    """Paths of a run, and the records of its iterates.
 
     Attributes:
         root: The run folder.
@@ -64,11 +64,11 @@ class RunFolder:
 
     @property
     def evaluations(self) -> Path:
-        """Scores on benchmarks, one folder for each who was evaluated."""
+        """Scores on benchmarks, one folder per contestant."""
         return self.root / "evaluation"
 
     def evaluation(self, name: str) -> Path:
-        """What is known of one that was evaluated, such as iterate_002 or mixture."""
+        """Answers and scores of one contestant, such as iterate_002 or mixture."""
         return self.evaluations / name
 
     def iterate(self, t: int) -> Path:
@@ -84,46 +84,120 @@ class RunFolder:
         return self.rows(t) / "val"
 
     def known_iterates(self) -> list[int]:
-        """Indices of the iterates that are there, ascending."""
+        """Indices of the iterates on disk, ascending."""
         files = self.iterates.glob(f"iterate_*/{ITERATE_FILE}")
         names = (_ITERATE_NAME.fullmatch(file.parent.name) for file in files)
         return sorted(int(name[1]) for name in names if name)
 
     def iterate_folders(self) -> dict[int, Path]:
-        """Folder of each iterate that is there."""
+        """Folder of each iterate on disk."""
         return {t: self.iterate(t) for t in self.known_iterates()}
 
     def record(self, t: int) -> IterateRecord:
-        """What is known of iterate t.
+        """The record of iterate t.
 
         Raises:
             RunFolderError: The run has no iterate t, or its record is damaged.
         """
+        return read_json(self._record_file(t), _RESTORE, lambda known: IterateRecord.of(known, t))
+
+    def records(self) -> list[IterateRecord]:
+        """The records of all iterates on disk, ascending; each call reads them from disk."""
+        return [self.record(t) for t in self.known_iterates()]
+
+    def write_record(self, record: IterateRecord) -> None:
+        """Write the record of an iterate beside its adapter."""
+        write_json(self.iterate(record.index) / ITERATE_FILE, record.to_json())
+
+    def best_record(self) -> BestRecord | None:
+        """The best iterate; None where no held-out metric ranked the iterates."""
+        file = self.iterates / BEST_FILE
+        fix = "delete it: the run writes it again; or name the iterate by its number"
+        return read_json(file, fix, BestRecord.of) if file.exists() else None
+
+    def write_best(self, t: int, metric: str, value: float) -> None:
+        """Record iterate t as the best one, by its value of a metric."""
+        write_json(self.iterates / BEST_FILE, asdict(BestRecord(t, metric, value)))
+
+    def best(self) -> int:
+        """Index of the best iterate.
+
+        Raises:
+            RunFolderError: No held-out metric ranked the iterates.
+        """
+        best = self.best_record()
+        if best is None:
+            raise RunFolderError(
+                f"{self.root} has no {BEST_FILE}, since nothing was held out to rank iterates by",
+                fix="name the iterate by its number",
+            )
+        return best.index
+
+    def check_iterate(self, t: int) -> IterateRecord:
+        """Compare the files of iterate t with the hashes taken when it was made.
+
+        Returns:
+            Its record.
+
+        Raises:
+            RunFolderError: The run has no iterate t, or a file of it is missing or was edited.
+        """
+        record = self.record(t)
+        _check_hashes(
+            self.iterate(t),
+            record.files,
+            edited="is not what was written",
+            fix="restore it from a copy of the run and start the same command again, or "
+            "start a new run in another folder",
+        )
+        return record
+
+    def tokenizer_hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of the tokenizer as used, by name."""
+        return folder_hashes(self.tokenizer, (".json", ".jinja", ".model", ".txt"))
+
+    def check_tokenizer(self) -> None:
+        """Compare the tokenizer's files with the hashes taken when the run began.
+
+        Raises:
+            RunFolderError: The run has no iterates, or a file is missing or was edited.
+        """
+        first = self.record(min(self.known_iterates(), default=0))
+        _check_hashes(
+            self.tokenizer,
+            first.tokenizer_files or {},
+            edited="is not what the run wrote",
+            fix="restore it from a copy of the run, or save the tokenizer of the run's "
+            "base model there again with save_pretrained",
+        )
+
+    def staged_iterate(self, t: int) -> Path:
+        """An empty folder to assemble iterate t in, before `replace_synced` moves it into place."""
+        staged = self.iterates / f".iterate_{t:03d}"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        return staged
+
+    def discard_after(self, t: int) -> None:
+        """Delete iterates after t and rows from t on: they descend from another iterate t."""
+        for known in self.known_iterates():
+            if known > t:
+                shutil.rmtree(self.iterate(known))
+        for folder in (self.root / "rows").glob("iterate_*"):
+            name = _ITERATE_NAME.fullmatch(folder.name)
+            if name and int(name[1]) >= t:
+                shutil.rmtree(folder)
+
+    def _record_file(self, t: int) -> Path:
         file = self.iterate(t) / ITERATE_FILE
         if not file.exists():
             raise RunFolderError(
                 f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
-                fix="name one that is there, or a run folder with an iterates folder in it",
+                fix="name one of these, or a run folder with an iterates folder in it",
             )
-        with reading(file, _RESTORE):
-            return IterateRecord.of(json.loads(file.read_text(encoding="utf-8")), t)
+        return file
 
-    def records(self) -> list[IterateRecord]:
-        """What is known of each iterate that is there, ascending; read anew at each call."""
-        return [self.record(t) for t in self.known_iterates()]
-
-    def write_record(self, record: IterateRecord) -> None:
-        """Write what is known of an iterate beside its adapter."""
-        write_json(self.iterate(record.index) / ITERATE_FILE, record.to_json())
-
-    def best_record(self) -> BestRecord | None:
-        """Index, metric and value of the best iterate; None where nothing ranked them."""
-        file = self.iterates / BEST_FILE
-        if not file.exists():
-            return None
-        fix = "delete it: the run writes it again; or name the iterate by its number"
-        with reading(file, fix):
-            return BestRecord.of(json.loads(file.read_text(encoding="utf-8")))
+    # ---------------------------------------- raw dictionaries; records take their place
 
     def read_iterate(self, t: int) -> dict[str, Any]:
         """What is known of iterate t.
@@ -131,12 +205,7 @@ class RunFolder:
         Raises:
             RunFolderError: The run has no iterate t.
         """
-        file = self.iterate(t) / ITERATE_FILE
-        if not file.exists():
-            raise RunFolderError(
-                f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
-                fix="name one that is there, or a run folder with an iterates folder in it",
-            )
+        file = self._record_file(t)
         with reading(file, _RESTORE):
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             _check_record(known, t)
@@ -156,61 +225,9 @@ class RunFolder:
             )
         return record[name]
 
-    def check_iterate(self, t: int) -> None:
-        """Hold the files of iterate t against the hashes that were taken when it was made.
-
-        Raises:
-            RunFolderError: The run has no iterate t, or a file of it is missing or was edited.
-        """
-        _check_hashes(
-            self.iterate(t),
-            self.read_iterate(t).get("files", {}),
-            edited="is not what was written",
-            fix="restore it from a copy of the run and start the same command again, or "
-            "start a new run in another folder",
-        )
-
-    def tokenizer_hashes(self) -> dict[str, str]:
-        """SHA-256 of each file of the tokenizer as used, by name."""
-        return folder_hashes(self.tokenizer, (".json", ".jinja", ".model", ".txt"))
-
-    def check_tokenizer(self) -> None:
-        """Hold the tokenizer's files against the hashes that were taken when the run began.
-
-        Raises:
-            RunFolderError: The run has no iterates, or a file is missing or was edited.
-        """
-        # (A run of an earlier version knows no hashes of them.)
-        wanted = self.read_iterate(min(self.known_iterates(), default=0)).get("tokenizer_files", {})
-        _check_hashes(
-            self.tokenizer,
-            wanted,
-            edited="is not what the run wrote",
-            fix="restore it from a copy of the run, or save the tokenizer of the run's "
-            "base model there again with save_pretrained",
-        )
-
     def write_iterate(self, t: int, fields: Mapping[str, Any]) -> None:
         """Write what is known of iterate t beside its adapter."""
         write_json(self.iterate(t) / ITERATE_FILE, fields)
-
-    def write_best(self, t: int, metric: str, value: float) -> None:
-        """Say which iterate is the best, and by what."""
-        write_json(self.iterates / BEST_FILE, {"index": t, "metric": metric, "value": value})
-
-    def best(self) -> int:
-        """Index of the best iterate.
-
-        Raises:
-            RunFolderError: Nobody said which it is.
-        """
-        best = self.known_best()
-        if best is None:
-            raise RunFolderError(
-                f"{self.root} has no {BEST_FILE}, since nothing was held out to rank iterates by",
-                fix="name the iterate by its number",
-            )
-        return int(best["index"])
 
     def known_best(self) -> dict[str, Any] | None:
         """Index, metric and value of the best iterate; None where nobody said which it is."""
@@ -223,23 +240,6 @@ class RunFolder:
             if not isinstance(best, dict) or not is_whole(best.get("index"), 0):
                 raise ValueError("it names no iterate")
         return best
-
-    def staged_iterate(self, t: int) -> Path:
-        """An empty folder in which iterate t is put together before `replace_synced`."""
-        staged = self.iterates / f".iterate_{t:03d}"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        return staged
-
-    def discard_after(self, t: int) -> None:
-        """Delete iterates after t and rows from t on: they descend from another iterate t."""
-        for known in self.known_iterates():
-            if known > t:
-                shutil.rmtree(self.iterate(known))
-        for folder in (self.root / "rows").glob("iterate_*"):
-            name = _ITERATE_NAME.fullmatch(folder.name)
-            if name and int(name[1]) >= t:
-                shutil.rmtree(folder)
 
 
 def _check_hashes(folder: Path, hashes: Mapping[str, str], edited: str, fix: str) -> None:

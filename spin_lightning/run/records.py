@@ -1,10 +1,9 @@
-"""What a run knows of its iterates: typed records of `iterate.json` and `best.json`."""
+"""Typed records of iterates: what `iterate.json` and `best.json` hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, Final
 
 from spin_lightning.run.validation import (
@@ -12,13 +11,13 @@ from spin_lightning.run.validation import (
     FILE_HASHES,
     INDEX,
     NUMBER,
+    NUMBERS,
     OBJECT,
     TEXT,
+    WHOLE,
     check_fields,
     optional,
 )
-
-_EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,16 @@ class TrainingRecord:
     """How an iterate was trained.
 
     Attributes:
-        opponent: Who generated, as tables show it; None where nobody did.
+        opponent: Who generated the responses, as tables show it; None without an opponent.
         reference: What log-ratios were taken against.
         rows: Training rows.
         loss: Mean loss of the last epoch; None where Lightning has no figure.
         margin: Mean reward margin of the held-out pairs, in units of beta times nats.
         accuracy: Share of held-out pairs whose real response has the larger reward.
         seconds: Time of each stage (generating, scoring, training).
-        speed: Metrics of speed, see `callbacks.speed`.
+        speed: Metrics of speed, see `callbacks.speed`; older versions did not record them.
         peak_memory: Bytes.
+        others: Fields of other versions, written back as they were read.
     """
 
     opponent: str | None = None
@@ -46,11 +46,27 @@ class TrainingRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     speed: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: object) -> TrainingRecord:
+        """Read a record from JSON.
+
+        Raises:
+            ValueError: A field has an invalid value.
+        """
+        own, others = _split(check_fields(content, _TRAINING_RULES), _TRAINING_RULES)
+        return cls(**own, others=others)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values."""
+        plain = asdict(self)
+        return {**plain.pop("others"), **plain}
 
 
 @dataclass(frozen=True)
 class IterateRecord:
-    """What is known of one iterate, as `iterates/iterate_00t/iterate.json` holds it.
+    """One iterate, as `iterates/iterate_00t/iterate.json` holds it.
 
     Attributes:
         index: Index t of the iterate.
@@ -58,13 +74,14 @@ class IterateRecord:
         files: SHA-256 of each adapter file, by name; empty for the bare base.
         base: Fields of the frozen base (`policies.pretrained.FrozenBase`).
         fingerprint: Hash of `fingerprint_fields`.
-        fingerprint_fields: All that makes the iterate this run's and no other's.
+        fingerprint_fields: All settings that two iterates of the same run share.
         step: Optimizer steps of the run when the iterate was complete.
         training: How it was trained; None for iterate 0.
-        tokenizer_files: SHA-256 of each file of the run's tokenizer; with iterate 0 alone.
+        tokenizer_files: SHA-256 of each file of the run's tokenizer; recorded with iterate 0 only,
+            and not by older versions.
         metrics: Its held-out and benchmark metrics; None until it is measured.
-        rows: Metrics of the rows that it generated for the next; None until they are made.
-        others: Fields that this version does not know; they are written back as they were read.
+        rows: Metrics of the rows that it generated for the next iterate; None until they are made.
+        others: Fields of other versions, written back as they were read.
     """
 
     index: int
@@ -82,44 +99,41 @@ class IterateRecord:
 
     @classmethod
     def of(cls, content: object, t: int) -> IterateRecord:
-        """Read a record of iterate t from JSON.
+        """Read the record of iterate t from JSON.
 
         Raises:
-            ValueError: It is not a record of iterate t, or a field has a value it cannot have.
+            ValueError: It is not the record of iterate t, or a field is missing or invalid.
         """
-        known = check_fields(content, _RULES)
-        if known.get("index", t) != t:
+        known = check_fields(content, _RULES, required=set(_RULES) - set(_LATE))
+        if known["index"] != t:
             raise ValueError(f"it is the record of iterate {known['index']}")
-        training = known.get("training")
-        own = {f.name for f in fields(cls)} - {"index", "training", "others"}
-        return cls(
-            index=t,
-            training=None if training is None else _training(training),
-            others={n: v for n, v in known.items() if n not in own | {"index", "training"}},
-            **{name: value for name, value in known.items() if name in own},
-        )
+        own, others = _split(known, _RULES)
+        if own["training"] is not None:
+            own["training"] = TrainingRecord.of(own["training"])
+        return cls(**own, others=others)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values; what is not known yet is left out."""
-        plain = asdict(self)
+        """The record as plain values, without the fields that have no value yet."""
+        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         others = plain.pop("others")
-        late = ("tokenizer_files", "metrics", "rows")
-        return {**others, **{n: v for n, v in plain.items() if n not in late or v is not None}}
+        if self.training is not None:
+            plain["training"] = self.training.to_json()
+        return {**others, **{n: v for n, v in plain.items() if n not in _LATE or v is not None}}
 
     @property
     def measured(self) -> Mapping[str, float]:
-        """Its metrics and those of its rows, as far as they are known."""
-        return {**(self.metrics or _EMPTY), **(self.rows or _EMPTY)}
+        """Its metrics and those of its rows, as far as there are any."""
+        return {**(self.metrics or {}), **(self.rows or {})}
 
 
 @dataclass(frozen=True)
 class BestRecord:
-    """Which iterate is the best, as `iterates/best.json` holds it.
+    """The best iterate, as `iterates/best.json` holds it.
 
     Attributes:
         index: Index of the iterate.
-        metric: By which metric.
-        value: Its value there.
+        metric: The metric that ranks the iterates.
+        value: Its value at this iterate.
     """
 
     index: int
@@ -131,17 +145,21 @@ class BestRecord:
         """Read a record from JSON.
 
         Raises:
-            ValueError: A field is missing or has a value it cannot have.
+            ValueError: A field is missing or has an invalid value.
         """
         rules = {"index": INDEX, "metric": TEXT, "value": NUMBER}
         known = check_fields(content, rules, required=rules)
         return cls(known["index"], known["metric"], float(known["value"]))
 
 
-def _training(content: object) -> TrainingRecord:
-    known = check_fields(content, _TRAINING_RULES)
-    names = {f.name for f in fields(TrainingRecord)}
-    return TrainingRecord(**{name: value for name, value in known.items() if name in names})
+def _split(
+    known: Mapping[str, Any], own: Mapping[str, object]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of this version, and those of others."""
+    return (
+        {name: value for name, value in known.items() if name in own},
+        {name: value for name, value in known.items() if name not in own},
+    )
 
 
 _RULES: Final = {
@@ -151,17 +169,22 @@ _RULES: Final = {
     "base": OBJECT,
     "fingerprint": TEXT,
     "fingerprint_fields": OBJECT,
-    "step": INDEX,
+    "step": WHOLE,
     "training": optional(OBJECT),
-    "tokenizer_files": OBJECT,
-    "metrics": OBJECT,
-    "rows": OBJECT,
+    "tokenizer_files": FILE_HASHES,
+    "metrics": NUMBERS,
+    "rows": NUMBERS,
 }
+# Every version wrote the other fields, at the moment it kept the iterate.
+_LATE: Final = ("tokenizer_files", "metrics", "rows")
 _TRAINING_RULES: Final = {
     "opponent": optional(TEXT),
     "reference": optional(TEXT),
     "rows": optional(COUNT),
-    "seconds": OBJECT,
-    "speed": OBJECT,
+    "loss": optional(NUMBER),
+    "margin": optional(NUMBER),
+    "accuracy": optional(NUMBER),
+    "seconds": NUMBERS,
+    "speed": NUMBERS,
     "peak_memory": optional(NUMBER),
 }

@@ -1,4 +1,4 @@
-"""Checks of records that were read as JSON: a field, a rule, one message."""
+"""Checks of records that were read from JSON: one rule per field, one message per failure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from spin_lightning.errors import is_number, is_whole
+from spin_lightning.errors import MOST_REAL, is_whole
 
 
 @dataclass(frozen=True)
@@ -23,39 +23,59 @@ class Rule:
     accepts: Callable[[Any], bool]
 
 
+def _is_json_number(value: object) -> bool:
+    """Whether a value fits a float; Python's JSON has NaN and Infinity as well."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= MOST_REAL
+    return isinstance(value, float)
+
+
+def _is_hash_by_file(value: object) -> bool:
+    # These files are opened, so no name may lead out of the folder.
+    return isinstance(value, dict) and all(
+        Path(name).name == name and isinstance(digest, str) for name, digest in value.items()
+    )
+
+
 TEXT: Final = Rule("a string", lambda value: isinstance(value, str))
+LIST: Final = Rule("a list", lambda value: isinstance(value, list))
+TEXTS: Final = Rule(
+    "a list of strings",
+    lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+)
 OBJECT: Final = Rule("an object", lambda value: isinstance(value, dict))
-NUMBER: Final = Rule("a number", is_number)
+INTEGER: Final = Rule(
+    "an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)
+)
 COUNT: Final = Rule("a positive integer", lambda value: is_whole(value, 1))
+WHOLE: Final = Rule("a non-negative integer", lambda value: is_whole(value, 0))
+NUMBER: Final = Rule("a number", _is_json_number)
+NUMBERS: Final = Rule(
+    "an object of numbers",
+    lambda value: isinstance(value, dict) and all(map(_is_json_number, value.values())),
+)
 INDEX: Final = Rule("the index of an iterate", lambda value: is_whole(value, 0))
 INDICES: Final = Rule(
     "a list of iterates",
     lambda value: isinstance(value, list) and all(is_whole(i, 0) for i in value),
 )
-# They are opened: none may lead out of its folder.
-FILE_HASHES: Final = Rule(
-    "an object of hashes by the names of files in this folder",
-    lambda value: (
-        isinstance(value, dict)
-        and all(Path(name).name == name and isinstance(h, str) for name, h in value.items())
-    ),
-)
+FILE_HASHES: Final = Rule("an object of hashes by file name", _is_hash_by_file)
 
 
 def optional(rule: Rule) -> Rule:
-    """The rule for a value that may be null as well."""
+    """The same rule for a value that may also be null."""
     return Rule(f"{rule.description} or null", lambda value: value is None or rule.accepts(value))
 
 
 def check_fields(
     record: object, rules: Mapping[str, Rule], required: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return a record whose fields follow their rules.
+    """Return a record after checking its fields.
 
     Args:
-        record: What JSON gave.
-        rules: By the name of the field; a field that is missing breaks none.
-        required: Fields that may not be missing.
+        record: A value read from JSON.
+        rules: The rule of each field. Fields without a rule may have any value.
+        required: Fields that must be present; the others may be missing.
 
     Raises:
         ValueError: It is not an object, a required field is missing, or a field breaks its rule.

@@ -1,4 +1,4 @@
-"""The stability guard: which iterate is kept as the best, and when a run stops."""
+"""BestIterate: which iterate is the best, and when a run stops."""
 
 import json
 from types import SimpleNamespace
@@ -8,17 +8,18 @@ import pytest
 from spin_lightning import BestIterate, load_iterate
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import IterateRecord
 from tests.toys.runs import play, write_examples
 
 NLL = "val/real_nll_per_token"
 
 
-def measured(*values: float) -> list[dict]:
-    return [{"index": t, "metrics": {NLL: value}} for t, value in enumerate(values)]
+def measured(*values: float) -> list[IterateRecord]:
+    return [IterateRecord(t, metrics={NLL: value}) for t, value in enumerate(values)]
 
 
-def told(guard: BestIterate, run: RunFolder, *values: float) -> bool:
-    """Tell the guard of iterates with these values; say whether it stops the run."""
+def stops_after(guard: BestIterate, run: RunFolder, *values: float) -> bool:
+    """Whether the guard stops the run once the iterates have these values."""
     trainer = SimpleNamespace(is_global_zero=True, should_stop=False)
     guard.on_iterate_measured(trainer, run, measured(*values))
     return trainer.should_stop
@@ -30,7 +31,7 @@ def told(guard: BestIterate, run: RunFolder, *values: float) -> bool:
 )
 def test_best_is_the_first_of_the_best(mode, values, best, tmp_path):
     run = RunFolder(tmp_path)
-    told(BestIterate(mode=mode), run, *values)
+    stops_after(BestIterate(mode=mode), run, *values)
     assert json.loads((run.iterates / "best.json").read_text()) == {
         "index": best,
         "metric": NLL,
@@ -50,17 +51,17 @@ def test_best_is_the_first_of_the_best(mode, values, best, tmp_path):
     ],
 )
 def test_patience_counts_iterates_since_the_best(patience, values, stops, tmp_path):
-    assert told(BestIterate(patience=patience), RunFolder(tmp_path), *values) == stops
+    assert stops_after(BestIterate(patience=patience), RunFolder(tmp_path), *values) == stops
 
 
 def test_metric_that_iterates_do_not_have_is_refused_with_those_they_have(tmp_path):
     with pytest.raises(SettingError, match=rf"metric='val/nll'.*Fix: choose from {NLL}"):
-        told(BestIterate("val/nll"), RunFolder(tmp_path), 1.0)
+        stops_after(BestIterate("val/nll"), RunFolder(tmp_path), 1.0)
 
 
 def test_nothing_held_out_leaves_no_best(tmp_path):
     run = RunFolder(tmp_path)
-    BestIterate().on_iterate_measured(SimpleNamespace(), run, [{"index": 0, "metrics": {}}])
+    BestIterate().on_iterate_measured(SimpleNamespace(), run, [IterateRecord(0, metrics={})])
     with pytest.raises(RunFolderError, match=r"no best\.json.*Fix: name the iterate"):
         run.best()
 

@@ -1,4 +1,4 @@
-"""What a run logs, read back from the files of the loggers."""
+"""Metrics and samples of a run, read back from the files of its loggers."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from tests.toys.runs import play, write_examples
 
 
 class Fixed(IterateEvaluator):
-    """An evaluator whose scores are known."""
+    """An evaluator with fixed scores."""
 
     def evaluate_iterate(self, module, t):
         return {"lm_eval/task/acc": 0.25 * (t + 1)}
@@ -28,8 +28,7 @@ def play_with(logger, root: Path, model: Path) -> RunFolder:
 
 
 def recorded(run: RunFolder, name: str) -> dict[int, float]:
-    records = [run.read_iterate(t) for t in run.known_iterates()]
-    return {record["step"]: record["metrics"][name] for record in records}
+    return {record.step: record.metrics[name] for record in run.records()}
 
 
 def test_tensorboard_has_every_iterates_metrics_and_samples(tiny_model_dir, tmp_path):
@@ -70,7 +69,7 @@ def test_wandb_offline_has_metrics_and_a_table_of_samples(tiny_model_dir, tmp_pa
     summary = dict(logger.experiment.summary)
     wandb.finish()
     last = max(run.known_iterates())
-    metrics = run.read_iterate(last)["metrics"]
+    metrics = run.record(last).metrics
     assert summary["lm_eval/task/acc"] == pytest.approx(0.25 * (last + 1))
     assert summary["val/kl_base"] == pytest.approx(metrics["val/kl_base"])
     (offline,) = (tmp_path / "wandb").glob("offline-run-*")

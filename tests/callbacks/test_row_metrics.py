@@ -1,4 +1,4 @@
-"""What is said of the rows that train an iterate."""
+"""Metrics of the rows that train an iterate."""
 
 from dataclasses import replace
 

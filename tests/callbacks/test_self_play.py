@@ -103,12 +103,12 @@ def test_run_folder_finished_holds_what_the_architecture_says(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
-def test_iterates_say_how_fast_they_were_played(finished):
+def test_records_hold_the_speed_of_each_iterate(finished):
     run = RunFolder(finished)
-    assert run.read_iterate(0)["training"] is None
+    assert run.record(0).training is None
     for t in (1, 2, 3):
-        training, table = run.read_iterate(t)["training"], read_rows(run.rows(t - 1))
-        speed, seconds = training["speed"], training["seconds"]
+        training, table = run.record(t).training, read_rows(run.rows(t - 1))
+        speed, seconds = training.speed, training.seconds
         generated = int(table.generated_ids.lengths.sum())
         distinct = generated + int(table.prompt_ids.lengths.sum() + table.real_ids.lengths.sum())
         assert speed["speed/generated_tokens_per_second"] == pytest.approx(
@@ -123,7 +123,7 @@ def test_iterates_say_how_fast_they_were_played(finished):
 
 def test_rows_of_every_iterate_recompute_with_transformers_and_peft_alone(finished):
     run = RunFolder(finished)
-    base_dir = run.read_iterate(0)["base"]["name"]
+    base_dir = run.record(0).base["name"]
     for t in (0, 1, 2):
         model = AutoModelForCausalLM.from_pretrained(base_dir)
         if t:
@@ -171,7 +171,7 @@ def test_first_margin_of_every_spin_iterate_is_zero_and_loss_log_two(
 def test_load_iterate_any_equals_transformers_and_peft_by_hand(finished):
     run = RunFolder(finished)
     ids = torch.tensor([[1, 5, 6, 7, 8]])
-    base_dir = run.read_iterate(0)["base"]["name"]
+    base_dir = run.record(0).base["name"]
     for t in (0, 2):
         by_hand = AutoModelForCausalLM.from_pretrained(base_dir)
         if t:
@@ -224,7 +224,7 @@ def test_resume_from_every_checkpoint_gives_the_same_rows_rates_and_weights(
         again, rates = tmp_path / "again", LearningRates()
         shutil.copytree(whole, again)
         t = torch.load(checkpoint, weights_only=True)["self_play"]["iterate"]
-        # What comes after the checkpoint is made again, from nothing.
+        # Everything after the checkpoint is made again from scratch.
         RunFolder(again).discard_after(t)
         run(again, rates, ckpt=checkpoint)
         assert contents(again) == expected, checkpoint.name
@@ -251,14 +251,14 @@ def test_crash_then_resume_from_last_gives_the_same_bytes(
     assert contents(tmp_path) == contents(finished)
 
 
-def test_finished_run_with_more_epochs_goes_on_as_if_never_stopped(
+def test_finished_run_with_more_epochs_continues_as_if_never_stopped(
     finished, tiny_model_dir, data, tmp_path
 ):
     play(tmp_path, tiny_model_dir, data, epochs=1)
     last = RunFolder(tmp_path).last_checkpoint
     play(tmp_path, tiny_model_dir, data, epochs=3, ckpt_path=last)
     assert contents(tmp_path) == contents(finished)
-    # And one that is through has nothing left to do.
+    # A finished run has nothing left to do.
     play(tmp_path, tiny_model_dir, data, epochs=3, ckpt_path=last)
     assert contents(tmp_path) == contents(finished)
 
@@ -279,7 +279,7 @@ def test_lists_per_iterate_extended_on_resume_are_used_and_a_changed_past_is_ref
         settings={"beta": [0.5, 2.0]},
     )
     assert module.beta == [0.5, 2.0]
-    assert RunFolder(tmp_path).read_iterate(2)["fingerprint_fields"]["beta"] == [0.5, 2.0]
+    assert RunFolder(tmp_path).record(2).fingerprint_fields["beta"] == [0.5, 2.0]
 
 
 def test_start_from_scratch_in_a_finished_folder_is_refused(finished, tiny_model_dir, data):
@@ -298,7 +298,7 @@ def test_sft_trains_on_real_responses_alone_and_still_measures_generated_ones(
     run = RunFolder(tmp_path)
     rows = pq.read_table(next(run.rows(0).glob("part-*"))).to_pylist()
     assert all(row["generated_ids"] == [] and row["opponent"] is None for row in rows)
-    history = [run.read_iterate(t)["metrics"] for t in (0, 1, 2)]
+    history = [run.record(t).metrics for t in (0, 1, 2)]
     nll = [metrics["val/real_nll_per_token"] for metrics in history]
     assert nll[2] < nll[0]
     assert history[1]["val/kl_base"] != 0.0
@@ -331,7 +331,7 @@ def test_iterate_zero_is_validated_in_full_and_logged_at_step_zero(tiny_model_di
     with (tmp_path / "log" / "metrics.csv").open() as file:
         at_zero = [row for row in csv.DictReader(file) if row["step"] == "0"]
     merged = {name: value for row in at_zero for name, value in row.items() if value}
-    record = RunFolder(tmp_path).read_iterate(0)["metrics"]
+    record = RunFolder(tmp_path).record(0).metrics
     assert float(merged["val/loss"]) == pytest.approx(math.log(2), abs=1e-5)
     assert float(merged["val/real_nll_per_token"]) == pytest.approx(
         record["val/real_nll_per_token"], rel=1e-5
@@ -341,7 +341,7 @@ def test_iterate_zero_is_validated_in_full_and_logged_at_step_zero(tiny_model_di
 
 
 class PlainSteps(SPIN):
-    """Plain gradient steps: Adam would blow rounding up where a gradient is next to nothing."""
+    """Plain gradient steps: Adam would amplify rounding errors of tiny gradients."""
 
     def configure_optimizers(self):
         return torch.optim.SGD([p for _, p in self.policy.trainable()], lr=1.0)

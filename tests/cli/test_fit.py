@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from spin_lightning import load_iterate
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.run.folder import RunFolder
 from tests.toys.runs import contents, write_examples
 

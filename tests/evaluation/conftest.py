@@ -1,21 +1,10 @@
-"""A finished run of five iterates, for everything that reads one."""
+"""Tasks of lm-evaluation-harness on the tiny model's words."""
 
 from pathlib import Path
 
 import pytest
 
-from spin_lightning.run.folder import RunFolder
-from tests.toys.runs import play, write_examples
 from tests.toys.tasks import write_tasks
-
-
-@pytest.fixture(scope="session")
-def finished_run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Iterates 0 to 4 of SPIN on the tiny model. Not to be written to: copy it."""
-    folder = tmp_path_factory.mktemp("finished")
-    data = write_examples(folder / "examples.jsonl")
-    play(folder / "run", tiny_model_dir, data, epochs=4)
-    return RunFolder(folder / "run")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""lm-evaluation-harness on iterates: the harness's own scores, one base, nothing disturbed."""
+"""lm-evaluation-harness on iterates: its own scores, one loaded base, no side effects."""
 
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -12,18 +13,19 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
 from spin_lightning.errors import DataError, SettingError
-from spin_lightning.evaluation.base import evaluate_run
+from spin_lightning.evaluation.base import EvaluatedRun, evaluate_run
 from spin_lightning.evaluation.contestants import contestants
 from spin_lightning.evaluation.harness_model import PolicyLM
-from spin_lightning.evaluation.lm_eval import PRESETS, Harness, HarnessSettings
+from spin_lightning.evaluation.lm_eval import Harness
+from spin_lightning.evaluation.presets import PRESETS
 from spin_lightning.evaluation.results import read_results
+from spin_lightning.evaluation.settings import HarnessSettings
 from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.policies import lora
 from spin_lightning.policies.saved import export_iterate, load_policy, load_tokenizer
 from spin_lightning.run.folder import RunFolder
-from tests.toys.runs import contents, play, write_examples
+from tests.toys.runs import play, write_examples
 
 
 @pytest.fixture
@@ -129,8 +131,7 @@ def test_task_whose_data_changed_is_measured_again(run, toy_tasks, tmp_path, loa
 
 def test_result_of_an_iterate_that_was_trained_again_does_not_count(run, toy_tasks):
     evaluate(run, ["1"], toy_tasks, limit=4)
-    record = run.read_iterate(1)
-    run.write_iterate(1, {**record, "files": {"adapter_model.safetensors": "another"}})
+    run.write_record(replace(run.record(1), files={"adapter_model.safetensors": "another"}))
     assert read_results(run) == []
 
 
@@ -144,22 +145,6 @@ def test_result_keeps_what_is_needed_to_repeat_it(run, toy_tasks):
     assert choice.details["samples"] == {"toy_choice": {"original": 30, "effective": 6}}
     assert words.details["task_versions"] == {"toy_words": 2.0}
     assert words.details["versions"]["torch"] == torch.__version__
-
-
-def test_training_with_an_evaluation_after_every_iterate_is_the_same_training(
-    tiny_model_dir, toy_tasks, tmp_path
-):
-    data = write_examples(tmp_path / "examples.jsonl")
-    evaluator = EvaluateIterates([str(toy_tasks)], limit=4)
-    play(tmp_path / "plain", tiny_model_dir, data)
-    play(tmp_path / "evaluated", tiny_model_dir, data, callbacks=[evaluator])
-    assert contents(tmp_path / "evaluated") == contents(tmp_path / "plain")
-    run = RunFolder(tmp_path / "evaluated")
-    for t in run.known_iterates():
-        metrics = run.read_iterate(t)["metrics"]
-        assert 0 <= metrics["lm_eval/toy_choice/acc"] <= 1
-        assert "lm_eval/toy_words/exact_match.first-word" in metrics
-    assert len(read_results(run)) == 6
 
 
 def test_evaluation_leaves_policy_and_random_states_bit_identical(
@@ -181,8 +166,9 @@ def test_evaluation_leaves_policy_and_random_states_bit_identical(
 
     before = state()
     harness = Harness(HarnessSettings(tasks=(str(toy_tasks),), limit=4))
+    evaluated = EvaluatedRun(run, lambda: policy, module.tokenizer, module.make_generator)
     for one in contestants(run, ["all", "mixture"]):
-        harness.evaluate(run, lambda: policy, module.tokenizer, one)
+        harness.evaluate(evaluated, one)
     after = state()
     assert before[0].keys() == after[0].keys()
     assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
@@ -265,12 +251,6 @@ def test_preset_asks_for_the_leaderboards_tasks_and_takes_their_mean(run, monkey
 def test_preset_tasks_are_known_to_the_harness():
     known = set(TaskManager().all_tasks)
     assert all(one.task in known for preset in PRESETS.values() for one in preset)
-
-
-def test_harness_that_is_not_installed_is_one_error_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=r"pip install 'spin-lightning\[eval\]'"):
-        EvaluateIterates(["arc_challenge"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files of an evaluation that something has happened to."""
+"""Damaged files of an evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LINE = '{"key": "a", "judgment": "[[7]]", "prompt_tokens": 1, "completion_token
 
 
 def verdicts(line: object) -> Change:
-    """A file of verdicts whose second line is another."""
+    """A file of verdicts with another second line."""
     text = line if isinstance(line, str) else json.dumps(line)
     return lambda path: path.write_text(f"{_LINE}{text}\n{_LINE}") and None
 
@@ -39,7 +39,7 @@ def first_line(**changes: Any) -> Change:
     return change
 
 
-def said_twice(path: Path) -> None:
+def first_line_twice(path: Path) -> None:
     first, *others = path.read_text().splitlines()
     path.write_text("\n".join([first, first, *others]) + "\n")
 
@@ -59,7 +59,7 @@ MT_BENCH = [
         torn=torn,
         noise=bytes_(NOISE),
         deep=bytes_(DEEP),
-        twice=said_twice,
+        twice=first_line_twice,
         no_id=first_line(question_id=None),
         id_a_text=first_line(question_id="one"),
         no_category=first_line(category=None),
@@ -126,21 +126,24 @@ MT_BENCH = [
         ),
         no_tokens=verdicts({"key": "b", "judgment": "x"}),
     ),
-    *cases("result.json", "results", ("result.json is no result", "delete it"), **NO_JSON),
+    *cases("result.json", "results", ("result.json is damaged", "delete it"), **NO_JSON),
     *cases(
         "result.json",
         "results",
-        ("result.json is no result", "delete it"),
+        ("result.json is damaged", "delete it"),
         no_scores=edited(scores=None),
         scores_of_texts=edited(scores={"acc": "high"}),
         of_the_future=edited(color="blue"),
         settings_a_list=edited(settings=[]),
+        no_identity=edited(identity=None),
+        lower_is_better_a_text=edited(lower_is_better="acc"),
+        details_a_list=edited(details=[]),
     ),
 ]
 
 
 def write_bench(folder: Path) -> None:
-    """The smallest files of MT-Bench that are whole."""
+    """The smallest valid files of MT-Bench."""
     names = [
         f"{name}{turns}"
         for name in ("single-v1", "single-math-v1", "pair-v2", "pair-math-v1")

@@ -1,4 +1,4 @@
-"""Run folders that something has happened to."""
+"""Damaged run folders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.faults.damage import (
 
 
 def unchecked(rows: Callable[[pa.Table], pa.Table], **manifest: Any) -> Change:
-    """A part of rows with other contents, and a manifest that knows no checksums."""
+    """A part of rows with other contents, and a manifest without checksums."""
 
     def change(path: Path) -> None:
         pq.write_table(rows(pq.read_table(path)), path)
@@ -90,15 +90,18 @@ RUNS = [
         part_elsewhere=edited(parts=TRAVERSAL),
         parts_a_list=edited(parts=["part-00000.parquet"]),
         alpha_a_text=edited(token_alpha="x"),
+        no_opponent=edited(opponent=None),
+        opponent_a_list=edited(opponent=[0]),
+        opponent_of_texts=edited(opponent={"0": "all"}),
     ),
     *cases(MANIFEST, "rows", ("schema version 99",), of_the_future=edited(schema_version=99)),
     *cases(MANIFEST, "rows", ("manifest says 5",), other_count=edited(rows=5)),
-    *cases(MANIFEST, "rows", ("missing or damaged",), more_units=edited(units=10**6)),
+    *cases(MANIFEST, "rows", ("part-00004.parquet is damaged",), more_units=edited(units=10**6)),
     *cases(MANIFEST, "rows", ("there is no manifest.json",), gone=gone),
     *cases(
         PART,
         "rows",
-        ("part-00001.parquet is missing or damaged",),
+        ("part-00001.parquet is damaged",),
         gone=gone,
         empty=bytes_(b""),
         half=half,
@@ -116,7 +119,7 @@ RUNS = [
     *cases(
         PART,
         "rows",
-        ("rows/iterate_000 is missing or damaged",),
+        ("rows/iterate_000 is damaged",),
         prompts_missing=unchecked(column("prompt_ids", lambda i: None)),
         ids_missing=unchecked(column("real_ids", lambda i: [None])),
         seeds_missing=unchecked(column("seed", lambda i: None)),
@@ -135,6 +138,12 @@ RUNS = [
         no_base=edited(base=None),
         base_of_the_future=edited(base={"name": "x", "sparsity": 2}),
         base_without_a_name=edited(base={}),
+        no_index=edited(index=None),
+        no_files=edited(files=None),
+        no_step=edited(step=None),
+        step_a_text=edited(step="8"),
+        training_a_list=edited(training=[]),
+        loss_a_text=edited(training={"loss": "low"}),
     ),
     *cases(ITERATE, "load", ("has no iterate 1; it has [0, 2]",), gone=gone),
     *cases(
@@ -168,6 +177,8 @@ RUNS = [
         ("best.json is damaged", "delete it"),
         a_text=edited(index="one"),
         no_index=edited(index=None),
+        no_metric=edited(metric=None),
+        value_a_text=edited(value="low"),
     ),
     *cases("iterates/best.json", "best", ("has no iterate 9",), not_there=edited(index=9)),
     *cases("tokenizer", "load", ("tokenizer",), gone=gone, a_file=replaced_by_a_file),
@@ -245,7 +256,7 @@ RUNS = [
     *cases(
         "iterates/iterate_002/iterate.json",
         "fit",
-        ("does not say its fingerprint_fields",),
+        ("iterate.json is damaged (its 'fingerprint_fields' is missing)", "restore it"),
         no_fields=edited(fingerprint_fields=None),
     ),
     *cases(ADAPTER, "fit", ("is not what was written",), a_flipped_bit=flipped),

@@ -1,4 +1,4 @@
-"""A variant with non-finite log-probs for some examples during training."""
+"""A variant whose log-probs are NaN or infinite for some examples during training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from spin_lightning.types import PairBatch, PairLogps
 
 
 class PoisonedSPIN(SelfPlayModule):
-    """SPIN with some log-probs multiplied by NaN or infinity.
+    """SPIN with factors on the log-probs of some examples.
 
     Args:
-        poison: example:value, such as `3:nan 5:inf`.
+        poison: Factors as example:value, such as `3:nan 5:inf`.
         kwargs: Settings of `SelfPlayModule`.
     """
 

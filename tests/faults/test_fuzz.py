@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spin_lightning import SPACE, SPIN, AlphaSPIN, MixtureSPIN, SelfPlayDataModule
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.data.formats import describe_bad_rows, read_conversations
 from spin_lightning.errors import RunFolderError, SpinError
-from spin_lightning.evaluation.mt_bench.judge import _read_verdicts
+from spin_lightning.evaluation.mt_bench.judge import read_verdicts
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.redaction import masked
 from spin_lightning.rows.store import read_rows
@@ -242,7 +242,7 @@ def test_any_bytes_in_a_run_are_read_or_refused(content, tmp_path):
         run.iterate(1) / ITERATE_FILE: lambda: run.check_iterate(1),
         run.rows(0) / "manifest.json": lambda: read_rows(run.rows(0)),
         run.iterates / "best.json": run.best,
-        tmp_path / "verdicts.jsonl": lambda: _read_verdicts(tmp_path / "verdicts.jsonl"),
+        tmp_path / "verdicts.jsonl": lambda: read_verdicts(tmp_path / "verdicts.jsonl"),
     }
     for path, ask in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,6 +258,10 @@ def test_any_bytes_in_a_run_are_read_or_refused(content, tmp_path):
             "units": st.integers(-1, 2) | VALUES,
             "rows": st.integers(-1, 2) | VALUES,
             "members": st.lists(st.integers(0, 2), max_size=2) | VALUES,
+            "iterate": st.just(0),
+            "opponent": st.none() | VALUES,
+            "unit_size": st.just(1),
+            "cap": st.just(1),
         },
         optional={"parts": VALUES, "token_members": VALUES, "token_alpha": VALUES},
     )

@@ -13,13 +13,13 @@ import yaml
 from transformers import AutoTokenizer
 
 from spin_lightning import SPIN, load_iterate
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.data.formats import read_conversations
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import DataError, SettingError, SpinError
 from spin_lightning.evaluation.mt_bench.data import read_mt_bench
-from spin_lightning.evaluation.mt_bench.judge import _read_verdicts
-from spin_lightning.evaluation.results import _read as read_result
+from spin_lightning.evaluation.mt_bench.judge import read_verdicts
+from spin_lightning.evaluation.results import read_result
 from spin_lightning.policies.loading import load_base
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.report.run_view import config_differences, read_runs
@@ -278,7 +278,7 @@ def test_damaged_file_of_an_evaluation_is_told_in_one_error(damage: Damage, tmp_
     (tmp_path / "result.json").write_text(json.dumps({**result, "lower_is_better": []}))
     asked: dict[str, Callable[[], object]] = {
         "questions": lambda: read_mt_bench(str(tmp_path)),
-        "verdicts": lambda: _read_verdicts(tmp_path / "verdicts.jsonl"),
+        "verdicts": lambda: read_verdicts(tmp_path / "verdicts.jsonl"),
         "results": lambda: read_result(tmp_path / "result.json"),
     }
     _says_one_error(damage, asked[damage.asked], tmp_path)

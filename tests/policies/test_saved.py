@@ -12,7 +12,9 @@ from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.saved import export_iterate, load_iterate
 from spin_lightning.run.folder import RunFolder
-from tests.toys.adapters import logits, plain_logits, write_adapter, write_wide_model
+from spin_lightning.run.records import IterateRecord
+from tests.toys.adapters import logits, plain_logits, write_adapter
+from tests.toys.models import write_wide_model
 
 
 def write_run(root: Path, model: Path, quantization: str) -> RunFolder:
@@ -22,7 +24,7 @@ def write_run(root: Path, model: Path, quantization: str) -> RunFolder:
     for t in (0, 1):
         if t:
             write_adapter(model, run.iterate(t), seed=t)
-        run.write_iterate(t, {"index": t, "base": asdict(base)})
+        run.write_record(IterateRecord(t, base=asdict(base)))
     AutoTokenizer.from_pretrained(model).save_pretrained(run.tokenizer)
     return run
 
@@ -34,7 +36,7 @@ def run(request, tiny_model_dir, tmp_path_factory) -> RunFolder:
 
 
 def wanted_logits(run: RunFolder, t: int) -> torch.Tensor:
-    base = run.read_iterate(t)["base"]
+    base = run.record(t).base
     return plain_logits(base["name"], run.iterate(t) if t else None, base["quantization"])
 
 

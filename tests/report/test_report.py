@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing, with what the runs' files say."""
+"""The report: one self-contained page with the content of the runs' files."""
 
 import re
 import shutil
@@ -45,7 +45,7 @@ def two_runs(finished_run, tmp_path) -> list[RunFolder]:
 @pytest.fixture(scope="module")
 def page_path(finished_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    return write_report(make_runs(finished_run, folder), folder / "out")
+    return write_report(read_runs(make_runs(finished_run, folder)), folder / "out")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_rewards_are_the_log_ratios_of_the_stored_rows(finished_run):
     assert view.rewards(0) is None
     real_lengths, lengths = view.lengths(2)
     assert list(lengths) == [len(table.generated_ids[i]) for i in range(len(table))]
-    assert np.mean(real_lengths) == view.records[2]["metrics"]["val/real_tokens"]
+    assert np.mean(real_lengths) == view.records[2].metrics["val/real_tokens"]
 
 
 def test_response_with_markup_is_shown_as_text(page):
@@ -159,7 +159,7 @@ def test_run_without_held_out_rows_has_a_report(finished_run, tmp_path):
     run = RunFolder(tmp_path / "run")
     shutil.copytree(finished_run.root, run.root)
     shutil.rmtree(run.root / "rows")
-    page = write_report([run], tmp_path / "out").read_text()
+    page = write_report(read_runs([run]), tmp_path / "out").read_text()
     assert "Samples" not in page
     assert "Time and memory" in page
 

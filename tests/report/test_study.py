@@ -1,4 +1,4 @@
-"""Studies: what is run for each variant and seed, and what is said of the runs."""
+"""Studies: the table and picture of several variants, each with several seeds."""
 
 import json
 from collections import defaultdict
@@ -8,10 +8,11 @@ from statistics import fmean, median
 import pytest
 import yaml
 
-from spin_lightning.cli.fit import main
-from spin_lightning.errors import RunFolderError, SettingError
-from spin_lightning.report.study import STABILITY_VARIANTS, Play, draw_study, study_table
+from spin_lightning.cli.main import main
+from spin_lightning.errors import RunFolderError
+from spin_lightning.report.study import draw_study, study_curves, study_table
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import IterateRecord
 
 CONFIG = Path(__file__).parents[2] / "configs" / "testbed" / "stability.yaml"
 
@@ -20,42 +21,8 @@ def finished(root: Path, metrics: list[dict[str, float]]) -> RunFolder:
     """A run whose iterates have these metrics."""
     run = RunFolder(root)
     for t, measured in enumerate(metrics):
-        run.write_iterate(t, {"index": t, "metrics": measured})
+        run.write_record(IterateRecord(t, metrics=measured))
     return run
-
-
-@pytest.mark.parametrize(
-    ("variant", "model", "settings"),
-    [
-        ("SPIN", "SPIN", {}),
-        ("MixtureSPIN(history=2)", "MixtureSPIN", {"history": 2}),
-        ("AlphaSPIN(alpha=[0.5, 0.1], mixture='token')", "AlphaSPIN", None),
-        ("my_variants.DecayingSPIN(decay=0.25)", "my_variants.DecayingSPIN", {"decay": 0.25}),
-    ],
-)
-def test_variant_with_settings_becomes_arguments_of_fit(variant, model, settings):
-    play = Play.of(variant, 3)
-    wanted = {"alpha": [0.5, 0.1], "mixture": "token"} if settings is None else settings
-    assert (play.model, play.settings, play.seed) == (model, wanted, 3)
-    arguments = play.arguments("some.yaml", Path("out"))
-    assert arguments[:5] == ["fit", "--config", "some.yaml", "--model", model]
-    assert [f"--model.{name}={value}" for name, value in wanted.items()] == [
-        argument for argument in arguments if argument.startswith("--model.")
-    ]
-    assert "--seed_everything=3" in arguments
-
-
-def test_runs_of_a_study_have_folders_of_their_own():
-    plays = [Play.of(variant, seed) for variant in STABILITY_VARIANTS for seed in range(3)]
-    folders = {play.folder(Path("out")) for play in plays}
-    assert len(folders) == len(plays)
-    assert Path("out/MixtureSPIN_history=2-seed1") in folders
-
-
-@pytest.mark.parametrize("variant", ["", "2", "SPIN(0.1)", "SPIN(beta=f(x))", "SPIN(", "a + b"])
-def test_variant_that_names_no_class_is_refused(variant):
-    with pytest.raises(SettingError, match=r"variants=.*Fix: write a name such as FictitiousSPIN"):
-        Play.of(variant, 0)
 
 
 def test_table_has_the_median_over_seeds_and_that_of_the_later_half(tmp_path):
@@ -65,7 +32,7 @@ def test_table_has_the_median_over_seeds_and_that_of_the_later_half(tmp_path):
         finished(tmp_path / str(i), [{"exact/kl": float(kl)} for kl in values])
         for i, values in enumerate(seeds)
     ]
-    head, row = study_table({"SPIN": runs})
+    head, row = study_table(study_curves({"SPIN": runs}))
     assert head == ["median over seeds", "variant", "p0", "p1", "p2", "p3", "p4", "mean p3–p4"]
     assert row == ["exact/kl", "SPIN", "1.000", "2.000", "4.000", "8.000", "16.000", "12.000"]
 
@@ -73,16 +40,16 @@ def test_table_has_the_median_over_seeds_and_that_of_the_later_half(tmp_path):
 def test_table_and_picture_of_a_run_that_stopped_early_end_where_it_did(tmp_path):
     short = finished(tmp_path / "a", [{"val/real_nll_per_token": 2.0}])
     long = finished(tmp_path / "b", [{"val/real_nll_per_token": 2.0}] * 3)
-    groups = {"SPIN": [short], "SFT": [long]}
-    assert study_table(groups)[1][2:] == ["2.000", "-", "-", "2.000"]
-    picture = draw_study(groups, tmp_path / "new" / "study.png")
+    curves = study_curves({"SPIN": [short], "SFT": [long]})
+    assert study_table(curves)[1][2:] == ["2.000", "-", "-", "2.000"]
+    picture = draw_study(curves, tmp_path / "new" / "study.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_without_a_common_metric_are_refused(tmp_path):
     groups = {"SPIN": [finished(tmp_path / "a", [{}])]}
     with pytest.raises(RunFolderError, match=r"Fix: hold examples out"):
-        study_table(groups)
+        study_curves(groups)
 
 
 def study(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -140,7 +107,7 @@ def test_reservoir_of_fictitious_play_generates_the_harmonic_share_of_rows(tmp_p
     arguments = ("fit", "--config", CONFIG, *variant, *root)
     monkeypatch.setattr("sys.argv", ["spin-lightning", *map(str, arguments)])
     main()
-    records = [RunFolder(tmp_path).read_iterate(t) for t in range(8)]
-    shares = [record["rows"]["rows/regenerated"] for record in records]
+    records = [RunFolder(tmp_path).record(t) for t in range(8)]
+    shares = [record.measured["rows/regenerated"] for record in records]
     print(shares)
     assert sum(shares) == pytest.approx(sum(1 / k for k in range(1, 9)), rel=0.05)

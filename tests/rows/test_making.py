@@ -1,4 +1,4 @@
-"""Rows in work units: which there are, whose bytes they have, and what their scores are."""
+"""Rows in work units: the same bytes however they are made, and scores as by hand."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,11 +15,11 @@ from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import load_config
 from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
-from spin_lightning.rows.store import read_manifest, read_rows
+from spin_lightning.rows.manifest import Manifest, read_manifest
+from spin_lightning.rows.store import read_rows
 from spin_lightning.types import Example
-from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model
 from tests.toys.plans import PLAN, STOP, draw_row, key_by_hand, some_examples
 from tests.toys.policy import EveryResponse
 
@@ -27,16 +27,10 @@ EXAMPLES = some_examples()
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {t: write_adapter(tiny_model_dir, root / str(t), seed=t) for t in (1, 2)}
-
-
-@pytest.fixture(scope="module")
-def synthesis(tiny_base, adapters, tmp_path_factory) -> Synthesis:
+def synthesis(tiny_base, tiny_adapters, tmp_path_factory) -> Synthesis:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
-    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
-    generator = LocalGenerator(load_config(tiny_base), (STOP,), 0, GenerationSettings())
+    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **tiny_adapters})
+    generator = LocalGenerator((STOP,), 0, GenerationSettings())
     return Synthesis(policy, generator, vocabulary=24)
 
 
@@ -76,8 +70,8 @@ def test_make_rows_say_where_they_come_from(whole):
     assert len({tuple(row["generated_ids"]) for row in rows}) > 50
 
 
-def test_make_scores_are_those_of_transformers_and_peft_alone(whole, tiny_model_dir, adapters):
-    models = {t: plain_model(tiny_model_dir, adapters[t]) for t in PLAN.members}
+def test_make_scores_are_those_of_transformers_and_peft_alone(whole, tiny_model_dir, tiny_adapters):
+    models = {t: plain_model(tiny_model_dir, tiny_adapters[t]) for t in PLAN.members}
     for row in rows_in(whole):
         for side in ("real", "generated"):
             ids = row["prompt_ids"] + row[f"{side}_ids"]
@@ -101,9 +95,11 @@ def test_make_scores_every_prompt_once_per_member(synthesis, tmp_path, monkeypat
     assert {len(lengths) for batch in batches for lengths in batch.response_lengths} == {3}
 
 
-def test_make_scores_of_padded_sequences_are_the_same(tiny_base, synthesis, whole, tmp_path):
+def test_make_scores_of_padded_sequences_are_the_same(
+    tiny_base, adapters, synthesis, whole, tmp_path
+):
     policy = LoraPolicy(tiny_base, LoraSettings(r=2), packing="padded", fused=False)
-    policy.use_iterates(synthesis.policy._bank)
+    policy.use_iterates({0: tmp_path, **adapters})
     list(replace(synthesis, policy=policy).make(PLAN, EXAMPLES, tmp_path, Timing()))
     for row, other in zip(rows_in(tmp_path), rows_in(whole), strict=True):
         for name in ("member_real_logps", "member_generated_logps"):
@@ -188,22 +184,18 @@ def test_finish_makes_the_rows_readable_and_says_what_they_are(synthesis, tmp_pa
     list(synthesis.make(PLAN, EXAMPLES, tmp_path, Timing()))
     assert read_manifest(tmp_path) is None
     finish(PLAN, EXAMPLES, tmp_path, {"variant": "Mine"})
-    manifest = read_manifest(tmp_path)
     parts = {p.name: sha256(p.read_bytes()).hexdigest() for p in tmp_path.glob("part-*")}
-    assert manifest.pop("parts") == parts
-    assert manifest == {
-        "schema_version": 1,
-        "variant": "Mine",
-        "iterate": 2,
-        "opponent": {"0": 0.5, "1": 0.25, "2": 0.25},
-        "members": [1, 2],
-        "token_alpha": None,
-        "token_members": [],
-        "rows": 70,
-        "units": 5,
-        "unit_size": 16,
-        "cap": 6,
-    }
+    assert read_manifest(tmp_path) == Manifest(
+        iterate=2,
+        opponent={0: 0.5, 1: 0.25, 2: 0.25},
+        members=(1, 2),
+        rows=70,
+        units=5,
+        unit_size=16,
+        cap=6,
+        parts=parts,
+        others={"variant": "Mine"},
+    )
     table = read_rows(tmp_path)
     assert table.example_id.tolist() == [e.example_id for e in EXAMPLES for _ in (0, 1)]
     assert table.members == (1, 2)
@@ -226,7 +218,7 @@ def test_units_decoded_otherwise_than_set_are_named_in_the_manifest(synthesis, t
     finish(PLAN, EXAMPLES, tmp_path, {})
     manifest = read_manifest(tmp_path)
     assert manifest is not None
-    assert manifest["deviations"] == {"1": {"batch_tokens": 320}}
+    assert manifest.deviations == {"1": {"batch_tokens": 320}}
     assert len(read_rows(tmp_path)) == 70
 
 

@@ -1,4 +1,4 @@
-"""Which rows there are: units, keys, drawn opponents, and rows that stay over iterates."""
+"""Plans of rows: units, keys, drawn opponents, and rows that are kept over iterates."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,13 +8,76 @@ from itertools import pairwise
 import pytest
 from scipy import stats
 
-from spin_lightning.mixtures import Mixture, window
-from spin_lightning.rows.plan import Coupling, EarlierRows, RowDraw, redrawn, unit_count, units
+from spin_lightning.mixtures import Geometric, Mixture, latest, window
+from spin_lightning.rows.plan import (
+    Coupling,
+    EarlierRows,
+    RowDraw,
+    RowPlan,
+    RowSettings,
+    plan_rows,
+    redrawn,
+    unit_count,
+    units,
+)
 from spin_lightning.types import Example
 from tests.toys.plans import PLAN, draw_row, key_by_hand, some_examples, table_of
 
 EXAMPLES = some_examples()
 MANY = [Example(i, (1, 3), (4, 2), True) for i in range(3000)]
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+SETTINGS = RowSettings(seed=11, unit_size=16, cap=6, context=64)
+
+
+def test_plan_of_an_opponent_is_scored_by_the_members_of_the_reference():
+    opponent = Mixture({0: 0.5, 1: 0.25, 2: 0.25})
+    assert plan_rows(2, opponent, window(2, 2), SETTINGS, samples=2) == PLAN
+    held_out = plan_rows(2, latest(2), window(2, 1), SETTINGS, also_scored_by={0, 1, 2})
+    assert held_out == replace(PLAN, opponent=latest(2), members=(0, 1, 2), samples=1)
+
+
+@pytest.mark.parametrize(
+    ("reference", "members", "token_alpha", "token_members"),
+    [
+        (Geometric(latest(2), 0.3), (0, 2), 0.0, ()),
+        (Mixture({1: 0.5, 2: 0.5}, token_alpha=0.3), (0, 1, 2), 0.3, (1, 2)),
+    ],
+    ids=["geometric", "token-level"],
+)
+def test_plan_of_a_reference_near_the_base_is_scored_by_the_base_too(
+    reference, members, token_alpha, token_members
+):
+    plan = plan_rows(2, latest(2), reference, SETTINGS)
+    assert plan.members == members
+    assert (plan.token_alpha, plan.token_members) == (token_alpha, token_members)
+    assert plan.scorers == (
+        *((i, 0.0) for i in members),
+        *((i, token_alpha) for i in token_members),
+    )
+
+
+def test_plan_without_an_opponent_is_not_scored():
+    plan = plan_rows(2, None, latest(2), SETTINGS, keep_from=latest(1))
+    assert plan == RowPlan(2, None, (), seed=11, samples=1, unit_size=16, cap=6, context=64)
+
+
+def test_plan_that_keeps_rows_couples_the_opponents_of_both_iterates():
+    plan = plan_rows(2, window(2, 2), latest(2), SETTINGS, union=True, keep_from=window(1, 2))
+    assert plan.union
+    assert plan.coupling == Coupling.between(window(1, 2), window(2, 2))
+    assert plan_rows(2, window(2, 2), latest(2), SETTINGS).coupling is None
+
+
+def test_manifest_of_a_plan_counts_its_rows_and_units():
+    manifest = PLAN.manifest(EXAMPLES)
+    assert (manifest.iterate, manifest.opponent) == (2, {0: 0.5, 1: 0.25, 2: 0.25})
+    assert (manifest.rows, manifest.units, manifest.unit_size, manifest.cap) == (70, 5, 16, 6)
+
+
+# ------------------------------------------------------------------------------------------ draws
 
 
 @pytest.mark.parametrize(

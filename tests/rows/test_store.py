@@ -1,3 +1,5 @@
+"""Rows in parquet parts: the same to the byte, and refused where they are damaged."""
+
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,7 @@ from spin_lightning.rows.store import (
     SCHEMA,
     part_matches,
     part_path,
-    read_manifest,
     read_rows,
-    write_manifest,
     write_part,
 )
 from spin_lightning.types import Row
@@ -166,27 +166,6 @@ def test_part_with_other_columns_counts_as_absent(tmp_path):
     assert not part_matches(tmp_path, 0, {"seed": [5]})
 
 
-# ------------------------------------------------------------------------ manifest
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"{}", b"\xff\xfe", b"[" * 100_000], ids=lambda c: str(c[:8])
-)
-def test_manifest_damaged_is_one_clear_error(content, tmp_path):
-    (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(RunFolderError, match=r"manifest.json is damaged.*Fix: delete it and start"):
-        read_manifest(tmp_path)
-
-
-def test_manifest_written_marks_the_folder_as_finished(tmp_path):
-    write_part(tmp_path, 0, [ROW])
-    assert read_manifest(tmp_path) is None
-    write_manifest(tmp_path, {"rows": 1})
-    assert read_manifest(tmp_path) == {"schema_version": 1, "rows": 1}
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"manifest.json", "part-00000.parquet"}
-
-
 # ------------------------------------------------------------------------ read_rows
 
 
@@ -217,7 +196,8 @@ def test_read_rows_with_a_part_torn_is_refused(tmp_path):
 
 
 def test_read_rows_of_a_later_schema_is_refused(tmp_path):
-    write_rows(tmp_path, [ROW], schema_version=2)
+    path = write_rows(tmp_path, [ROW]) / "manifest.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(RunFolderError, match=r"2.*Fix: "):
         read_rows(tmp_path)
 

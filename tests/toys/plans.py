@@ -1,4 +1,4 @@
-"""A plan of rows, examples for it, and rows of it without a model."""
+"""A row plan, examples for it, and its rows without a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAN = RowPlan(
 
 
 def some_examples(count: int = 35) -> list[Example]:
-    """Examples with gaps in their ids: those that did not fit were left out."""
+    """Examples with gaps in their ids, as if some had been left out."""
     draw = random.Random(5)
 
     def words(most: int) -> tuple[int, ...]:

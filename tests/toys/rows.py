@@ -1,11 +1,13 @@
 """Rows and row folders with numbers to check by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spin_lightning.packing import pad_prompts
-from spin_lightning.rows.store import write_manifest, write_part
+from spin_lightning.rows.manifest import Manifest, write_manifest
+from spin_lightning.rows.store import write_part
 from spin_lightning.types import PairBatch, Row
 
 ROW = Row(
@@ -26,7 +28,7 @@ ROW = Row(
     token_generated_logps=(),
     seed=-123_456_789_012_345_678,
 )
-# As a method without opponents leaves it.
+# Fields of a row of a method without opponents.
 REAL_ONLY = {
     "generated_ids": (),
     "opponent": None,
@@ -37,12 +39,24 @@ REAL_ONLY = {
 }
 
 
+def manifest_of(*parts: Sequence[Row]) -> Manifest:
+    """The manifest of rows in parts, one for each list."""
+    return Manifest(
+        iterate=1,
+        opponent={1: 1.0},
+        members=parts[0][0].members,
+        rows=sum(map(len, parts)),
+        units=len(parts),
+        unit_size=len(parts[0]),
+        cap=8,
+    )
+
+
 def write_rows(folder: Path, *parts: Sequence[Row], **fields: Any) -> Path:
-    """A finished folder of rows, one part for each list."""
+    """A finished folder of rows, one part for each list; `fields` differ in its manifest."""
     for unit, rows in enumerate(parts):
         write_part(folder, unit, rows)
-    counted = {"units": len(parts), "rows": sum(map(len, parts)), "members": parts[0][0].members}
-    write_manifest(folder, {**counted, **fields})
+    write_manifest(folder, replace(manifest_of(*parts), **fields))
     return folder
 
 

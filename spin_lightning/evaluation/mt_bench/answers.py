@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any, Final
 
 from spin_lightning import keyed
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import SettingError
+from spin_lightning.evaluation.base import EvaluatedRun
 from spin_lightning.evaluation.contestants import Contestant
-from spin_lightning.evaluation.mt_bench.data import Question, by
-from spin_lightning.evaluation.mt_bench.judge import append_line, read_lines
+from spin_lightning.evaluation.mt_bench.data import Question
+from spin_lightning.evaluation.settings import Answering
 from spin_lightning.generation.base import Request, Response
-from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
-from spin_lightning.policies.base import Policy
 from spin_lightning.policies.pretrained import context_length_of
+from spin_lightning.run.files import append_line, read_lines
 from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.validation import LIST, TEXT, TEXTS, WHOLE, check_fields
 from spin_lightning.types import Message
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said to a question.
+    """The answers to a question.
 
     Attributes:
         turns: The answers to both turns.
-        cut_off: How many of them were ended by the length allowed.
-        did_not_fit: How many are empty since their prompt fills the model's context.
+        cut_off: How many of them reached the length limit.
+        did_not_fit: How many are empty because their prompt fills the model's context.
     """
 
     turns: tuple[str, str]
@@ -40,109 +39,96 @@ class Answer:
     did_not_fit: int
 
 
-@dataclass(frozen=True)
-class Answering:
-    """How questions are answered.
+def answer_questions(
+    questions: Sequence[Question],
+    run: EvaluatedRun,
+    contestant: Contestant,
+    how: Answering,
+    path: Path,
+) -> dict[int, Answer]:
+    """Answer every question that has no answer in the file yet.
 
-    Attributes:
-        max_new_tokens: Longest answer.
-        seed: Of the sampling; the same question gets the same random numbers from every iterate.
+    Args:
+        questions: The questions.
+        run: The run.
+        contestant: Who answers; a mixture draws a member for each conversation.
+        how: Length limit and seed.
+        path: JSON lines in FastChat's format; the questions of one temperature are added together.
+
+    Returns:
+        The answers by question id.
+
+    Raises:
+        SettingError: The tokenizer has no chat template, and a second turn needs one.
     """
-
-    max_new_tokens: int = 1024
-    seed: int = 0
-
-    def answers(
-        self,
-        policy: Callable[[], Policy],
-        tokenizer: PreTrainedTokenizerBase,
-        contestant: Contestant,
-        questions: Sequence[Question],
-        path: Path,
-    ) -> dict[int, Answer]:
-        """Answer every question that is not answered in the file yet.
-
-        Args:
-            policy: Gives who can act as the contestant's iterates; not asked if all is answered.
-            tokenizer: The run's.
-            contestant: Who answers; a mixture draws a member for each conversation.
-            questions: The questions.
-            path: JSON lines in FastChat's format; grows by the questions of one temperature.
-
-        Returns:
-            The answers by question id.
-
-        Raises:
-            SettingError: The tokenizer has no chat template, and a second turn needs one.
-        """
-        if tokenizer.chat_template is None:
-            raise SettingError(
-                "tokenizer.chat_template",
-                None,
-                "MT-Bench has two turns, and there is no template to join them",
-                fix="evaluate a chat model, or set a template and save it with the tokenizer",
-            )
-        rows = {row["key"]: row for row in read_lines(path)}
-        keys = {q.question_id: self._key(contestant, q) for q in questions}
-        missing = [q for q in questions if keys[q.question_id] not in rows]
-        for temperature, group in by(missing, lambda q: q.temperature).items():
-            writer = _Writer(policy(), tokenizer, contestant, self, temperature)
-            for question, answer in zip(group, writer.conversations(group), strict=True):
-                row = _row(keys[question.question_id], contestant, question, answer)
-                rows[row["key"]] = row
-                append_line(path, row)
-        return {number: _answer(rows[key]) for number, key in keys.items()}
-
-    def _key(self, contestant: Contestant, question: Question) -> str:
-        return fingerprint(
-            {
-                "identity": contestant.identity,
-                "turns": question.turns,
-                "temperature": question.temperature,
-                "max_new_tokens": self.max_new_tokens,
-                "seed": self.seed,
-            }
+    if run.tokenizer.chat_template is None:
+        raise SettingError(
+            "tokenizer.chat_template",
+            None,
+            "MT-Bench has two turns, and there is no template to join them",
+            fix="evaluate a chat model, or set a template and save it with the tokenizer",
         )
+    found = dict(read_lines(path, _read_row))
+    keys = {q.question_id: _key(how, contestant, q) for q in questions}
+    missing = [q for q in questions if keys[q.question_id] not in found]
+    for temperature, group in _by_temperature(missing).items():
+        writer = _Writer(run, contestant, how, temperature)
+        for question, answer in zip(group, writer.conversations(group), strict=True):
+            key = keys[question.question_id]
+            append_line(path, _row(key, contestant, question, answer))
+            found[key] = answer
+    return {number: found[key] for number, key in keys.items()}
+
+
+def _key(how: Answering, contestant: Contestant, question: Question) -> str:
+    return fingerprint(
+        {
+            "identity": contestant.identity,
+            "turns": question.turns,
+            "temperature": question.temperature,
+            "max_new_tokens": how.max_new_tokens,
+            "seed": how.seed,
+        }
+    )
+
+
+def _by_temperature(questions: Sequence[Question]) -> dict[float, list[Question]]:
+    """The questions of each temperature, in order of first appearance."""
+    groups: dict[float, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.temperature, []).append(question)
+    return groups
 
 
 class _Writer:
-    """Writes conversations of one temperature."""
+    """Generates conversations at one temperature."""
 
     def __init__(
-        self,
-        policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
-        contestant: Contestant,
-        how: Answering,
-        temperature: float,
+        self, run: EvaluatedRun, contestant: Contestant, how: Answering, temperature: float
     ) -> None:
-        model: Any = policy.model
-        self._policy = policy
+        self._policy = run.policy()
+        model: Any = self._policy.model
         self._contestant = contestant
         self._how = how
-        self._format = PromptFormat.of(tokenizer, model.generation_config.eos_token_id)
+        self._format = PromptFormat.of(run.tokenizer, model.generation_config.eos_token_id)
         self._context = context_length_of(model.config)
-        self._generator = LocalGenerator(
-            model.config,
-            self._format.stop_ids,
-            self._format.pad_id,
-            # The most likely token is the one that is left when all others are taken out.
-            GenerationSettings(top_k=1)
-            if temperature == 0
-            else GenerationSettings(temperature=temperature),
+        # Temperature 0 means the most likely token.
+        sampling = {"top_k": 1} if temperature == 0 else {"temperature": temperature}
+        self._generator = run.make_generator(
+            self._format.stop_ids, self._format.pad_id, GenerationSettings.of(sampling)
         )
 
     def conversations(self, questions: Sequence[Question]) -> list[Answer]:
         """Both turns of each question; the first answer is part of the second prompt."""
-        spoken: list[tuple[Message, ...]] = [() for _ in questions]
+        dialogs: list[tuple[Message, ...]] = [() for _ in questions]
         answers: list[list[Response | None]] = [[] for _ in questions]
         for turn in (0, 1):
             for i, question in enumerate(questions):
-                spoken[i] = (*spoken[i], Message(role="user", content=question.turns[turn]))
-            for i, response in enumerate(self._turn(questions, spoken, turn)):
+                dialogs[i] = (*dialogs[i], Message(role="user", content=question.turns[turn]))
+            for i, response in enumerate(self._turn(questions, dialogs, turn)):
                 answers[i].append(response)
-                said = Message(role="assistant", content=self._text(response))
-                spoken[i] = (*spoken[i], said)
+                reply = Message(role="assistant", content=self._text(response))
+                dialogs[i] = (*dialogs[i], reply)
         return [
             Answer(
                 turns=(self._text(first), self._text(second)),
@@ -153,14 +139,14 @@ class _Writer:
         ]
 
     def _turn(
-        self, questions: Sequence[Question], spoken: Sequence[tuple[Message, ...]], turn: int
+        self, questions: Sequence[Question], dialogs: Sequence[tuple[Message, ...]], turn: int
     ) -> list[Response | None]:
         requests: dict[int, Request] = {}
         for i, question in enumerate(questions):
-            prompt = self._format.prompt_ids(spoken[i])
+            prompt = self._format.prompt_ids(dialogs[i])
             cap = min(self._how.max_new_tokens, self._context - len(prompt))
             if cap > 0:
-                # The member is drawn once for both turns: one of them holds the conversation.
+                # The member is drawn once for both turns, so that it leads the whole conversation.
                 first = keyed.row_key(self._how.seed, 0, question.question_id, 0)
                 member = self._contestant.mixture.draw(keyed.opponent_uniform(first))
                 key = keyed.row_key(self._how.seed, 0, question.question_id, turn)
@@ -189,6 +175,16 @@ def _row(key: str, contestant: Contestant, question: Question, answer: Answer) -
     }
 
 
-def _answer(row: dict[str, Any]) -> Answer:
-    first, second = row["choices"][0]["turns"]
-    return Answer((first, second), row["cut_off"], row["did_not_fit"])
+def _read_row(content: object) -> tuple[str, Answer]:
+    """The key and the answer of a line of the file."""
+    row = check_fields(content, _RULES, required=_RULES)
+    choice = check_fields(
+        row["choices"][0] if row["choices"] else None, {"turns": TEXTS}, ["turns"]
+    )
+    if len(choice["turns"]) != 2:
+        raise ValueError("its 'turns' are not two")
+    first, second = choice["turns"]
+    return row["key"], Answer((first, second), row["cut_off"], row["did_not_fit"])
+
+
+_RULES: Final = {"key": TEXT, "choices": LIST, "cut_off": WHOLE, "did_not_fit": WHOLE}

@@ -1,4 +1,4 @@
-"""MT-Bench as FastChat publishes it: its files, its judge prompts, and how verdicts are read.
+"""MT-Bench as FastChat publishes it: its files, questions and judge prompts.
 
 Everything here follows `fastchat/llm_judge` of https://github.com/lm-sys/FastChat (2306.05685).
 """
@@ -6,15 +6,15 @@ Everything here follows `fastchat/llm_judge` of https://github.com/lm-sys/FastCh
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from spin_lightning.errors import DataError
+from spin_lightning.errors import DataError, first_line
 from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.validation import INTEGER, LIST, TEXT, Rule, check_fields
 
 # Temperature of the answers by category; 0 takes the most likely token.
 TEMPERATURES: Final[Mapping[str, float]] = {
@@ -28,35 +28,27 @@ TEMPERATURES: Final[Mapping[str, float]] = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE: Final = 0.7
-# What has an answer that is right or wrong is judged with a reference answer at hand.
+# Categories whose answers are right or wrong; the judge gets a reference answer for them.
 WITH_REFERENCE: Final = frozenset({"math", "reasoning", "coding"})
 TURNS: Final = (1, 2)
 
-# What a judge prompt may ask for.
+# Fields that a judge prompt may use.
 _FIELDS: Final = frozenset(
     {"question", "answer", "answer_a", "answer_b"}
     | {f"{name}_{turn}" for name in ("question", "answer", "ref_answer") for turn in TURNS}
     | {f"answer_{side}_{turn}" for side in "ab" for turn in TURNS}
 )
 
-_RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
-_RATING_IN_ONE_BRACKET = re.compile(r"\[(\d+\.?\d*)\]")
-_CHOICES: Final[Mapping[str, Literal["A", "B", "tie"]]] = {
-    "[[A]]": "A",
-    "[[B]]": "B",
-    "[[C]]": "tie",
-}
-
 
 @dataclass(frozen=True)
 class Question:
-    """Two turns of a user.
+    """A question of two user turns.
 
     Attributes:
         question_id: FastChat's number.
         category: One of eight.
-        turns: What the user says.
-        reference: A good answer to each turn, where the category needs one.
+        turns: The user's messages.
+        reference: A good answer to each turn, if the category needs one.
     """
 
     question_id: int
@@ -66,21 +58,21 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """At which the answers are sampled."""
+        """Sampling temperature of its answers."""
         return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Query:
-    """What a judge is asked.
+    """A request to the judge.
 
     Attributes:
-        question_id: About which question.
-        turn: About the answer to which turn, 1 or 2.
+        question_id: The question.
+        turn: The turn whose answer is judged, 1 or 2.
         prompt: Name of the judge prompt.
         system: The system message.
         user: The user message.
-        game: Which of two positions in a pairwise match, 1 or 2; 0 for single answers.
+        game: Which of the two orders of a pairwise match, 1 or 2; 0 for single answers.
     """
 
     question_id: int
@@ -89,9 +81,6 @@ class Query:
     system: str
     user: str
     game: int = 0
-
-
-Answers = Mapping[int, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +97,7 @@ class MTBenchData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any word of them."""
+        """A hash of every word of them."""
         return fingerprint(asdict(self))
 
     def single(self, question: Question, turn: int, answers: tuple[str, str]) -> Query:
@@ -116,7 +105,7 @@ class MTBenchData:
 
         Args:
             question: The question.
-            turn: Whose answer is rated; the second is rated with the first in sight.
+            turn: The turn to rate, 1 or 2; the second is rated in the context of the first.
             answers: The answers to both turns.
         """
         values = {"question": question.turns[0], "answer": answers[0]}
@@ -128,7 +117,7 @@ class MTBenchData:
     def pair(
         self, question: Question, turn: int, a: tuple[str, str], b: tuple[str, str], game: int
     ) -> Query:
-        """Ask which of two assistants answered better; `a` are the answers of assistant A."""
+        """Ask for a comparison of two assistants; `a` are the answers of assistant A."""
         values = {"question": question.turns[0], "answer_a": a[0], "answer_b": b[0]}
         values |= {f"question_{i}": text for i, text in enumerate(question.turns, 1)}
         for side, answers in (("a", a), ("b", b)):
@@ -144,26 +133,6 @@ class MTBenchData:
         name += "-multi-turn" if turn == 2 else ""
         system, template = self.prompts[name]
         return Query(question.question_id, turn, name, system, template.format(**values), game)
-
-
-def rating(verdict: str) -> float | None:
-    """The rating of a verdict, "[[7]]"; None where there is none between 1 and 10.
-
-    >>> rating("Helpful. Rating: [[7]]"), rating("[8.5]"), rating("Seven."), rating("[[70]]")
-    (7.0, 8.5, None, None)
-    """
-    found = _RATING.search(verdict) or _RATING_IN_ONE_BRACKET.search(verdict)
-    value = float(found.group(1)) if found else 0.0
-    return value if 1 <= value <= 10 else None
-
-
-def choice(verdict: str) -> Literal["A", "B", "tie"] | None:
-    """Who a verdict of a match prefers; None where it does not say.
-
-    >>> choice("Both are fine. [[C]]"), choice("A is better")
-    ('tie', None)
-    """
-    return next((who for mark, who in _CHOICES.items() if mark in verdict), None)
 
 
 def read_mt_bench(source: str) -> MTBenchData:
@@ -182,7 +151,7 @@ def read_mt_bench(source: str) -> MTBenchData:
     path = _find(folder, "judge_prompts.jsonl")
     prompts = {
         row["name"]: (row["system_prompt"], row["prompt_template"])
-        for row in _rows(path, name=str, system_prompt=str, prompt_template=str)
+        for row in _rows(path, name=TEXT, system_prompt=TEXT, prompt_template=TEXT)
     }
     for name, (_, template) in prompts.items():
         _check_template(name, template, path)
@@ -196,7 +165,7 @@ def read_mt_bench(source: str) -> MTBenchData:
     answered = _find(folder, "reference_answer*.jsonl", "reference_answer/*.jsonl")
     references = {
         row["question_id"]: _two(_first_turns(row["choices"]), answered)
-        for row in _rows(answered, question_id=int, choices=list)
+        for row in _rows(answered, question_id=INTEGER, choices=LIST)
     }
     path = _find(folder, "question.jsonl")
     return MTBenchData(tuple(_questions(path, references)), prompts)
@@ -204,10 +173,10 @@ def read_mt_bench(source: str) -> MTBenchData:
 
 def _questions(path: Path, references: Mapping[int, tuple[str, str]]) -> list[Question]:
     questions: list[Question] = []
-    for row in _rows(path, question_id=int, category=str, turns=list):
+    for row in _rows(path, question_id=INTEGER, category=TEXT, turns=LIST):
         number, category = row["question_id"], row["category"]
         if any(question.question_id == number for question in questions):
-            raise DataError(f"{path} has question {number} twice", fix="leave one of them out")
+            raise DataError(f"{path} has question {number} twice", fix="remove one of them")
         needed = category in WITH_REFERENCE
         if needed and number not in references:
             raise DataError(
@@ -231,7 +200,7 @@ def _two(turns: Any, path: Path) -> tuple[str, str]:
         what = f"{len(turns)} turns" if isinstance(turns, list) else "no turns"
         raise DataError(
             f"{path} has a conversation of {what}",
-            fix="MT-Bench has two turns in each, both of them texts; leave the others out",
+            fix="keep conversations of two turns, both of them strings, and remove the others",
         )
     return turns[0], turns[1]
 
@@ -248,9 +217,9 @@ def _find(folder: Path, *patterns: str) -> Path:
 
 
 def _check_template(name: str, template: str, path: Path) -> None:
-    """Refuse a judge prompt whose fields are not plain names that a query fills in.
+    """Refuse a judge prompt whose fields are not plain names of `_FIELDS`.
 
-    A field of `str.format` may reach into what it names, and be padded to any width.
+    A field of `str.format` can also read attributes of its value, and pad it to any width.
     """
     try:
         fields = [(f, spec, cast) for _, f, spec, cast in Formatter().parse(template)]
@@ -263,8 +232,8 @@ def _check_template(name: str, template: str, path: Path) -> None:
         ) from error
 
 
-def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:
-    """Lines of JSON that have these fields, of these types."""
+def _rows(path: Path, **rules: Rule) -> list[dict[str, Any]]:
+    """Lines of JSON with these fields."""
     rows = []
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
@@ -276,16 +245,12 @@ def _rows(path: Path, **fields: type) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            for name, kind in fields.items():
-                if not isinstance(row[name], kind):
-                    raise ValueError(f"its {name} is no {kind.__name__}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            rows.append(check_fields(json.loads(line), rules, required=rules))
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"line {number} of {path} is not in FastChat's format ({error!r})",
-                fix=f"give it the fields {', '.join(fields)}",
+                f"line {number} of {path} is not in FastChat's format ({first_line(error)})",
+                fix=f"give it the fields {', '.join(rules)}",
             ) from error
-        rows.append(row)
     return rows
 
 
@@ -297,15 +262,7 @@ def _download(source: str) -> Path:
         folder = snapshot_download(source, repo_type="dataset", allow_patterns=["*.jsonl"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise DataError(
-            f"mt_bench={source!r} is no folder, and no data set that the hub gives",
+            f"mt_bench={source!r} is neither a folder nor a data set that the hub provides",
             fix="give a folder with FastChat's files",
         ) from error
     return Path(folder)
-
-
-def by(questions: Sequence[Question], key: Callable[[Question], Any]) -> dict[Any, list[Question]]:
-    """Questions in groups, in order of first appearance."""
-    groups: dict[Any, list[Question]] = {}
-    for question in questions:
-        groups.setdefault(key(question), []).append(question)
-    return groups

@@ -1,113 +1,41 @@
-"""Asking an OpenAI-compatible judge: at a pace, again after errors, and never twice."""
+"""Requests to an OpenAI-compatible judge: rate-limited, retried, cached."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
-from spin_lightning.errors import (
-    RunFolderError,
-    SettingError,
-    SpinError,
-    check_names,
-    check_settings,
-    first_line,
-)
+from spin_lightning.errors import SettingError, SpinError, missing_extra
 from spin_lightning.evaluation.mt_bench.data import Query
+from spin_lightning.evaluation.settings import JudgeSettings
 from spin_lightning.redaction import masked
-from spin_lightning.run.files import writing
+from spin_lightning.run.files import append_line, read_lines
 from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.validation import TEXT, WHOLE, check_fields
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-# What is kept of a verdict.
-_SAID = ("judgment", "prompt_tokens", "completion_tokens")
-
 
 class JudgeError(SpinError):
-    """The judge did not answer everything."""
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Who judges, and how often it may be asked.
-
-    Attributes:
-        base_url: Of the server, such as http://localhost:8000/v1; OpenAI's own if not given.
-        model: The judge's name there.
-        key_variable: Environment variable that holds the key; local servers need none.
-        temperature: Of the verdicts.
-        max_tokens: Longest verdict.
-        concurrency: Requests under way at a time.
-        requests_per_minute: At most so many are started in a minute; no bound if not given.
-        retries: How often a request is repeated after a server error, a rate limit or a time-out.
-        timeout: Seconds until a request counts as lost.
-    """
-
-    base_url: str | None = None
-    model: str = "gpt-4"
-    key_variable: str = "OPENAI_API_KEY"
-    temperature: float = 0.0
-    max_tokens: int = 2048
-    concurrency: int = 4
-    requests_per_minute: float | None = None
-    retries: int = 8
-    timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        pace = self.requests_per_minute
-        check_settings(
-            self,
-            {
-                "concurrency": (self.concurrency >= 1, "1 or more"),
-                "requests_per_minute": (pace is None or pace > 0, "a number > 0, or leave it out"),
-                "temperature": (0 <= self.temperature < math.inf, "a number >= 0"),
-                "max_tokens": (self.max_tokens >= 1, "1 or more"),
-                "retries": (self.retries >= 0, "0 or more"),
-                "timeout": (0 < self.timeout < math.inf, "a number of seconds > 0"),
-            },
-            prefix="judge.",
-        )
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> JudgeSettings:
-        """Build settings from plain values.
-
-        Raises:
-            SettingError: There is no such setting, or a value is out of range.
-        """
-        check_names("judge", values, [field.name for field in fields(cls)])
-        return cls(**values)
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """What a verdict depends on besides the query."""
-        return {
-            "model": self.model,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
+    """Some requests to the judge failed."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge said.
+    """The judge's reply to a query.
 
     Attributes:
-        text: Its words.
-        prompt_tokens: Tokens it read, as the server counts them.
-        completion_tokens: Tokens it wrote.
+        text: The reply.
+        prompt_tokens: Tokens of the query, as the server counts them.
+        completion_tokens: Tokens of the reply.
     """
 
     text: str
@@ -116,44 +44,40 @@ class Verdict:
 
 
 class Judge:
-    """Asks a judge, and keeps every verdict in a file as soon as it is there.
+    """Requests verdicts from a judge, and stores each one in a file as soon as it arrives.
 
-    A verdict is known by all that it depends on: model, settings and every word of the query. What
-    is in the file is never asked again.
+    The key of a verdict is a hash of all that it depends on: model, settings and every word of the
+    query. A verdict that is in the file is not requested again.
 
     Args:
-        settings: Who judges.
+        settings: The judge.
 
     Raises:
         SettingError: The client is not installed, or there is no key for OpenAI's own server.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
-        """Make the client; nothing is asked yet."""
+        """Create the client, without a request."""
         if importlib.util.find_spec("openai") is None:
-            raise SettingError(
-                "mt_bench",
-                "openai",
-                "the client of the judge is not installed",
-                fix="run: pip install 'spin-lightning[eval]'",
-            )
+            raise missing_extra("mt_bench", "openai", "eval")
         self.settings = settings
         self._client = _client(settings)
-        self._pace = _Pace(settings.requests_per_minute)
+        self._rate = _RateLimit(settings.requests_per_minute)
 
     def verdicts(self, queries: Sequence[Query], path: Path) -> list[Verdict]:
         """The verdict on every query, in their order.
 
         Args:
-            queries: What to ask.
-            path: JSON lines of verdicts, FastChat's fields and ours; grows as verdicts come.
+            queries: The queries.
+            path: JSON lines of verdicts, FastChat's fields and ours; verdicts are added as they
+                arrive.
 
         Raises:
-            JudgeError: Some were refused, or failed after all retries; the others are kept.
+            JudgeError: Some were refused, or failed after all retries; the others are stored.
         """
         from openai import OpenAIError
 
-        known = _read_verdicts(path)
+        known = read_verdicts(path)
         keys = [self._key(query) for query in queries]
         missing = {key: q for key, q in zip(keys, queries, strict=True) if key not in known}
         failures: list[OpenAIError] = []
@@ -175,7 +99,7 @@ class Judge:
                 if failures and _is_hopeless(failures[-1]):
                     break
         finally:
-            # What is under way is paid for, also when the run is interrupted.
+            # Requests in flight are paid for, so they are stored even if the run is interrupted.
             pool.shutdown(wait=True, cancel_futures=True)
             for future in [f for f in futures if not f.cancelled()]:
                 take(future)
@@ -184,10 +108,10 @@ class Judge:
             raise JudgeError(
                 f"the judge {self.settings.model} gave {there} of {len(keys)} verdicts; the last "
                 f"error was {type(failures[-1]).__name__}: "
-                # A server may repeat the key that it was given.
+                # A server may echo the key.
                 + masked(str(failures[-1]), [os.environ.get(self.settings.key_variable)]),
                 fix="check judge.base_url, judge.model and the key, and run the command again: "
-                f"the verdicts in {path} are not asked for again",
+                f"the verdicts in {path} are not requested again",
             )
         return [known[key] for key in keys]
 
@@ -195,7 +119,7 @@ class Judge:
         return fingerprint({**self.settings.asked, "system": query.system, "user": query.user})
 
     def _ask(self, query: Query) -> Verdict:
-        self._pace.wait()
+        self._rate.wait()
         reply = self._client.chat.completions.create(
             messages=[
                 {"role": "system", "content": query.system},
@@ -226,8 +150,8 @@ class Judge:
         append_line(path, row)
 
 
-class _Pace:
-    """Lets requests start no faster than so many a minute."""
+class _RateLimit:
+    """Spaces the starts of requests evenly, to at most so many a minute."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._interval = 60.0 / per_minute if per_minute else 0.0
@@ -241,57 +165,26 @@ class _Pace:
         time.sleep(max(0.0, start - time.monotonic()))
 
 
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add a line of JSON, on the disk when this returns."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read what `append_line` wrote; a last line that a crash has torn is cut off the file.
+def read_verdicts(path: Path) -> dict[str, Verdict]:
+    """The stored verdicts by their keys.
 
     Raises:
-        RunFolderError: A line before it is damaged.
+        RunFolderError: A line of the file is damaged.
     """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    rows = []
-    # (Not by splitlines, which knows more ends of lines than JSON escapes.)
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-                raise ValueError("it has no key")
-        except (ValueError, RecursionError) as error:
-            raise damaged_line(path, number, error) from error
-        rows.append(row)
-    return rows
+    return dict(read_lines(path, _read_row))
 
 
-def damaged_line(path: Path, number: int, error: Exception) -> RunFolderError:
-    """The error for a line that `append_line` did not write."""
-    return RunFolderError(
-        f"line {number} of {path} is damaged ({first_line(error)})",
-        fix="delete this line: what it held is asked for again, all else is kept",
-    )
+def _read_row(content: object) -> tuple[str, Verdict]:
+    row = check_fields(content, _RULES, required=_RULES)
+    return row["key"], Verdict(row["judgment"], row["prompt_tokens"], row["completion_tokens"])
 
 
-def _read_verdicts(path: Path) -> dict[str, Verdict]:
-    verdicts = {}
-    for number, row in enumerate(read_lines(path), 1):
-        text, read, written = (row.get(name) for name in _SAID)
-        if not isinstance(text, str) or not isinstance(read, int) or not isinstance(written, int):
-            raise damaged_line(path, number, ValueError("it holds no verdict"))
-        verdicts[row["key"]] = Verdict(text, read, written)
-    return verdicts
+_RULES: Final = {
+    "key": TEXT,
+    "judgment": TEXT,
+    "prompt_tokens": WHOLE,
+    "completion_tokens": WHOLE,
+}
 
 
 def _client(settings: JudgeSettings) -> OpenAI:
@@ -302,7 +195,7 @@ def _client(settings: JudgeSettings) -> OpenAI:
         raise SettingError(
             "judge.key_variable",
             settings.key_variable,
-            "there is no such environment variable, and OpenAI's server asks for a key",
+            "there is no such environment variable, and OpenAI's server needs a key",
             fix=f"export {settings.key_variable}, or name another server with --judge.base_url",
         )
     return OpenAI(
@@ -314,7 +207,7 @@ def _client(settings: JudgeSettings) -> OpenAI:
 
 
 def _is_hopeless(error: Exception) -> bool:
-    """Whether every other request would fail the same way."""
+    """Whether all other requests would fail in the same way."""
     from openai import (
         APIConnectionError,
         APITimeoutError,

@@ -1,0 +1,188 @@
+"""What happens to an iterate: it is kept, measured and recorded, and listeners are notified."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+
+from spin_lightning.callbacks.console import console, show_iterates, show_samples
+from spin_lightning.callbacks.interfaces import IterateEvaluator, IterateListener
+from spin_lightning.callbacks.log_samples import log_samples
+from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows, peak_memory
+from spin_lightning.callbacks.session import Session
+from spin_lightning.callbacks.speed import Trained, measure_speed
+from spin_lightning.report.report import draw_iterates
+from spin_lightning.report.samples import sample_pairs
+from spin_lightning.rows.making import Timing
+from spin_lightning.rows.plan import RowPlan, redrawn
+from spin_lightning.rows.store import read_rows
+from spin_lightning.run.files import replace_synced, write_json, writing
+from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.folder import ITERATE_FILE
+from spin_lightning.run.records import IterateRecord, TrainingRecord
+
+_PAIRS_LOGGED = 20
+
+
+@dataclass
+class TrainingClock:
+    """When this process started to train the current iterate.
+
+    Attributes:
+        since: Time, seconds of `time.perf_counter`.
+        step: Optimizer step.
+    """
+
+    since: float = 0.0
+    step: int = 0
+
+    def restart(self, step: int) -> None:
+        """Start again, now, at this optimizer step."""
+        self.since, self.step = time.perf_counter(), step
+
+
+def keep_start(session: Session) -> None:
+    """Write the run's tokenizer and iterate 0."""
+    tokenizer = session.run.tokenizer
+    with writing(tokenizer):
+        session.module.tokenizer.save_pretrained(tokenizer)
+    keep_iterate(session, 0, step=0, training=None)
+
+
+def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord | None) -> None:
+    """Write the policy's adapter as iterate t; the bare base has none.
+
+    If a different iterate t is already there, everything that descends from it is deleted.
+
+    Args:
+        session: The session.
+        t: Index of the iterate.
+        step: Optimizer steps of the run so far.
+        training: How the iterate was trained; None for iterate 0.
+    """
+    run, module = session.run, session.module
+    staged = run.staged_iterate(t)
+    bare = t == 0 and module.policy_spec.initial_adapter is None
+    files = {} if bare else module.policy.snapshot(staged)
+    if t in run.known_iterates() and run.record(t).files != files:
+        run.discard_after(t)
+    fields = session.fingerprint_fields(t)
+    record = IterateRecord(
+        index=t,
+        parent=t - 1 if t else None,
+        files=files,
+        base=asdict(module.policy_spec.base),
+        fingerprint=fingerprint(fields),
+        fingerprint_fields=fields,
+        step=step,
+        training=training,
+        tokenizer_files=None if t else run.tokenizer_hashes(),
+    )
+    write_json(staged / ITERATE_FILE, record.to_json())
+    replace_synced(staged, run.iterate(t))
+
+
+def measure(session: Session, pairs_shown: int) -> None:
+    """Measure the current iterate, unless its record has metrics, and show the results.
+
+    Metrics go to the loggers and into the iterate's record.
+
+    Args:
+        session: The session.
+        pairs_shown: Sample pairs to print.
+    """
+    module, run, t = session.module, session.run, session.module.iterate
+    record = run.record(t)
+    table = read_rows(run.val_rows(t)) if session.data.val else None
+    if record.metrics is None:
+        metrics = {} if table is None else measure_iterate(table, t)
+        for callback in session.callbacks:
+            if isinstance(callback, IterateEvaluator):
+                metrics |= callback.evaluate_iterate(module, t)
+        run.write_record(replace(record, metrics=metrics))
+        speed = record.training.speed if record.training else {}
+        session.log({**metrics, **speed, "iterate": t}, record.step)
+        if table is not None:
+            pairs = sample_pairs(table, module.tokenizer, _PAIRS_LOGGED)
+            log_samples(session.trainer.loggers, pairs, record.step)
+    show_iterates([run.record(i) for i in range(t + 1)])
+    if table is not None:
+        show_samples(sample_pairs(table, module.tokenizer, pairs_shown))
+
+
+def measure_training_rows(session: Session, plan: RowPlan) -> None:
+    """Measure the rows that train the next iterate, unless the record has their metrics."""
+    run, t = session.run, plan.iterate
+    record = run.record(t)
+    if record.rows is not None:
+        return
+    table = read_rows(run.rows(t))
+    rows = measure_rows(table, redrawn(plan, table))
+    run.write_record(replace(record, rows=rows))
+    session.log(rows, record.step)
+
+
+def notify_listeners(session: Session) -> None:
+    """Pass the records of all iterates to every listener."""
+    records = session.run.records()
+    for callback in session.callbacks:
+        if isinstance(callback, IterateListener):
+            callback.on_iterate_measured(session.trainer, session.run, records)
+
+
+def training_record(session: Session, timing: Timing, clock: TrainingClock) -> TrainingRecord:
+    """Describe how the iterate that just ended was trained.
+
+    Args:
+        session: The session.
+        timing: What this process generated and scored for it.
+        clock: When this process started to train it.
+    """
+    module, trainer = session.module, session.trainer
+    opponent = module.opponent(module.iterate)
+    trained = _trained(session, clock)
+
+    def metric(name: str) -> float | None:
+        value = trainer.callback_metrics.get(name)
+        return None if value is None else float(value)
+
+    return TrainingRecord(
+        opponent=None if opponent is None else str(opponent),
+        reference=str(module.reference(module.iterate)),
+        rows=session.data.rows_at(module.iterate),
+        loss=metric("train/loss_epoch"),
+        margin=metric("val/rewards/margins"),
+        accuracy=metric("val/rewards/accuracies"),
+        seconds={
+            "generating": timing.generating,
+            "scoring": timing.scoring,
+            "training": trained.seconds,
+        },
+        speed=measure_speed(timing, trained, module.policy_spec.base, trainer.strategy.root_device),
+        peak_memory=peak_memory(),
+    )
+
+
+def draw_curves(session: Session) -> None:
+    """Draw the metrics over the iterates, if any iterate has metrics."""
+    run, records = session.run, session.run.records()
+    if any(record.metrics for record in records):
+        picture = draw_iterates({run.root.name: records}, run.report / "iterates.png")
+        console.print(f"Picture: {picture}")
+
+
+def _trained(session: Session, clock: TrainingClock) -> Trained:
+    """What this process trained of the iterate that just ended."""
+    seconds = time.perf_counter() - clock.since
+    trainer, data, t = session.trainer, session.data, session.module.iterate
+    in_steps = (
+        (trainer.global_step - clock.step) * trainer.accumulate_grad_batches * data.batch_size
+    )
+    in_epochs = data.rows_at(t) * session.module.epochs_per_iterate / trainer.world_size
+    rows = session.run.record(t).rows or {}
+    return Trained(
+        seconds=seconds,
+        rows=min(in_steps, in_epochs),
+        prompt_tokens=rows.get("rows/prompt_tokens", 0.0),
+        response_tokens=rows.get("rows/real_tokens", 0.0) + rows.get("rows/generated_tokens", 0.0),
+    )

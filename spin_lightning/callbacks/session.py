@@ -1,0 +1,76 @@
+"""What the self-play loop works with: the trainer, the module, the data and the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from spin_lightning import keyed
+from spin_lightning.data.datamodule import SelfPlayDataModule
+from spin_lightning.errors import SettingError
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Session:
+    """One `Trainer.fit` of a self-play run.
+
+    Attributes:
+        trainer: The trainer.
+        module: Its module.
+        data: Its data module.
+        run: The run folder.
+    """
+
+    trainer: L.Trainer
+    module: SelfPlayModule
+    data: SelfPlayDataModule
+    run: RunFolder
+
+    @classmethod
+    def of(cls, trainer: L.Trainer, pl_module: L.LightningModule, run: RunFolder) -> Session:
+        """Check the classes of a trainer's module and data module.
+
+        Raises:
+            SettingError: One of them is not a class for self-play.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(pl_module, SelfPlayModule) or not isinstance(data, SelfPlayDataModule):
+            raise SettingError(
+                "callbacks",
+                "SelfPlay",
+                f"it got a {type(pl_module).__name__} and a {type(data).__name__}",
+                fix="train a SelfPlayModule with a SelfPlayDataModule: "
+                "Trainer.fit(module, datamodule)",
+            )
+        return cls(trainer, pl_module, data, run)
+
+    def fingerprint_fields(self, t: int) -> dict[str, Any]:
+        """Everything that must stay the same for iterates up to t to belong to the same run."""
+        trainer, data = self.trainer, self.data
+        batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        return {
+            **self.module.fingerprint_fields(t),
+            **data.fingerprint_fields(),
+            "seed": keyed.global_seed(),
+            "batch_size": batch,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "limit_train_batches": trainer.limit_train_batches,
+        }
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """The trainer's callbacks."""
+        # (mypy does not see what Lightning's connectors set.)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics to all loggers of the trainer."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(metrics), step=step)

@@ -1,0 +1,78 @@
+"""The runs of a study: one per variant and seed. The command line's help text reads this file."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from spin_lightning.errors import SettingError
+
+# The family, with the smallest history that mixes. The alpha is our own choice.
+STABILITY_VARIANTS: Final = (
+    "SPIN",
+    "MixtureSPIN(history=2)",
+    "FictitiousSPIN",
+    "AlphaSPIN(alpha=0.3)",
+    "SFT",
+)
+
+
+@dataclass(frozen=True)
+class Play:
+    """One run of a study.
+
+    Attributes:
+        variant: The variant with its settings, such as `AlphaSPIN(alpha=0.3)`.
+        model: Its class: a name from `spin_lightning`, or an import path.
+        settings: Its settings.
+        seed: Seed of the run, and of its testbed if it has one.
+    """
+
+    variant: str
+    model: str
+    settings: Mapping[str, Any]
+    seed: int
+
+    @classmethod
+    def of(cls, variant: str, seed: int) -> Play:
+        """Read `Class` or `Class(setting=value, …)`.
+
+        Raises:
+            SettingError: It is neither.
+        """
+        try:
+            node = ast.parse(variant, mode="eval").body
+            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+            settings = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        except (SyntaxError, ValueError) as error:
+            raise _unreadable(variant) from error
+        if call.args or not isinstance(call.func, ast.Name | ast.Attribute):
+            raise _unreadable(variant)
+        return cls(variant, ast.unparse(call.func), settings, seed)
+
+    def folder(self, out: Path) -> Path:
+        """The run's folder below `out`."""
+        name = re.sub(r"[^\w.=-]+", "_", self.variant).strip("_")
+        return out / f"{name}-seed{self.seed}"
+
+    def arguments(self, config: str, out: Path) -> list[str]:
+        """The command line that plays the run, from `fit` on."""
+        own = [f"--model.{name}={value}" for name, value in self.settings.items()]
+        return [
+            *("fit", "--config", config, "--model", self.model, *own),
+            *(f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder(out)}"),
+            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        ]
+
+
+def _unreadable(variant: str) -> SettingError:
+    return SettingError(
+        "variants",
+        variant,
+        "it does not name a class",
+        fix="write a name such as FictitiousSPIN, or with settings 'AlphaSPIN(alpha=0.3)'",
+    )
