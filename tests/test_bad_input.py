@@ -232,7 +232,7 @@ LOOP = [
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.filterwarnings("ignore:.max_epochs. was not set:UserWarning")
 @pytest.mark.parametrize(("settings", "words"), [*DATA, *MODEL, *RANGES, *LOOP])
-def test_mistake_is_told_with_its_fix_before_weights_are_read(settings, words, refused_fit):
+def test_mistake_is_reported_with_its_fix_before_weights_are_read(settings, words, refused_fit):
     said = refused_fit(settings)
     assert [word for word in words if word not in said] == []
     assert said.count("Error: ") == 1
@@ -280,7 +280,7 @@ def test_setting_of_another_name_or_type_is_rejected_while_arguments_are_read(
         case({"model.initial_adapter": "{torn_adapter}"}, "initial_adapter='", "Fix: "),
     ],
 )
-def test_weights_that_cannot_be_read_are_told_before_rows_are_made(settings, words, refused_fit):
+def test_unreadable_weights_are_reported_before_rows_are_made(settings, words, refused_fit):
     said = refused_fit(settings)
     assert [word for word in words if word not in said] == []
 

@@ -36,12 +36,12 @@ def test_row_key_is_a_signed_64_bit_integer_of_its_own():
 
 
 @pytest.mark.parametrize("set_seed", [0, 7])
-def test_global_seed_is_the_one_that_lightning_announced(set_seed):
+def test_global_seed_is_the_one_set_by_lightning(set_seed):
     L.seed_everything(set_seed, verbose=False)
     assert keyed.global_seed() == set_seed
 
 
-def test_global_seed_is_zero_when_nobody_announced_one(monkeypatch):
+def test_global_seed_is_zero_by_default(monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     assert keyed.global_seed() == 0
 

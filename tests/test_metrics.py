@@ -1,11 +1,17 @@
-"""What is logged about pairs, by hand; pooled over batches of unequal size."""
+"""Metrics of pairs: values by hand, and means over batches of unequal size."""
 
 from math import isnan, log, nan, sqrt
 
 import pytest
 import torch
 
-from spin_lightning.metrics import PairMetrics, mean_and_error, pair_statistics, sampled_kl
+from spin_lightning.metrics import (
+    PairMetrics,
+    first_margin,
+    mean_and_error,
+    pair_statistics,
+    sampled_kl,
+)
 from spin_lightning.types import PairLogps
 
 
@@ -60,6 +66,14 @@ def test_pair_statistics_keep_no_graph():
     assert not any(value.mean.requires_grad for value in values.values())
 
 
+def test_first_margin_is_the_largest_in_nats_and_per_token():
+    """Margins 2, -4 and 0 over 2 * (2, 4, 1) tokens: 4 nats, and 2 / 4 = 4 / 8 per token."""
+    assert first_margin(pairs(WON, LOST, TIED)) == {
+        "first_margin_abs": 4.0,
+        "first_margin_abs_per_token": 0.5,
+    }
+
+
 def test_pair_metrics_over_unequal_batches_are_the_pooled_means():
     """Losses 3 on one pair and 0.6 on two: (3 + 2 * 0.6) / 3 = 1.4."""
     metrics = PairMetrics()
@@ -69,7 +83,7 @@ def test_pair_metrics_over_unequal_batches_are_the_pooled_means():
     assert pooled == pytest.approx({**BY_HAND, "loss": 1.4})
 
 
-def test_pair_metrics_without_generated_responses_name_none():
+def test_pair_metrics_without_generated_responses_have_none_of_them():
     metrics = PairMetrics()
     metrics.update(without_generated(pairs(WON)), 1.0, torch.tensor(2.0))
     assert metrics.compute().keys() == {"loss", *OF_REAL}

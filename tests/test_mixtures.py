@@ -1,4 +1,4 @@
-"""Mixtures: which iterates, how one is drawn, the density of what it writes, the base mixed in."""
+"""Mixtures: their members, drawing a member, their density, and mixing in the base."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,6 @@ from spin_lightning.mixtures import (
     uniform,
     window,
 )
-from spin_lightning.rows.plan import Coupling, rows_per_sample
 
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)
 
@@ -64,7 +63,7 @@ def test_mixture_has_these_members_in_ascending_order(mixture, weights):
         (lambda: window(2, 0), "history=0: .* at least one iterate.*null for all"),
     ],
 )
-def test_mixture_that_cannot_be_is_refused_with_field_value_and_fix(build, message):
+def test_invalid_mixture_is_refused_with_field_value_and_fix(build, message):
     with pytest.raises(SettingError, match=r"(mixture weights|history)=.*Fix: .*\.$") as refused:
         build()
     assert refused.match(message)
@@ -140,7 +139,7 @@ def test_mixture_logps_equal_brute_force_over_a_language(weights, language):
     assert density.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
 
 
-def test_mixture_logps_is_no_average_of_token_probabilities():
+def test_mixture_logps_is_not_an_average_of_token_probabilities():
     """Two tokens, each 0.9 under one iterate and 0.1 under the other: (0.81 + 0.01) / 2."""
     logps = 2 * torch.tensor([0.9, 0.1], dtype=torch.float64).log()
     assert mixture_logps(logps).exp().item() == pytest.approx(0.41)
@@ -224,8 +223,8 @@ def test_geometric_at_its_limits_is_the_mixture_or_the_base_to_the_bit(alpha, th
     assert found.members == limit.members
 
 
-def test_geometric_needs_the_scores_of_its_members_alone(three_logps):
-    """One of zero weight is not scored, so it must not be asked for."""
+def test_geometric_needs_only_the_scores_of_its_members(three_logps):
+    """An iterate of weight 0 is not scored, so its score must not be looked up."""
     Geometric(latest(2), 0.0).logps({2: three_logps[2]})
     Geometric(latest(2), 1.0).logps({0: three_logps[0]})
     Geometric(latest(2), 0.5).logps({0: three_logps[0], 2: three_logps[2]})
@@ -241,7 +240,7 @@ def test_geometric_needs_the_scores_of_its_members_alone(three_logps):
         (Geometric(base(), 0.25), (0,), True, "(p0)^0.75·p0^0.25"),
     ],
 )
-def test_geometric_says_who_it_is_made_of(geometric, members, is_normalized, text):
+def test_geometric_has_its_members_and_name(geometric, members, is_normalized, text):
     assert geometric.members == geometric.plain_members == members
     assert geometric.token_members == ()
     assert geometric.token_alpha == 0
@@ -250,7 +249,7 @@ def test_geometric_says_who_it_is_made_of(geometric, members, is_normalized, tex
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_geometric_says_that_it_is_normalized_where_it_sums_to_one(alpha, language):
+def test_geometric_is_normalized_where_it_sums_to_one(alpha, language):
     mixed = Geometric(latest(2), alpha)
     total = mixed.logps(dict(enumerate(language.unbind(-1)))).exp().sum().item()
     assert mixed.is_normalized == (abs(total - 1) < 1e-9)
@@ -292,7 +291,7 @@ def test_pulled_to_base_is_plain_where_it_can_be(mixture, alpha, pulled):
     assert pulled_to_base(mixture, alpha) == pulled
 
 
-def test_token_level_mixture_is_a_function_of_token_scores_alone(three_logps):
+def test_token_level_mixture_depends_on_token_scores_only(three_logps):
     mixture = Mixture({1: 0.25, 2: 0.75}, token_alpha=0.5)
     assert mixture.members == mixture.token_members == (1, 2)
     assert mixture.plain_members == ()
@@ -317,87 +316,8 @@ def test_referenced_is_the_opponent_s_mixture_or_the_last_iterate(against, refer
 
 
 @pytest.mark.parametrize(
-    ("opponent", "union", "rows"),
-    [(window(3, 2), False, 1), (window(3, 2), True, 2), (window(0, 2), True, 1), (None, True, 1)],
+    ("value", "name"), [(latest(1), "token_alpha"), (Geometric(latest(1), 0.5), "alpha")]
 )
-def test_rows_per_sample_are_one_or_with_union_one_per_member(opponent, union, rows):
-    assert rows_per_sample(opponent, union=union) == rows
-
-
-# ----------------------------------------------------------------------------------------- coupling
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "keep", "gained"),
-    [
-        # SPIN: all are new.
-        (window(0, 1), window(1, 1), {0: 0.0}, {1: 1.0}),
-        # Fictitious play keeps t / (t + 1); a window that still grows does the same.
-        (window(0, None), window(1, None), {0: 1 / 2}, {1: 1.0}),
-        (window(2, None), window(3, None), {0: 3 / 4, 1: 3 / 4, 2: 3 / 4}, {3: 1.0}),
-        (window(1, 3), window(2, 3), {0: 2 / 3, 1: 2 / 3}, {2: 1.0}),
-        # A full one: those that left it, and no other.
-        (window(2, 3), window(3, 3), {0: 0.0, 1: 1.0, 2: 1.0}, {3: 1.0}),
-        # Halved weights: (1/3, 2/3) to (1/7, 2/7, 4/7).
-        (
-            Mixture({0: 1 / 3, 1: 2 / 3}),
-            Mixture({0: 1 / 7, 1: 2 / 7, 2: 4 / 7}),
-            {0: 3 / 7, 1: 3 / 7},
-            {2: 1.0},
-        ),
-        # Two that grow, by 1/4 and 1/8; one that shrinks from 1/2 to 1/8.
-        (
-            Mixture({0: 1 / 2, 1: 1 / 4, 2: 1 / 4}),
-            Mixture({0: 1 / 8, 1: 1 / 2, 2: 3 / 8}),
-            {0: 1 / 4, 1: 1.0, 2: 1.0},
-            {1: 2 / 3, 2: 1 / 3},
-        ),
-        # Nothing changes: nothing is drawn.
-        (window(3, 2), window(3, 2), {2: 1.0, 3: 1.0}, None),
-    ],
-)
-def test_coupling_keeps_and_draws_as_worked_out_by_hand(before, now, keep, gained):
-    coupling = Coupling.between(before, now)
-    assert coupling.keep == pytest.approx(keep, abs=1e-12)
-    found = None if coupling.gained is None else dict(coupling.gained.weights)
-    assert found == (gained if gained is None else pytest.approx(gained, abs=1e-12))
-
-
-@pytest.mark.parametrize(
-    ("value", "name"),
-    [
-        (latest(1), "token_alpha"),
-        (Geometric(latest(1), 0.5), "alpha"),
-        (Coupling.between(latest(0), latest(1)), "gained"),
-    ],
-)
-def test_opponents_references_and_couplings_do_not_change(value, name):
+def test_opponents_and_references_are_immutable(value, name):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, name, None)
-
-
-def test_coupling_of_weights_that_differ_by_rounding_alone_draws_nothing():
-    before = Mixture({0: 0.1 + 0.2, 1: 0.7})
-    coupling = Coupling.between(before, Mixture({0: 0.3, 1: 0.7}))
-    assert before.weights[0] != 0.3
-    assert coupling == Coupling({0: 1.0, 1: 1.0}, None)
-
-
-@pytest.mark.parametrize(
-    ("before", "now"),
-    [
-        (window(2, 3), window(3, 3)),
-        (Mixture({0: 0.5, 1: 0.25, 2: 0.25}), Mixture({0: 0.125, 2: 0.375, 3: 0.5})),
-    ],
-)
-def test_coupling_gives_the_new_weights_and_redraws_only_what_must_change(before, now):
-    """w' = w keep + (1 - sum w keep) gained, with 1 - sum w keep = half the L1 distance."""
-    coupling = Coupling.between(before, now)
-    assert coupling.gained is not None
-    kept = {i: w * coupling.keep[i] for i, w in before.weights.items()}
-    redrawn = 1 - sum(kept.values())
-    indices = {*before.members, *now.members}
-    after = {i: kept.get(i, 0) + redrawn * coupling.gained.weights.get(i, 0) for i in indices}
-    apart = {i: now.weights.get(i, 0) - before.weights.get(i, 0) for i in indices}
-    assert redrawn == pytest.approx(sum(map(abs, apart.values())) / 2, abs=1e-12)
-    assert after == pytest.approx({i: now.weights.get(i, 0) for i in indices}, abs=1e-12)

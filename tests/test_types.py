@@ -1,4 +1,4 @@
-"""The values that travel: they move as a whole, and what is missing stays missing."""
+"""Values that are passed between parts: they move as a whole, and None stays None."""
 
 import pytest
 import torch
@@ -36,3 +36,22 @@ def test_pair_logps_without_generated_responses_has_no_margin():
     logps = PairLogps(REFERENCE, None, REFERENCE, None, torch.tensor([1, 2]), None)
     with pytest.raises(TypeError, match="no generated responses"):
         _ = logps.margin
+
+
+def test_pair_logps_of_a_batch_alternate_between_real_and_generated():
+    """Two prompts, each with its real response and then the generated one."""
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    found = PairLogps.of(PairBatch(PAIRS, REFERENCE, 2 * REFERENCE), logps)
+    assert found.policy_real.tolist() == [-1.0, -3.0]
+    assert found.policy_generated.tolist() == [-2.0, -4.0]
+    assert found.real_lengths.tolist() == [1, 2]
+    assert found.generated_lengths.tolist() == [1, 1]
+    assert found.reference_real is REFERENCE
+
+
+def test_pair_logps_of_a_batch_without_generated_responses_have_none():
+    alone = pack_prompts([(1, 2), (3,)], [((4,),), ((5, 6),)])
+    found = PairLogps.of(PairBatch(alone, REFERENCE, None), REFERENCE)
+    assert found.policy_real.tolist() == [-1.0, -2.0]
+    assert found.real_lengths.tolist() == [1, 2]
+    assert (found.policy_generated, found.generated_lengths) == (None, None)

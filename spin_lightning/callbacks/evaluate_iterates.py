@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.callbacks.console import show_table
 from spin_lightning.callbacks.interfaces import IterateEvaluator
+from spin_lightning.callbacks.session import run_folder_of
 from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.base import Benchmark, EvaluatedRun
 from spin_lightning.evaluation.contestants import iterate_contestant
@@ -19,7 +20,6 @@ from spin_lightning.evaluation.mt_bench.judge import JudgeError
 from spin_lightning.evaluation.results import Result, read_results, score_table
 from spin_lightning.evaluation.settings import Answering, HarnessSettings, JudgeSettings
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.run.folder import RunFolder
 
 
 class EvaluateIterates(IterateEvaluator):
@@ -76,8 +76,7 @@ class EvaluateIterates(IterateEvaluator):
 
     def evaluate_iterate(self, module: SelfPlayModule, t: int) -> dict[str, float]:
         """Score iterate t, and show all scores so far."""
-        data = module.trainer.datamodule  # type: ignore[attr-defined]
-        folder: RunFolder = data.run_folder
+        folder = run_folder_of(module.trainer)
         run = EvaluatedRun(folder, lambda: module.policy, module.tokenizer, module.make_generator)
         contestant = iterate_contestant(folder, t)
         results: list[Result] = []

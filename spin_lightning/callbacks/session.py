@@ -16,6 +16,14 @@ from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run.folder import RunFolder
 
 
+def run_folder_of(trainer: L.Trainer) -> RunFolder:
+    """The run folder of a trainer with a `SelfPlay` callback, once that is set up."""
+    data = getattr(trainer, "datamodule", None)
+    assert isinstance(data, SelfPlayDataModule), "SelfPlay.setup() has checked it"
+    assert data.run_folder is not None, "SelfPlay.setup() has set it"
+    return data.run_folder
+
+
 @dataclass(frozen=True)
 class Session:
     """One `Trainer.fit` of a self-play run.

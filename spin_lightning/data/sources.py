@@ -60,8 +60,8 @@ def _files(path: Path, setting: str) -> list[Path]:
     ]
     if not files:
         raise DataError(
-            f"{setting}={str(path)!r} {'holds' if is_folder else 'is'} no {', '.join(_READERS)} "
-            "file",
+            f"{setting}={str(path)!r} {'holds no' if is_folder else 'is not a'} "
+            f"{', '.join(_READERS)} file",
             fix="give a file of one of these kinds, or a folder of them",
         )
     return files

@@ -135,7 +135,9 @@ def test_max_examples_picks_by_the_seed(set_up, write):
     assert len(set(picked(1))) == 40
 
 
-def test_prompts_per_iterate_picks_anew_for_each_iterate_and_alike_in_each_run(set_up, write):
+def test_prompts_per_iterate_draws_other_prompts_per_iterate_and_the_same_in_each_run(
+    set_up, write
+):
     source = write(pairs(100))
     data, again = (set_up(source, prompts_per_iterate=30) for _ in range(2))
     picks = [ids(data.iterate_examples(t)) for t in range(4)]

@@ -329,8 +329,8 @@ def test_describe_bad_rows_groups_by_kind_and_keeps_details() -> None:
 
 
 def test_describe_bad_rows_of_many_kinds_stays_short() -> None:
-    told = describe_bad_rows([BadRow(i, f"kind {i}") for i in range(9)], 9)
-    assert told.endswith("kind 4: 1 (row 4); and 4 other reasons)")
+    text = describe_bad_rows([BadRow(i, f"kind {i}") for i in range(9)], 9)
+    assert text.endswith("kind 4: 1 (row 4); and 4 other reasons)")
 
 
 # ------------------------------------------------------------------------ errors
@@ -371,7 +371,7 @@ def test_read_parquet_without_rows_or_bytes_says_so(write: Callable[..., str]) -
 
 def test_read_folder_without_data_says_so(tmp_path: Path, write: Callable[..., str]) -> None:
     source = write("text", "data.txt")
-    assert "is no .json, .jsonl, .parquet, .csv file" in message_of(source)
+    assert "is not a .json, .jsonl, .parquet, .csv file" in message_of(source)
     assert "holds no .json, .jsonl, .parquet, .csv file" in message_of(str(tmp_path))
 
 

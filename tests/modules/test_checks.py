@@ -20,7 +20,7 @@ class Answers(SelfPlayModule):
         return self.references(t)
 
 
-NONSENSE = {
+UNPLAYABLE = {
     "weights that do not sum to 1": (
         lambda t: Mixture({t: 0.5}),
         latest,
@@ -46,16 +46,16 @@ NONSENSE = {
         latest,
         r"opponent\(0\)=.*cannot be sampled.* Fix: .*token_alpha",
     ),
-    "an opponent that is no mixture": (lambda t: t, latest, r"opponent\(0\)=0: .*Fix: return"),
+    "an opponent that is not a mixture": (lambda t: t, latest, r"opponent\(0\)=0: .*Fix: return"),
     "no reference": (latest, lambda t: None, r"reference\(0\)=None: .*Fix: return"),
 }
 
 
-@pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_of_a_variant_is_refused_before_generation(
+@pytest.mark.parametrize("case", UNPLAYABLE)
+def test_unplayable_variant_is_refused_before_generation(
     case, tiny_model_dir, tmp_path, monkeypatch
 ):
-    opponents, references, message = NONSENSE[case]
+    opponents, references, message = UNPLAYABLE[case]
     monkeypatch.setattr(Answers, "opponents", staticmethod(opponents))
     monkeypatch.setattr(Answers, "references", staticmethod(references))
     data = write_examples(tmp_path / "examples.jsonl")

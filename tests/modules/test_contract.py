@@ -1,4 +1,4 @@
-"""What every exported module keeps, whatever its method."""
+"""The contract of every exported module, whatever its method."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ MODULES = [
 ]
 
 
-# What has no default.
+# Settings without a default.
 REQUIRED = {"AlphaSPIN": {"alpha": 0.3}}
 
 
@@ -44,7 +44,7 @@ def a_batch(module: SelfPlayModule) -> PairBatch:
     return PairBatch(pairs, here.policy_real, here.policy_generated)
 
 
-def test_modules_exported_are_found():
+def test_exported_modules_are_found():
     assert {module.__name__ for module in MODULES} == {
         "SPIN",
         "MixtureSPIN",
@@ -146,15 +146,13 @@ def test_sft_takes_no_beta_and_no_loss(tiny_model_dir: Path):
     assert not {"beta", "loss"} & set(spin_lightning.SFT(model=str(tiny_model_dir)).hparams)
 
 
-def test_model_that_is_not_there_is_refused_before_data_is_read(tmp_path):
+def test_missing_model_is_refused_before_data_is_read(tmp_path):
     data = write_examples(tmp_path / "data.jsonl", 8)
     with pytest.raises(SettingError, match=r"model='.*nowhere'.*give a folder with a config.json"):
         play(tmp_path / "run", tmp_path / "nowhere", data)
 
 
-def test_target_module_that_matches_nothing_is_refused_with_those_that_are_there(
-    tiny_model_dir, tmp_path
-):
+def test_target_module_that_matches_no_layer_is_refused_with_the_choices(tiny_model_dir, tmp_path):
     data = write_examples(tmp_path / "data.jsonl", 8)
     with pytest.raises(SettingError, match=r"lora_target_modules='query'.*q_proj"):
         play(tmp_path / "run", tiny_model_dir, data, settings={"lora_target_modules": ["query"]})

@@ -45,7 +45,7 @@ Sequence = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """A variant's settings, and by hand who generates and what its reference and loss are.
+    """A variant's settings, with its opponent, reference and loss worked out by hand.
 
     Attributes:
         density: log R of responses by t, from log p_i and log g_i as functions of i.
@@ -126,7 +126,7 @@ CASES = {
 
 
 class Watch(Callback):
-    """Keeps the first batch and loss of every iterate, and counts who scores how much for it."""
+    """Keeps the first batch and loss of every iterate, and counts what each policy scores."""
 
     def __init__(self) -> None:
         self.first: list[tuple[PairBatch, float]] = []
@@ -178,7 +178,7 @@ class Recomputed:
         return _over_responses(mixed.log_softmax(-1), pairs)
 
     def _score_tokens(self, i: int, pairs: tuple[Sequence, ...]) -> Tensor:
-        # Padded on the right, which what comes before cannot see.
+        # Padded on the right, which earlier tokens do not attend to.
         ids = [torch.tensor(prompt + response) for prompt, response in pairs]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         with torch.no_grad():
@@ -195,7 +195,7 @@ def _over_responses(token_logps: Tensor, pairs: tuple[Sequence, ...]) -> Tensor:
 
 @dataclass
 class Finished:
-    """A run that is over."""
+    """A finished run."""
 
     name: str
     root: Path
@@ -394,7 +394,7 @@ def test_kept_rows_are_the_earlier_ones_with_their_scores_to_the_bit(name, runs)
 
 
 def test_real_responses_keep_the_scores_they_have(run):
-    """Under frozen iterates these don't change; an alpha that does makes another iterate of g."""
+    """Scores under frozen iterates do not change; another alpha makes another g."""
     for t in range(1, ITERATES):
         earlier = {row["example_id"]: row for row in run.rows(t - 1)}
         for row in run.rows(t):
@@ -404,7 +404,7 @@ def test_real_responses_keep_the_scores_they_have(run):
 
 
 def count_by_hand(run: Finished, part: str) -> Counter[tuple[int, int, float]]:
-    """Sequences that every scorer has to look at for each iterate, from the rows alone."""
+    """Number of sequences that each policy has to score per iterate, from the rows alone."""
     wanted: Counter[tuple[int, int, float]] = Counter()
     known: dict[tuple[str, int, int], set[tuple[int, float]]] = {}
     for t in range(ITERATES + 1):
@@ -426,7 +426,7 @@ def test_no_response_is_scored_twice_under_the_same_iterate(run):
 
 @pytest.mark.parametrize("name", ["fictitious", "reservoir"])
 def test_sequences_scored_by_each_iterate_are_as_many_as_theory_says(name, runs):
-    """The newest sees all; an older one only what is new: at the reservoir, rows just drawn."""
+    """The newest scores all rows, an older one new rows only: with the reservoir, redrawn ones."""
     run = runs(name)
     for t in range(1, ITERATES):
         earlier = {row["seed"] for row in run.rows(t - 1)}
@@ -448,7 +448,7 @@ def test_same_config_twice_gives_the_same_bytes(name, runs, tiny_model_dir, data
 
 
 class Crash(Exception):
-    """The power went."""
+    """Stands for a power failure."""
 
 
 class CrashInIterate(Callback):
@@ -542,7 +542,7 @@ def test_rows_of_another_alpha_are_not_used_after_a_resume(
         (SPIN, {"beta": [0.1]}, r"^beta=.*1 values for 3 iterates.* Fix: "),
     ],
 )
-def test_run_that_would_not_minimize_what_it_says_is_refused_before_it_starts(
+def test_run_that_would_minimize_something_else_is_refused_before_it_starts(
     variant, settings, message, tiny_model_dir, data, tmp_path
 ):
     with pytest.raises(SettingError, match=message):
@@ -572,7 +572,7 @@ def test_run_that_would_not_minimize_what_it_says_is_refused_before_it_starts(
         (SPIN, {"real_nll_weight": -1.0}, r"^real_nll_weight=-1.0: .* Fix: give a number >= 0"),
     ],
 )
-def test_setting_that_is_none_is_refused_by_name_with_the_fix(variant, settings, message):
+def test_invalid_setting_is_refused_by_name_with_the_fix(variant, settings, message):
     with pytest.raises(SettingError, match=message):
         variant(model="unused", **settings)
 

@@ -1,4 +1,4 @@
-"""What theory.md says must hold exactly, on a language that is enumerated, by the public modules.
+"""The exact identities of theory.md, for the public modules on an enumerated language.
 
 A module gets a table of probabilities for a policy; its rows are made, stored, read and packed as
 in a run, and its own objective is evaluated and differentiated.
@@ -147,7 +147,7 @@ def margins_by_hand(policy: Tensor, reference: Tensor) -> list[float]:
 
 
 def reference_over_language(batch: PairBatch) -> Tensor:
-    """log R of every response, as the rows brought it; real and generated sides agree."""
+    """log R of every response from the rows; real and generated sides agree."""
     assert batch.reference_generated is not None
     generated = over_language(batch.reference_generated, batch, 1)
     real = over_language(batch.reference_real, batch, 0)
@@ -283,7 +283,7 @@ def test_reference_is_the_brute_force_density_and_sums_to_one(variant, settings,
 
 
 def test_members_of_a_row_are_plain_and_its_token_members_pulled(tmp_path):
-    """Both kinds are kept, whichever the reference uses."""
+    """Both kinds are stored, whichever the reference uses."""
     module = built(AlphaSPIN, alpha=0.3, history=2, mixture="token")
     table = make_rows(module, tmp_path)
     batch = make_batch(module, tmp_path / "batch")
