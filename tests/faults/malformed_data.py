@@ -215,10 +215,10 @@ REFUSED = [
         ),
         CANNOT_READ,
     ),
-    refused("plain text file", "data.txt", b"w1 w2\n", "is no .json"),
-    refused("compressed file", "data.jsonl.gz", b"\x1f\x8b" + NOISE, "is no .json"),
-    refused("spreadsheet", "data.xlsx", b"PK\x03\x04" + NOISE, "is no .json"),
-    refused("no suffix", "data", LINE, "is no .json"),
+    refused("plain text file", "data.txt", b"w1 w2\n", "is not a .json"),
+    refused("compressed file", "data.jsonl.gz", b"\x1f\x8b" + NOISE, "is not a .json"),
+    refused("spreadsheet", "data.xlsx", b"PK\x03\x04" + NOISE, "is not a .json"),
+    refused("no suffix", "data", LINE, "is not a .json"),
 ]
 
 NO_ROLE = "a message without a known role"
