@@ -28,7 +28,7 @@ ROW = Row(
     token_generated_logps=(),
     seed=-123_456_789_012_345_678,
 )
-# As a method without opponents leaves it.
+# The fields of a row without an opponent.
 REAL_ONLY = {
     "generated_ids": (),
     "opponent": None,
