@@ -1,14 +1,14 @@
 """Speed and memory of spin-lightning, against TRL, `generate`, and the bare matrix products.
 
-Every benchmark runs both sides in turn in one process and quotes ratios: times hold on one machine
-on one day, ratios carry further. `docs/performance.md` says what is measured and why.
+Every benchmark alternates between both sides in one process and quotes ratios: times hold for one
+machine on one day, ratios carry further. `docs/performance.md` defines what is measured.
 """
 
 import os
 import sys
 
-# Threads are read when torch is loaded. A program that has loaded it already, such as a test, keeps
-# its own.
+# torch reads the number of threads when it is loaded. A program that has loaded it already, such as
+# a test, keeps its own settings.
 if "torch" not in sys.modules:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")

@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, each in a process of its own."""
+"""Runs all benchmarks one after the other, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BENCHMARKS = ("step", "scoring", "generation", "iterate", "growth")
 
 
 def main(arguments: list[str]) -> int:
-    """Run them; return 1 if one of them failed."""
+    """Run all benchmarks; return 1 if one of them failed."""
     out = parser(__doc__).parse_args(arguments).out
     started, failed = time.time(), []
     for name in BENCHMARKS:

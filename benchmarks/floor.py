@@ -1,4 +1,4 @@
-"""The least a training step can cost: its matrix products and its attention, and nothing else."""
+"""A lower bound for a training step: its matrix products and its attention, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Floor:
 
     Args:
         sizes: Sizes of the model (`workload.SIZES`).
-        device: Where.
-        dtype: In what.
+        device: Device of all tensors.
+        dtype: Their dtype.
     """
 
     def __init__(self, sizes: dict[str, Any], device: str, dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class Floor:
         self.head = torch.randn(sizes["vocab_size"], hidden, **self._like) * 0.02
 
     def prepare(self, pairs: Sequence[Pair]) -> _Inputs:
-        """Inputs of the shapes that these pairs have."""
+        """Inputs with the shapes of these pairs."""
         lengths = [(len(p.prompt_ids), len(p.real_ids), len(p.generated_ids)) for p in pairs]
         widths = {width for weight in self.layers[0] for width in weight.shape}
         tokens = sum(map(sum, lengths))
@@ -56,11 +56,11 @@ class Floor:
         return _Inputs(inputs, [self._segments(*n) for n in lengths], hidden)
 
     def step(self, inputs: _Inputs, *, own_kernels: bool = False) -> None:
-        """Do it all once.
+        """Compute one step.
 
         Args:
-            inputs: Of `prepare`.
-            own_kernels: Take products by the kernels that this library chooses, not by torch's.
+            inputs: Result of `prepare`.
+            own_kernels: Use the kernels that this library chooses instead of torch's.
         """
         multiply = product if own_kernels else functional.linear
         for layer in self.layers:
@@ -78,7 +78,7 @@ class Floor:
             multiply(multiply(hidden, self.head), self.head.T)
 
     def _segments(self, prompt: int, real: int, generated: int) -> list[_Segment]:
-        """Query, key, value and mask of the two parts of a pair's attention."""
+        """Query, key, value and mask of both parts of a pair's attention."""
         causal = torch.ones(generated, prompt + generated, dtype=torch.bool).tril(prompt)
         return [
             (*self._qkv(prompt + real, prompt + real), None),
@@ -98,7 +98,7 @@ _Segment = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class _Inputs:
-    """What a step of the floor reads."""
+    """Inputs of one step of the floor."""
 
     def __init__(
         self, tokens: dict[int, Tensor], attention: list[list[_Segment]], responses: Tensor

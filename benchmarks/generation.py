@@ -16,25 +16,25 @@ from benchmarks.workload import SIZES
 from spin_lightning.generation.base import Request
 from spin_lightning.keyed import row_key
 
-# A work unit of ours, and a batch of theirs.
+# Rows of one of our work units and of one batch of `generate`.
 _ROWS = 64
 _ALPHA = 0.3
 _OPPONENTS = range(1, ours.ADAPTERS + 1)
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    """The figures of generation."""
+    """Yield the figures of generation."""
     for quantization in ("none", "nf4"):
         suffix = "" if quantization == "none" else f"_{quantization}"
         yield from _figures(setup, quantization, suffix)
 
 
 def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
-    """Generate for four iterates 64 responses each: four units of ours, four batches of theirs.
+    """Generate 64 responses for each of four iterates, in four units here and four batches there.
 
-    Round i is our unit i, in which all iterates answer, and their batch i, in which iterate i + 1
-    does. Responses end at the lengths of the workload on both sides: a model of random weights
-    hardly ever stops by itself.
+    Round i is our unit i, in which all iterates answer, and batch i of `generate`, in which iterate
+    i + 1 answers. Responses end at the lengths of the workload on both sides: a model with random
+    weights hardly ever produces a stop token.
     """
     module = ours.load_module(setup, quantization)
     ours.use_iterates(module.policy, setup)
@@ -75,14 +75,14 @@ def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
 
 
 def _operations(setup: Setup, units: Sequence[Sequence[Request]]) -> float:
-    """Products of a mixture over those of plain sampling: every layer twice, the head once."""
+    """Products of a mixture over those of plain sampling: each layer twice, the head once."""
     sizes = SIZES[setup.size]
     layers = sum(
         weight.numel() for layer in Floor(sizes, "meta", torch.float32).layers for weight in layer
     )
     head = sizes["vocab_size"] * sizes["hidden_size"]
     requests = [request for unit in units for request in unit]
-    # The last token of a response is not read.
+    # The last token of a response is not fed back.
     read = layers * sum(len(request.prompt_ids) + request.cap - 1 for request in requests)
     answered = head * sum(request.cap for request in requests)
     return (2 * read + answered) / (read + answered)

@@ -1,4 +1,4 @@
-"""What each figure should be, in one place."""
+"""The goal of each figure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Goal:
     at_most: float | None = None
 
     def met(self, value: float) -> bool:
-        """Whether the value keeps within the bound, at the two digits that are printed."""
+        """Whether the value is within the bound, at the two digits that are printed."""
         value = round(value, 2)
         return (self.at_least is None or value >= self.at_least) and (
             self.at_most is None or value <= self.at_most
         )
 
     def __str__(self) -> str:
-        """The bound as it is read."""
+        """The bound as it is printed."""
         return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
 
 
@@ -29,8 +29,8 @@ class Subject:
     """What a figure is about.
 
     Attributes:
-        what: What is done.
-        against: With what it is compared.
+        what: What is measured.
+        against: What it is compared with.
         goals: Bounds by field of the figure.
     """
 
@@ -42,7 +42,7 @@ class Subject:
 _TRL = "TRL's DPOTrainer at its best"
 _GENERATE = "`generate`, one adapter after the other, plain batches"
 
-# By name of the figure. ratio: time of the other side over ours; floor: our time over that of the
+# By name of the figure. ratio: the other side's time over ours; floor: our time over that of the
 # bare matrix products; peak: our peak memory over the other side's; cost, spread: see `against`.
 SUBJECTS: dict[str, Subject] = {
     "step_a": Subject(

@@ -1,4 +1,4 @@
-"""How the cost of a step grows with pairs and with prompts: in proportion, in time and memory."""
+"""Growth of a step's time and memory with the number of pairs and the length of prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RESPONSE = 64
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    """The figures of growth, all about our step alone."""
+    """Yield the figures of growth, all of our step alone."""
     step = ours.Step(setup)
     yield _over_pairs(setup, step)
     yield _over_prompts(setup, step)
@@ -71,7 +71,7 @@ def _over_prompts(setup: Setup, step: ours.Step) -> Figure:
 
 
 def _memory(setup: Setup) -> Figure:
-    """Peak memory of steps on pairs of one length, MB per pair that is added."""
+    """Peak memory of steps on pairs of one length, MB per added pair."""
     prompt, response = (8, 4) if setup.tiny else (128, 96)
     sizes = _PAIRS[:3] if setup.tiny else _PAIRS
     peaks = memory.of_pairs(setup, sizes, (prompt, response))
@@ -82,7 +82,7 @@ def _memory(setup: Setup) -> Figure:
     }
     return Figure(
         "growth_memory",
-        # In a tiny run the steps are smaller than what the allocator rounds to.
+        # In a tiny run a step needs less than the allocator's granularity.
         {"spread": spread(max(slope, 1e-3) for slope in slopes.values())},
         note=_listed(slopes, 1, "MB per pair from {} pairs"),
     )

@@ -1,4 +1,4 @@
-"""One whole self-play iterate, against the same through `generate` and TRL."""
+"""One whole self-play iterate, compared with `generate` and TRL."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from spin_lightning.data.dataset import Pair
 _ROWS = 32
 _ROUNDS = 3
 _EPOCHS = 2
-# Every response is as long, since a model of random weights hardly ever stops by itself.
+# All responses have this length: a model with random weights hardly ever produces a stop token.
 _CAP = 96
 _THEIR_BATCH = 64
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    """Generate, score, two epochs.
+    """Yield the figure of one iterate: generate, score, two epochs.
 
-    Ours loads the model and writes rows, adapter and checkpoint within its time; theirs has the
-    model loaded, and keeps everything in memory.
+    Our time includes loading the model and writing rows, adapter and checkpoint. The other side has
+    the model loaded and keeps everything in memory.
     """
     figure = Figure("iterate")
     pairs = setup.workload("A").pairs(setup.count(_ROWS), setup.vocabulary)
@@ -60,7 +60,7 @@ def _theirs(
     answered = [
         pair._replace(generated_ids=np.array(ids)) for pair, ids in zip(pairs, written, strict=True)
     ]
-    # The reference of the iterate before, which DPOTrainer copies from the adapter anew.
+    # The reference of the previous iterate; DPOTrainer copies it from the adapter again.
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
     peer.train(peer.make_trainer(setup, model, answered, out, _EPOCHS))

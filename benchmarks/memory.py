@@ -1,6 +1,6 @@
-"""Peak memory of training steps of one side, in a process of its own; prints JSON.
+"""Peak memory of one side's training steps, measured in a separate process; prints JSON.
 
-Of its own, since the heap that earlier work leaves behind serves later steps unseen.
+In the same process, later steps would reuse the heap that earlier work left behind.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SIDES: dict[str, Any] = {"ours": ours.Step, "trl": peer.Step}
 
 
 def of_step(setup: Setup, side: str, workload: str) -> float:
-    """Peak memory of one side's step, MB, in a process that has loaded nothing else."""
+    """Peak memory of one side's step, MB, in a fresh process."""
     if setup.tiny:
         return measure(setup, side, workload)
     return float(in_subprocess("benchmarks.memory", *setup.arguments, side, workload)["peak_mb"])
 
 
 def of_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) -> list[float]:
-    """Peak memory of our steps on so many pairs of one prompt and response length, MB."""
+    """Peak memory of our steps on each number of pairs of one prompt and response length, MB."""
     if setup.tiny:
         return measure_pairs(setup, sizes, lengths)
     words = ["ours", "pairs", *map(str, (*lengths, *sizes))]
@@ -35,7 +35,7 @@ def of_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) -> li
 
 
 def measure_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) -> list[float]:
-    """The same in this process."""
+    """The same as `of_pairs`, in this process."""
     step = ours.Step(setup)
     pairs = [pair_of_lengths(*lengths, setup.vocabulary, seed) for seed in range(max(sizes))]
     step(pairs[: min(sizes)])
@@ -43,9 +43,9 @@ def measure_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) 
 
 
 def measure(setup: Setup, side: str, workload: str) -> float:
-    """The peak over two steps, MB, above what is held while no step runs."""
+    """Peak memory over two steps, MB, minus what is held between steps."""
     step = _SIDES[side](setup)
-    # The optimizer's state and the libraries' own buffers come with the first step.
+    # The first step allocates the optimizer's state and the libraries' own buffers.
     step(setup.workload("tiny").pairs(1, setup.vocabulary))
     batches = batches_of(setup.workload(workload), 2, setup.vocabulary)
     return max(peak_mb(lambda batch=batch: step(batch), setup.device) for batch in batches)

@@ -1,4 +1,4 @@
-"""This library's side of every comparison, through the calls that a run makes."""
+"""This library's side of every comparison, by the calls that a run makes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from spin_lightning.data.dataset import Pair
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.mixtures import window
-from spin_lightning.policies import pretrained
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.optimizers import make_optimizer
 from spin_lightning.rows.making import Synthesis, Timing, finish
@@ -37,7 +36,7 @@ BETA = 0.1
 def make_module(
     setup: Setup, quantization: str = "none", adapter: Path | None = None, **settings: Any
 ) -> SPIN:
-    """A SPIN module; its policy starts from an adapter, or a fresh one."""
+    """A SPIN module whose policy starts from the given adapter or a fresh one."""
     return SPIN(
         str(setup.base),
         quantization=quantization,
@@ -50,7 +49,7 @@ def make_module(
 
 
 def make_trainer(setup: Setup, **settings: Any) -> L.Trainer:
-    """A trainer that says and writes nothing of its own."""
+    """A trainer without output, logs or checkpoints."""
     return L.Trainer(
         accelerator=setup.device,
         devices=1,
@@ -71,7 +70,7 @@ def load_module(setup: Setup, quantization: str = "none", adapter: Path | None =
 
 
 def write_adapters(setup: Setup) -> list[Path]:
-    """Four adapters far from the base, for both sides, made from a seed."""
+    """Four adapters far from the base, made from a seed, for both sides."""
     folders = [setup.out / "adapters" / setup.size / str(t) for t in range(1, ADAPTERS + 1)]
     if all((folder / "adapter_model.safetensors").exists() for folder in folders):
         return folders
@@ -116,18 +115,18 @@ class Step:
 
 @dataclass
 class KnownAnswers(Generator):
-    """Answers a prompt with a response that is known before: generation without its cost.
+    """Answers each prompt with a given response: generation without its cost.
 
     Attributes:
         responses: Response to each prompt.
-        asked: Number of responses that were asked for.
+        asked: Number of requests so far.
     """
 
     responses: dict[tuple[int, ...], tuple[int, ...]]
     asked: int = 0
 
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
-        """The known responses."""
+        """Return the given responses."""
         del policy
         self.asked += len(requests)
         return [Response(self.responses[r.prompt_ids], finished=True) for r in requests]
@@ -135,11 +134,11 @@ class KnownAnswers(Generator):
 
 @dataclass
 class Scoring:
-    """Rows of fictitious play, whose responses are known, scored and written iterate by iterate.
+    """Scores and writes rows of fictitious play with given responses, iterate by iterate.
 
     Attributes:
-        synthesis: What a run makes its rows with.
-        examples: What is answered.
+        synthesis: Makes the rows, as in a run.
+        examples: The examples to answer.
         samples: Responses per example.
         unit_size: Rows of a work unit.
     """
@@ -173,23 +172,22 @@ class Scoring:
 
 
 def synthesis_of(setup: Setup, policy: Policy, generator: Generator) -> Synthesis:
-    """What a run makes its rows with."""
+    """Makes rows as a run does."""
     return Synthesis(policy, generator, setup.vocabulary)
 
 
 def decoder(module: SPIN) -> LocalGenerator:
-    """The decoder of a run."""
-    config = pretrained.load_config(module.base)
-    return LocalGenerator(config, (STOP,), PAD, module.generation)
+    """The generation engine of a run."""
+    return LocalGenerator((STOP,), PAD, module.generation)
 
 
 def play_iterate(setup: Setup, data: Path, cap: int, epochs: int) -> None:
-    """One iterate as a user plays it: generate, score, train, keep the adapter.
+    """Play one iterate as a user does: generate, score, train, save the adapter.
 
     Args:
-        setup: Where and how large.
+        setup: Device and sizes.
         data: Prompts and responses, jsonl.
-        cap: Most response tokens.
+        cap: Maximum number of response tokens.
         epochs: Passes over the rows.
     """
     module = make_module(setup, adapter=write_adapters(setup)[0], epochs_per_iterate=epochs)

@@ -1,8 +1,8 @@
-"""The other side: TRL's DPOTrainer and transformers' `generate`, as fast as they can be set.
+"""The other side: TRL's DPOTrainer and transformers' `generate`, configured to be fast.
 
-TRL: no recomputation, no mixed precision where all is float32 (its defaults on a CPU are many times
-slower), reference log-probs computed before, and the head on response tokens only, which it does by
-itself on GPUs alone and is patched in for the rest.
+TRL: no recomputation, no mixed precision in float32 (its defaults on a CPU are many times slower),
+reference log-probs computed beforehand, and the head on response tokens only. TRL does the latter
+only on GPUs; elsewhere it is patched in.
 """
 
 from __future__ import annotations
@@ -64,22 +64,22 @@ def load_model(setup: Setup, quantization: str = "none", adapters: int = 1) -> P
 
 
 def adapter_name(iterate: int) -> str:
-    """PEFT's name for an iterate."""
+    """PEFT's name of an iterate's adapter."""
     return "default" if iterate == 1 else f"iterate_{iterate}"
 
 
 class Step:
-    """A training step of DPOTrainer, its collator and the optimizer included."""
+    """A training step of DPOTrainer, including its collator and the optimizer."""
 
     def __init__(self, setup: Setup, quantization: str = "none") -> None:
         """Build a DPOTrainer; its own data set holds one short pair and is not used."""
         pair = setup.workload("tiny").pairs(1, setup.vocabulary)
         self.trainer = make_trainer(setup, load_model(setup, quantization), pair)
         self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1  # as `train` would have it
+        self.trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
 
     def features(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-        """The rows of TRL's data set that the pairs are, as they are after its preparation."""
+        """The pairs as rows of TRL's prepared data set."""
         return [
             {
                 "prompt_ids": pair.prompt_ids.tolist(),
@@ -115,10 +115,10 @@ def make_trainer(
     out: Path | None = None,
     epochs: int = 1,
 ) -> Any:
-    """A DPOTrainer at its best; making it computes the reference log-probs of the pairs.
+    """A DPOTrainer at its best; its constructor computes the reference log-probs of the pairs.
 
-    TRL rounds the adapter of a quantized base to bfloat16. In float32 that is undone, for it is
-    another adapter then.
+    TRL rounds the adapter of a quantized base to bfloat16. In float32 that is undone, since it
+    changes the adapter.
     """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -167,7 +167,7 @@ def make_trainer(
 
 
 def train(trainer: Any) -> None:
-    """`Trainer.train`, whose summary is not printed."""
+    """`Trainer.train` without its printed summary."""
     with _head_on_responses_only(), redirect_stdout(io.StringIO()):
         trainer.train()
 
@@ -178,7 +178,7 @@ def padded_logps(
 ) -> list[float]:
     """log p(response | prompt) by padded passes with the logits of all positions, batch by batch.
 
-    Sorted by length, longest first, so that little is padded.
+    Rows are sorted by length, longest first, to keep padding small.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(responses[i]))
     device = next(model.parameters()).device
@@ -199,7 +199,7 @@ def padded_logps(
 
 @contextmanager
 def acting_as(model: PeftModel, iterate: int) -> Iterator[None]:
-    """The model as one of the iterates, 0 being the base, in eval mode."""
+    """Switch the model to an iterate, 0 being the base, in eval mode."""
     model.eval()
     if iterate == 0:
         with model.disable_adapter():
@@ -216,7 +216,7 @@ def generate(
     """Responses by `generate`, unrestricted sampling, prompts sorted by length.
 
     Args:
-        model: Whoever answers.
+        model: The model, switched to the iterate that answers.
         prompts: Ids of the prompts.
         caps: Number of tokens after which each response ends.
         batch_size: Prompts of a batch.
@@ -261,7 +261,7 @@ class _Ends(StoppingCriteria):
 
 @contextmanager
 def _head_on_responses_only() -> Iterator[None]:
-    """Let TRL's head score response tokens alone wherever it runs."""
+    """Restrict TRL's head to response tokens on every device."""
     from trl.trainer import utils
 
     before = utils._use_triton

@@ -1,4 +1,4 @@
-"""Reference log-probs under the base and four iterates: first time, and with what is known."""
+"""Reference log-probs under the base and four iterates, from scratch and with known scores."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from spin_lightning.data.dataset import Pair
 _ROWS = 32
 _ROUNDS = 3
 _NEWEST = ours.ADAPTERS
-# The fewest rows of which a fifth, at t = 4, is near enough to its expectation to be judged.
+# With fewer rows a fifth of them, at t = 4, would be too far from its expectation to be judged.
 _COUNTED_ROWS = 2000
 _MEMBERS = range(_NEWEST + 1)
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    """The figures of scoring."""
+    """Yield the figures of scoring."""
     pairs = setup.workload("A").pairs(setup.count(_ROWS), setup.vocabulary)
     scoring = _scoring(setup, pairs)
     model = peer.load_model(setup, adapters=ours.ADAPTERS)
@@ -61,7 +61,7 @@ def _scoring(setup: Setup, pairs: Sequence[Pair]) -> ours.Scoring:
 
 
 def _loop(model: peer.PeftModel, pairs: Sequence[Pair]) -> None:
-    """Every member scores every response, in padded batches of as many rows as a step has."""
+    """Score every response under every member, in padded batches with as many rows as a step."""
     prompts = [pair.prompt_ids.tolist() for pair in pairs] * 2
     responses = [pair.real_ids.tolist() for pair in pairs]
     responses += [pair.generated_ids.tolist() for pair in pairs]
@@ -71,9 +71,9 @@ def _loop(model: peer.PeftModel, pairs: Sequence[Pair]) -> None:
 
 
 def _reservoir(setup: Setup) -> Figure:
-    """Count the responses that fictitious play asks for; the model does not matter, so a tiny one.
+    """Count the responses that fictitious play generates, with a tiny model.
 
-    Of N rows, those of iterate t need N / (t + 1) new responses where the rest is kept.
+    Of N rows, iterate t needs N / (t + 1) new responses if the others are kept.
     """
     tiny = Setup("tiny", "cpu", "float32", setup.out, tiny=True)
     rows = 20 if setup.tiny else _COUNTED_ROWS

@@ -1,4 +1,4 @@
-"""Where and how large: what the command line of every benchmark says."""
+"""Device, sizes and command line of every benchmark."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Setup:
     Attributes:
         size: Name of the model in `workload.SIZES`.
         device: cpu or cuda.
-        dtype_name: In what the base computes: float32 or bfloat16.
-        out: Where models, runs and results go.
-        tiny: Whether it is to show only that it runs: few, short pairs.
+        dtype_name: Compute dtype of the base: float32 or bfloat16.
+        out: Folder of models, runs and results.
+        tiny: Only check that the benchmark runs, with few short pairs.
     """
 
     size: str
@@ -37,13 +37,13 @@ class Setup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """`dtype_name` as torch knows it."""
+        """`dtype_name` as a torch dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype_name)
         return dtype
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids."""
+        """Size of the vocabulary."""
         return int(SIZES[self.size]["vocab_size"])
 
     @property
@@ -56,19 +56,19 @@ class Setup:
         return WORKLOADS["tiny" if self.tiny else name]
 
     def count(self, usual: int) -> int:
-        """A number of rounds or rows; few in a tiny run."""
+        """A number of rounds or rows; at most 2 in a tiny run."""
         return min(usual, 2) if self.tiny else usual
 
     @property
     def arguments(self) -> list[str]:
-        """The command line that gives this setup."""
+        """Command line arguments for this setup."""
         named = {"size": self.size, "device": self.device, "dtype": self.dtype_name}
         words = [word for name, value in named.items() for word in (f"--{name}", value)]
         return [*words, "--out", str(self.out), *(["--tiny"] if self.tiny else [])]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
+    """A parser of the options common to all benchmarks."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--size", choices=tuple(SIZES), help="default: 22m, on a GPU 1b")
@@ -77,13 +77,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     options.add_argument("--out", type=Path, default=Path("runs/bench"))
     options.add_argument(
-        "--tiny", action="store_true", help="the smallest sizes, to see that it runs"
+        "--tiny", action="store_true", help="the smallest sizes, to check that it runs"
     )
     return options
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
-    """What the options say."""
+    """The setup that the options describe."""
     size, dtype = ("1b", "bfloat16") if options.device == "cuda" else ("22m", "float32")
     return Setup(
         options.size or ("tiny" if options.tiny else size),
@@ -100,7 +100,7 @@ def benchmark(
     description: str | None,
     arguments: Sequence[str] | None = None,
 ) -> list[Figure]:
-    """Run a benchmark from its command line, print its figures as they come, write them down."""
+    """Run a benchmark from its command line, print each figure at once, write all as JSON."""
     setup = setup_of(parser(description).parse_args(arguments))
     figures = []
     with quiet():
@@ -115,7 +115,7 @@ def benchmark(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence libraries whose advice is about other things than speed."""
+    """Silence logs and warnings of libraries."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels, verbosity = [logger.level for logger in loggers], hf_logging.get_verbosity()
     try:

@@ -1,4 +1,4 @@
-"""The training step: time against TRL and against the floor, peak memory against TRL."""
+"""The training step: time compared with TRL and the floor, peak memory compared with TRL."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.timing import Figure, interleaved, median_ratio
 from benchmarks.workload import SIZES, batches_of
 from spin_lightning.data.dataset import Pair
 
-# Both sides compute the same loss, or one of them does not do the work.
+# Relative tolerance between the losses of both sides, which must compute the same thing.
 _SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    """The figures of the training step."""
+    """Yield the figures of the training step."""
     yield _figure(setup, "step_a", "A", rounds=9, with_memory=True)
     yield _figure(setup, "step_b", "B", rounds=5)
     yield _figure(setup, "step_a_nf4", "A", rounds=7, quantization="nf4")
@@ -54,8 +54,8 @@ def _figure(
     if "floor" in sides:
         figure.fields["floor"] = median_ratio(figure.seconds["ours"], figure.seconds["floor"])
         nearer = median_ratio(figure.seconds["ours"], figure.seconds["own_floor"])
-        said = f"{nearer:.2f}× the floor whose products take the kernels that ours take"
-        figure.note = "; ".join(filter(None, (figure.note, said)))
+        note = f"{nearer:.2f}× a floor that uses our kernels for its products"
+        figure.note = "; ".join(filter(None, (figure.note, note)))
     if with_memory and "trl" in sides:
         peaks = [memory.of_step(setup, side, workload) for side in ("ours", "trl")]
         figure.peak_mb = (peaks[0], peaks[1])
@@ -66,7 +66,7 @@ def _figure(
 def _check_same_loss(
     our_step: ours.Step, their_step: peer.Step, batch: Sequence[Pair], setup: Setup
 ) -> None:
-    """Refuse to compare two steps that do not compute the same thing."""
+    """Raise an error if the two steps do not compute the same loss."""
     mine, theirs = (float(step.loss(batch).detach()) for step in (our_step, their_step))
     tolerance = _SAME_LOSS[setup.dtype_name]
     if abs(mine - theirs) > tolerance * max(1.0, abs(theirs)):

@@ -24,13 +24,13 @@ _UNITS = {
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """What each benchmark left, oldest first."""
+    """Results of all benchmarks, oldest first."""
     files = sorted(out.glob("*.json"), key=lambda path: path.stat().st_mtime)
     return [json.loads(path.read_text()) for path in files]
 
 
 def verdict(results: Iterable[dict[str, Any]]) -> str:
-    """How many goals are met."""
+    """A sentence with the number of goals met."""
     met = [
         value
         for result in results
@@ -42,7 +42,7 @@ def verdict(results: Iterable[dict[str, Any]]) -> str:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table, and what it was measured on."""
+    """The table, with its notes and the machine it was measured on."""
     figures = {figure["name"]: figure for result in results for figure in result["figures"]}
     lines = ["| what | against | measured | goal | |", "|---|---|---|---|---|"]
     for name, subject in SUBJECTS.items():

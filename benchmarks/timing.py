@@ -1,4 +1,4 @@
-"""Taking times and memory, and saying what came out."""
+"""Measures time and memory, and prints and stores the results."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Figure:
 
     Attributes:
         name: Its key in `goals.SUBJECTS`.
-        fields: The numbers that goals are about, by name.
+        fields: Values that have goals, by name.
         peak_mb: Peak memory of our step and of the other side's, MB.
-        seconds: Every measurement that went into it, by side.
-        note: What else has to be said.
+        seconds: All measurements behind it, by side.
+        note: A remark printed with it.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Figure:
     note: str = ""
 
     def verdicts(self) -> dict[str, bool]:
-        """Whether each goal that was measured is met, by field."""
+        """Whether each measured goal is met, by field."""
         goals = SUBJECTS[self.name].goals
         return {n: goal.met(self.fields[n]) for n, goal in goals.items() if n in self.fields}
 
     def line(self, *, judged: bool = True) -> str:
-        """The figure as it is printed, with its goals where they apply."""
+        """The figure as printed, with its goals if `judged`."""
         goals = SUBJECTS[self.name].goals
         parts = [self.name, *(f"{n}={v:.2f}" for n, v in self.fields.items() if n != "peak")]
         if self.peak_mb is not None:
@@ -78,10 +78,10 @@ def interleaved(
     """Seconds of every side in every round, the sides taking turns.
 
     Args:
-        sides: What is done in round i, by name of the side.
-        rounds: Number of rounds that count.
-        device: Where the work is done.
-        warmup: Rounds before them, whose times are thrown away.
+        sides: The work of round i, by name of the side.
+        rounds: Number of measured rounds.
+        device: Device of the work.
+        warmup: Number of unmeasured rounds before them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(-warmup, rounds):
@@ -98,15 +98,15 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 
 def spread(values: Iterable[float]) -> float:
-    """The largest over the smallest."""
+    """The largest value over the smallest."""
     values = list(values)
     return max(values) / min(values)
 
 
 def peak_mb(work: Callable[[], Any], device: str) -> float:
-    """Peak memory while `work` is done, less what was held before, MB.
+    """Peak memory during `work` minus what was held before, MB.
 
-    On the CPU this is resident memory as Linux counts it; on a GPU what torch allocated.
+    On the CPU this is Linux's resident set; on a GPU it is what torch allocated.
     """
     gc.collect()
     if device == "cuda":
@@ -123,7 +123,7 @@ def peak_mb(work: Callable[[], Any], device: str) -> float:
 
 
 def in_subprocess(module: str, *arguments: str) -> dict[str, Any]:
-    """The JSON that `python -m module arguments` prints last, in a process of its own."""
+    """Run `python -m module arguments`; the JSON on its last line."""
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -131,7 +131,7 @@ def in_subprocess(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def publish(benchmark: str, figures: Sequence[Figure], out: Path, about: Mapping[str, Any]) -> None:
-    """Write figures, and what they were measured on, as JSON."""
+    """Write figures, and the setup and machine of the run, as JSON."""
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "benchmark": benchmark,
@@ -142,7 +142,7 @@ def publish(benchmark: str, figures: Sequence[Figure], out: Path, about: Mapping
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Device, threads, date and package versions."""
     cpu = next(
         (
             line.split(":")[1].strip()

@@ -1,4 +1,4 @@
-"""What is computed: models, adapters and pairs, made here from seeds alone."""
+"""Models and pairs of all benchmarks, generated from seeds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long prompts or responses are: lognormal around a median, or uniform, clipped."""
+    """Distribution of lengths: lognormal around a median and clipped, or uniform."""
 
     shortest: int
     longest: int
@@ -84,7 +84,7 @@ class Workload:
 
     Attributes:
         prompt: Lengths of prompts.
-        response: Lengths of responses, stop id included; real and generated alike.
+        response: Lengths of real and generated responses, including the stop id.
     """
 
     prompt: Lengths
@@ -128,7 +128,7 @@ def pair_of_lengths(prompt: int, response: int, vocabulary: int, seed: int = 0) 
 
 
 def examples_of(pairs: Sequence[Pair]) -> list[Example]:
-    """The pairs as examples that are to be answered."""
+    """The pairs as examples to answer."""
     return [
         Example(i, tuple(pair.prompt_ids.tolist()), tuple(pair.real_ids.tolist()), True)
         for i, pair in enumerate(pairs)
@@ -141,7 +141,7 @@ def words_of(ids: Sequence[int]) -> str:
 
 
 def base_model(size: str, dtype: torch.dtype, folder: Path, device: str = "cpu") -> Path:
-    """A folder with a model of random weights and its tokenizer; made where it is not there yet."""
+    """A folder with a random model and its tokenizer, made on first use."""
     path = folder / f"{size}-{str(dtype).removeprefix('torch.')}"
     if (path / "tokenizer.json").exists():
         return path

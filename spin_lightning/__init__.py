@@ -1,21 +1,28 @@
-"""Self-play fine-tuning of language models as PyTorch Lightning modules."""
+"""Self-play fine-tuning of language models as PyTorch Lightning modules.
+
+Exports are imported when they are first used (PEP 562): torch alone takes more than a second.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spin_lightning import losses, mixtures
+    from spin_lightning.callbacks.best_iterate import BestIterate
+    from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
+    from spin_lightning.callbacks.self_play import SelfPlay
+    from spin_lightning.data.datamodule import SelfPlayDataModule
+    from spin_lightning.mixtures import Geometric, Mixture, base, latest, uniform, window
+    from spin_lightning.modules.alpha_spin import AlphaSPIN
+    from spin_lightning.modules.base import SelfPlayModule
+    from spin_lightning.modules.fictitious_spin import FictitiousSPIN
+    from spin_lightning.modules.mixture_spin import MixtureSPIN
+    from spin_lightning.modules.sft import SFT
+    from spin_lightning.modules.space import SPACE
+    from spin_lightning.modules.spin import SPIN
+    from spin_lightning.policies.saved import load_iterate, load_mixture
 
 __version__ = "0.1.0"
-
-from spin_lightning import losses, mixtures
-from spin_lightning.callbacks.best_iterate import BestIterate
-from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
-from spin_lightning.callbacks.self_play import SelfPlay
-from spin_lightning.data.datamodule import SelfPlayDataModule
-from spin_lightning.mixtures import Geometric, Mixture, base, latest, uniform, window
-from spin_lightning.modules.alpha_spin import AlphaSPIN
-from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.modules.fictitious_spin import FictitiousSPIN
-from spin_lightning.modules.mixture_spin import MixtureSPIN
-from spin_lightning.modules.sft import SFT
-from spin_lightning.modules.space import SPACE
-from spin_lightning.modules.spin import SPIN
-from spin_lightning.policies.saved import load_iterate, load_mixture
 
 __all__ = [
     "SFT",
@@ -40,3 +47,41 @@ __all__ = [
     "uniform",
     "window",
 ]
+
+# Where an export is defined, below the package; `losses` and `mixtures` are modules themselves.
+_DEFINED_IN = {
+    "SFT": "modules.sft",
+    "SPACE": "modules.space",
+    "SPIN": "modules.spin",
+    "AlphaSPIN": "modules.alpha_spin",
+    "BestIterate": "callbacks.best_iterate",
+    "EvaluateIterates": "callbacks.evaluate_iterates",
+    "FictitiousSPIN": "modules.fictitious_spin",
+    "Geometric": "mixtures",
+    "Mixture": "mixtures",
+    "MixtureSPIN": "modules.mixture_spin",
+    "SelfPlay": "callbacks.self_play",
+    "SelfPlayDataModule": "data.datamodule",
+    "SelfPlayModule": "modules.base",
+    "base": "mixtures",
+    "latest": "mixtures",
+    "load_iterate": "policies.saved",
+    "load_mixture": "policies.saved",
+    "uniform": "mixtures",
+    "window": "mixtures",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _DEFINED_IN:
+        value = getattr(import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+    else:
+        value = import_module(f"{__name__}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """`python -m spin_lightning`."""
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from spin_lightning.redaction import masked
 
-# Past these a number is a slip of the hand: torch and parquet would overflow somewhere in a run.
+# Anything larger is a typing error: torch or parquet would overflow somewhere in a run.
 MOST = 2**31 - 1
 MOST_REAL = 1e30
 
@@ -14,18 +14,18 @@ MOST_REAL = 1e30
 class SpinError(ValueError):
     """Base of every error that spin_lightning raises on purpose.
 
-    The command line prints its message without a traceback. The message always ends with the fix.
+    The command line prints the message without a traceback. The message always ends with the fix.
     """
 
     def __init__(self, problem: str, *, fix: str) -> None:
-        # A path or an address in it may hold somebody's token.
+        # A path or URL in the message may contain an access token.
         super().__init__(masked(f"{problem.rstrip('.')}. Fix: {fix.rstrip('.')}."))
         self.problem = problem
         self.fix = fix
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; its class where it says nothing."""
+    """First line of an error's message, or its class name if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -39,20 +39,20 @@ class SettingError(SpinError):
 
 
 class DataError(SpinError):
-    """The data set cannot be used: the file, a column or a row is not what was promised."""
+    """The data set cannot be used: a file, a column or a row is missing or malformed."""
 
 
 class RunFolderError(SpinError):
-    """A run folder is missing something, was edited, or belongs to another configuration."""
+    """A run folder is incomplete, was edited, or belongs to another configuration."""
 
 
 def is_whole(value: object, least: int, most: int = MOST) -> bool:
-    """Whether a setting is a whole number in a range; `True` is none."""
+    """Whether `value` is an integer in [least, most]. A bool does not count as one."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_number(value: object) -> bool:
-    """Whether a setting is a finite number; `True` is none."""
+    """Whether `value` is a finite number. A bool does not count as one."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -85,10 +85,10 @@ def check_settings(
 
 
 def check_names(group: str, values: Mapping[str, object], known: Sequence[str]) -> None:
-    """Refuse settings that a group of them does not have.
+    """Raise for the first name in `values` that is not in `known`.
 
     Raises:
-        SettingError: A name in `values` is none of `known`.
+        SettingError: The group has no such setting.
     """
     for name in values:
         if name not in known:

@@ -1,9 +1,9 @@
-"""Products with frozen weights, by the fastest kernel that torch has for them.
+"""Products with frozen weights, by the fastest kernel in torch.
 
-In float32 on a CPU torch leaves products to MKL, which takes AVX2 on processors that are not
-Intel's. oneDNN, which is part of torch as well, takes AVX-512 wherever there is some: more than
-twice as fast there, and rounded alike (docs/performance.md). It is off where
-`torch.backends.mkldnn.enabled` is.
+For float32 on a CPU, torch uses MKL, which is limited to AVX2 on processors not made by Intel.
+oneDNN, which also ships with torch, uses AVX-512 on any processor that has it: more than twice as
+fast there, with the same rounding error (docs/performance.md). `torch.backends.mkldnn.enabled`
+switches it off.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# With fewer rows than this MKL is as fast or faster.
+# With fewer rows than this, MKL is at least as fast.
 _FEWEST_ROWS = 4
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer whose weight is not trained: its backward pass is one product."""
+    """A linear layer with a frozen weight, whose backward pass is one product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b, shape [..., outputs], of x of shape [..., inputs]."""
@@ -31,19 +31,19 @@ class FrozenLinear(nn.Linear):
 
 
 def freeze_linear(model: nn.Module) -> None:
-    """Make the plain linear layers of a model that is not trained `FrozenLinear`, in place."""
+    """Turn the plain linear layers of a frozen model into `FrozenLinear`, in place."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an affine map and nothing else: no adapter on it, and not quantized."""
+    """Whether a module is just an affine map: without an adapter, and not quantized."""
     return type(module) in (nn.Linear, FrozenLinear)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b with gradient of x alone.
+    """x W' + b, with a gradient for x only.
 
     Args:
         x: Shape [..., inputs].
@@ -60,20 +60,20 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b without gradient by the faster kernel; shapes like those of `frozen_linear`."""
+    """x W' + b without gradient, by the faster kernel; shapes as in `frozen_linear`."""
     if not _is_for_onednn(x, weight):
         return functional.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     count = len(flat)
     if (padded := _rounded_up(count)) > count:
         flat = functional.pad(flat, (0, 0, 0, padded - count))
-    # What torch.compile calls for linear layers; torch has no public name for it.
+    # The kernel that torch.compile uses for linear layers; it has no public name.
     result: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
     return result[:count].view(*x.shape[:-1], -1)
 
 
 def add_product(y: Tensor, hidden: Tensor, up: Tensor, scaling: float = 1.0) -> None:
-    """Add `scaling * hidden @ up` to y in place, summed in the type of `up` and rounded once.
+    """Add `scaling * hidden @ up` to y in place; summed in the type of `up`, rounded once.
 
     Args:
         y: Contiguous, shape [..., outputs].
@@ -89,9 +89,9 @@ def add_product(y: Tensor, hidden: Tensor, up: Tensor, scaling: float = 1.0) -> 
 
 
 def _rounded_up(rows: int) -> int:
-    """One of eight numbers of rows between powers of two.
+    """Round a number of rows up to one of eight values between powers of two.
 
-    oneDNN compiles a kernel for each that it meets, and keeps it: half a megabyte.
+    oneDNN compiles and keeps a kernel of half a megabyte for each number of rows.
     """
     step = max(8, (1 << rows.bit_length()) // 16)
     return -(-rows // step) * step
@@ -101,7 +101,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _HAS_AVX512
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.compiler.is_compiling()  # the compiler chooses kernels itself
+        and not torch.compiler.is_compiling()  # the compiler chooses its own kernels
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= _FEWEST_ROWS * x.shape[-1]
@@ -109,7 +109,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """The product, and that of its input's gradient."""
+    """The product, and the product that gives the gradient of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Random numbers that depend on a key alone, not on what was drawn before them.
+"""Random numbers that depend on a key alone, not on earlier draws.
 
-A row's numbers come from (seed, iterate of the draw, example, sample), so the same row is drawn in
-any process, in any order and after any crash.
+The key of a row comes from (seed, iterate of the draw, example, sample), so any process draws the
+same row, in any order and after any crash.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-# Streams of one key: they never share a number.
+# Streams of one key, independent of each other.
 _POSITIONS, _OPPONENT, _ORDER, _SUBSET, _KEEP = range(5)
 
 
 def global_seed() -> int:
-    """The seed that Lightning's `seed_everything` announced; 0 when nobody called it."""
+    """The seed set by Lightning's `seed_everything`; default 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def row_key(seed: int, iterate: int, example_id: int, sample: int) -> int:
-    """The key of a row, a signed 64-bit integer as parquet stores it."""
+    """The key of a row, a signed 64-bit integer as stored in parquet."""
     text = f"{seed}/{iterate}/{example_id}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
@@ -38,17 +38,17 @@ def opponent_uniform(key: int) -> float:
 
 
 def keep_uniform(key: int) -> float:
-    """The uniform number in [0, 1) that decides whether an earlier row stays in its place."""
+    """The uniform number in [0, 1) that decides whether an earlier row is kept."""
     return float(_stream(key, _KEEP).random())
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits `count` rows, shape [count]."""
+    """The order of `count` rows in an epoch, shape [count]."""
     return _stream(row_key(seed, epoch, 0, 0), _ORDER).permutation(count)
 
 
 def subset(seed: int, draw: int, population: int, count: int) -> NDArray[np.int64]:
-    """`count` of `population` indices without repeats, ascending, shape [count]."""
+    """`count` out of `population` indices without replacement, ascending, shape [count]."""
     chosen = _stream(row_key(seed, draw, 0, 0), _SUBSET).permutation(population)[:count]
     return np.sort(chosen)
 

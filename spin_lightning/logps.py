@@ -1,4 +1,4 @@
-"""Log-probabilities of responses under a causal language model, exact."""
+"""Exact log-probabilities of responses under a causal language model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from spin_lightning.frozen_linear import is_linear, product
 from spin_lightning.types import SequenceBatch
 
-# Logits are the largest thing in a step: they exist for this many tokens at a time.
+# Logits are the largest tensor of a step; they are computed for this many tokens at a time.
 _HEAD_ROWS = 256
 
 
@@ -41,13 +41,13 @@ def response_token_logps(model: nn.Module, batch: SequenceBatch) -> tuple[Tensor
         batch: n left-padded sequences on the model's device.
 
     Returns:
-        Token log-probs, nats, float32, shape [n, r], r the longest response, and the bool mask
+        Token log-probs, nats, float32, shape [n, r] with r the longest response, and the bool mask
         [n, r] of the columns that hold a response token.
     """
     longest = int(batch.response_lengths.max())
     logits = last_logits(model, batch.input_ids, batch.attention_mask, keep=longest + 1)[:, :-1]
     targets = batch.input_ids[:, -longest:]
-    # In float32 whatever the model computes in: a bfloat16 log-softmax is off by percents.
+    # Always in float32: a bfloat16 log-softmax is off by several percent.
     token_logps = -functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
     ).view_as(targets)
@@ -60,8 +60,8 @@ def last_logits(
 ) -> Tensor:
     """Logits of the last `keep` columns of left-padded sequences, shape [n, keep, vocabulary].
 
-    Architectures differ in what their forward takes: the head is restricted to the columns that
-    are needed, and positions are given, wherever the model accepts that.
+    Architectures differ in the arguments of their forward. If the model accepts them, positions are
+    passed, and the head is restricted to the needed columns.
     """
     accepted = forward_arguments(model)
     if "position_ids" in accepted:
@@ -76,7 +76,7 @@ def last_logits(
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
-    """Names that the innermost model's forward takes; a PEFT wrapper forwards them all."""
+    """Argument names of the innermost model's forward; PEFT wrappers pass all arguments on."""
     inner: Any = model
     while hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -88,21 +88,21 @@ def head_logps(
 ) -> Tensor:
     """log p(target) of tokens from the hidden states that predict them.
 
-    Logits exist for a few hundred tokens at a time. Where the head is frozen, the gradient with
-    respect to the hidden state is computed along with them, d log p(y) / dh = W_y - sum_v p_v W_v:
-    two products with the head instead of three, and no logits are kept for the backward pass.
+    Logits are computed for a few hundred tokens at a time. If the head is frozen, the gradient with
+    respect to the hidden state, d log p(y) / dh = W_y - sum_v p_v W_v, is computed along with them.
+    That takes two products with the head instead of three, and the backward pass keeps no logits.
 
     Args:
         head: Maps hidden states to logits.
         hidden: Shape [tokens, width].
         targets: int64, shape [tokens].
-        softcap: c, where the model's logits are c tanh(z / c) of what the head gives.
+        softcap: c, if the model's logits are c tanh(z / c) of the head's output z; else None.
 
     Returns:
-        Nats, float32 whatever the model computes in, shape [tokens].
+        Nats, always float32, shape [tokens].
     """
     if _is_frozen_linear(head) and not torch.is_autocast_enabled(hidden.device.type):
-        frozen_head: Any = _FrozenHead.apply  # which torch leaves untyped, as it does `split`
+        frozen_head: Any = _FrozenHead.apply  # untyped in torch
         logps: Tensor = frozen_head(hidden, head.weight, head.bias, targets, softcap)
         return logps
     chunks = zip(torch.split(hidden, _HEAD_ROWS), torch.split(targets, _HEAD_ROWS), strict=True)
@@ -114,7 +114,7 @@ def sum_by_response(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
 
     Args:
         token_logps: Shape [response tokens].
-        lengths: Tokens of each of n responses.
+        lengths: Number of tokens of each of n responses.
 
     Returns:
         Nats, float64, shape [n].
@@ -154,7 +154,7 @@ class _FrozenHead(torch.autograd.Function):
             rows = slice(start, start + _HEAD_ROWS)
             h, y = hidden[rows], targets[rows, None]
             z, slope = _capped(product(h, weight, bias), softcap)
-            # From here on in place; z becomes the probabilities, then the gradient of log p(y).
+            # In place from here on: z becomes the probabilities, then the gradient of log p(y).
             highest = z.amax(dim=-1, keepdim=True)
             logp = z.gather(-1, y) - highest
             total = z.sub_(highest).exp_().sum(dim=-1, keepdim=True)
@@ -174,7 +174,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits in float32 as the model has them, and their slope in those of the head."""
+    """The model's logits in float32, and their derivative with respect to the head's output."""
     if softcap is None:
         return logits.float(), None
     bent = torch.tanh(logits / softcap).float()

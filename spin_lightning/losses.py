@@ -22,7 +22,7 @@ from torch.nn import functional
 LossName = Literal["logistic", "hinge", "exponential", "ipo"]
 MarginLoss = Callable[[Tensor, float], Tensor]
 
-# e^40 = 2.4e17, and an optimizer's squared gradient 5.5e34: float32 ends at 3.4e38.
+# e^40 = 2.4e17, and the squared gradient in an optimizer 5.5e34; float32 overflows at 3.4e38.
 _MOST_EXPONENT = 40.0
 
 
@@ -57,10 +57,10 @@ def hinge(margin: Tensor, beta: float) -> Tensor:
 
 
 def exponential(margin: Tensor, beta: float) -> Tensor:
-    """Exponential loss: exp(-beta * m), the harshest on pairs that are lost.
+    """Exponential loss: exp(-beta * m), which weighs lost pairs the most.
 
-    Beyond an exponent of 40 it goes on along its tangent, so that neither it nor the square of its
-    gradient overflows a float32; `overflows` counts these pairs.
+    Beyond an exponent of 40 it continues along its tangent, so that neither the loss nor its
+    squared gradient overflows float32; `overflows` counts these pairs.
 
     Args:
         margin: Log-ratio margin, nats, shape [batch].
@@ -75,7 +75,7 @@ def exponential(margin: Tensor, beta: float) -> Tensor:
 
 
 def overflows(margin: Tensor, beta: float) -> Tensor:
-    """Number of pairs whose exponential loss is clamped, int64, shape [].
+    """Number of pairs whose exponential loss is linearized, int64, shape [].
 
     Args:
         margin: Log-ratio margin, nats, shape [batch].
@@ -85,7 +85,7 @@ def overflows(margin: Tensor, beta: float) -> Tensor:
 
 
 def ipo(margin: Tensor, beta: float) -> Tensor:
-    """IPO's squared loss: (m - 1 / (2 beta))^2, least at a margin of 1 / (2 beta).
+    """IPO's squared loss: (m - 1 / (2 beta))^2, minimal at a margin of 1 / (2 beta).
 
     Log-probs are sums over the response, as in the IPO paper; some libraries divide by the length.
 
@@ -100,19 +100,19 @@ def ipo(margin: Tensor, beta: float) -> Tensor:
 
 
 def space(real_log_ratio: Tensor, generated_log_ratio: Tensor, ratio: float) -> Tensor:
-    """SPACE's noise-contrastive loss: tell real from generated responses, each by itself.
+    """SPACE's noise-contrastive loss: tell real from generated responses, each on its own.
 
     -log s(r) - mu * log(1 - s(r')) with s(z) = 1 / (1 + mu * exp(-z)), mu the `ratio`.
 
     Args:
         real_log_ratio: r = log p_theta(y|x) - log R(y|x), nats, shape [batch].
         generated_log_ratio: r' of the generated responses, likewise.
-        ratio: mu, weight of the generated responses against the real ones, > 0.
+        ratio: mu, weight of generated responses relative to real ones, > 0.
 
     Returns:
         Loss per pair, shape [batch]; log(1 + mu) + mu * log((1 + mu) / mu) at r = r' = 0.
     """
-    # s(z) = sigmoid(z - log mu), which neither overflows nor rounds to 0.
+    # s(z) = sigmoid(z - log mu); its log-sigmoid neither overflows nor rounds to 0.
     shift = math.log(ratio)
     real = functional.logsigmoid(real_log_ratio - shift)
     generated = functional.logsigmoid(shift - generated_log_ratio)
@@ -139,5 +139,5 @@ assert tuple(_LOSSES) == get_args(LossName)
 
 
 def by_name(name: LossName) -> MarginLoss:
-    """Return the loss function that a config calls `name`."""
+    """Return the loss function of this name."""
     return _LOSSES[name]

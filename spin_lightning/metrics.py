@@ -1,4 +1,4 @@
-"""What is logged about pairs: pure statistics of a batch, and their mean over many batches."""
+"""Metrics of pairs: statistics of a batch, and their means over many batches."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Weighted(NamedTuple):
 def pair_statistics(logps: PairLogps, beta: float) -> dict[str, Weighted]:
     """Rewards, log-probs and the real response's negative log-likelihood of a batch of pairs.
 
-    The implicit reward is beta * (log p_theta - R). A pair counts as won when the real response's
-    reward is the larger; a tie counts half.
+    The implicit reward is beta * (log p_theta - R). A pair is won if the real response has the
+    larger reward; a tie counts half.
 
     Args:
         logps: Log-probs of n pairs.
         beta: Temperature of the implicit reward.
 
     Returns:
-        By metric name (without `train/` or `val/`), the values of the n pairs with their weights:
-        1 per pair, and the number of tokens for what is per token.
+        By metric name (without `train/` or `val/`), the values of the n pairs and their weights: 1
+        per pair, or the number of tokens for metrics per token.
     """
     real_tokens = logps.real_lengths.double()
     one = torch.ones_like(real_tokens)
@@ -67,7 +67,7 @@ class PairMetrics(Metric):
     full_state_update = False
 
     def __init__(self) -> None:
-        """Start empty; what is averaged is learned from the first update."""
+        """Start empty."""
         super().__init__()
         for name in _NAMES:
             for part in ("sum", "weight"):
@@ -84,7 +84,7 @@ class PairMetrics(Metric):
             setattr(self, f"{name}:weight", getattr(self, f"{name}:weight") + weights.sum())
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean by metric name, of those that were ever updated."""
+        """Mean by metric name, for every metric that has been updated."""
         return {
             name: getattr(self, f"{name}:sum") / getattr(self, f"{name}:weight")
             for name in _NAMES
@@ -104,8 +104,28 @@ _NAMES = (
 )
 
 
+def first_margin(logps: PairLogps) -> dict[str, float]:
+    """Largest absolute margin of a batch of pairs, in nats and in nats per token.
+
+    At the first step of an iterate it is 0 where policy and reference are the same.
+
+    Args:
+        logps: Log-probs of n pairs, with generated responses.
+
+    Returns:
+        By metric name without `train/`.
+    """
+    assert logps.generated_lengths is not None
+    margin = logps.margin.detach().abs()
+    tokens = logps.real_lengths + logps.generated_lengths
+    return {
+        "first_margin_abs": float(margin.max()),
+        "first_margin_abs_per_token": float((margin / tokens).max()),
+    }
+
+
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values, shape [n], and its standard error (nan for n = 1)."""
+    """Mean of independent values, shape [n], and its standard error (NaN for n = 1)."""
     error = values.double().std(correction=1) / math.sqrt(len(values)) if len(values) > 1 else None
     return float(values.double().mean()), math.nan if error is None else float(error)
 
@@ -113,13 +133,13 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 def sampled_kl(
     generated_logps: Mapping[int, Tensor], member: int, other: int, lengths: Tensor
 ) -> dict[str, float]:
-    """Estimate KL(p_member || p_other) from responses that p_member wrote.
+    """Estimate KL(p_member || p_other) from responses that p_member generated.
 
     KL(p||q) = E_{y ~ p} [log p(y|x) - log q(y|x)], an average over the given responses.
 
     Args:
         generated_logps: log p_i(y'|x) by iterate, each of shape [n].
-        member: The iterate that wrote the responses.
+        member: The iterate that generated the responses.
         other: The iterate to compare with.
         lengths: Response lengths in tokens, shape [n].
 
@@ -132,11 +152,11 @@ def sampled_kl(
 
 
 def distinct(ids: NDArray[np.integer], offsets: NDArray[np.integer], n: int) -> float:
-    """Distinct-n: different n-grams of tokens over all of them; nan where no response has n.
+    """Distinct-n: the share of distinct token n-grams; NaN if no response has n tokens.
 
     Args:
-        ids: Tokens of all responses, one after the other.
-        offsets: Where each response begins, and at last the end, shape [responses + 1].
+        ids: Tokens of all responses, concatenated.
+        offsets: Start of each response, and the end of the last, shape [responses + 1].
         n: Length of an n-gram, 1 to 3.
 
     Reference: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models",
@@ -146,7 +166,7 @@ def distinct(ids: NDArray[np.integer], offsets: NDArray[np.integer], n: int) -> 
     begin = np.concatenate([np.empty(0, dtype=np.int64), *starts])
     if not len(begin):
         return math.nan
-    # One number per n-gram: comparing them one by one is many times faster than row by row.
+    # Encode each n-gram as one integer: comparing integers is many times faster than rows.
     vocabulary, grams = int(ids.max()) + 1, np.zeros(len(begin), dtype=np.int64)
     for place in range(n):
         grams = grams * vocabulary + ids[begin + place]
@@ -154,6 +174,6 @@ def distinct(ids: NDArray[np.integer], offsets: NDArray[np.integer], n: int) -> 
 
 
 def duplicate_rate(sequences: Iterable[NDArray[np.integer]]) -> float:
-    """Share of responses that an earlier one already gave, token for token."""
+    """Share of responses that repeat an earlier one token for token."""
     seen = [sequence.tobytes() for sequence in sequences]
     return 1 - len(set(seen)) / len(seen)

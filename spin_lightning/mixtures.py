@@ -1,9 +1,9 @@
-"""Opponents and references as data: which iterates, with which weights, how near to the base.
+"""Opponents and references as data: which iterates, with which weights, how close to the base.
 
-Two ways to combine policies meet here. An arithmetic mixture of whole responses can be sampled
-(draw a member, let it answer) and its density is exact. A geometric mixture with the base is what a
-KL penalty towards the base turns a reference into: of whole responses it is known up to a
-normalizer that depends on the prompt alone; token by token it is normalized, and can be sampled.
+There are two ways to combine policies. An arithmetic mixture of whole responses can be sampled
+(draw a member, then a response from it) and its density is exact. A geometric mixture with the base
+is what a KL penalty towards the base turns a reference into. Over whole responses it is known up to
+a normalizer that depends on the prompt alone; token by token it is normalized and can be sampled.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from spin_lightning.errors import SettingError, is_number, is_whole
 
-# What log-ratios are taken against: what the opponent is, or the last iterate alone.
+# The denominator of log-ratios: the opponent's own mixture, or the last iterate alone.
 Against = Literal["opponent", "previous"]
-# A geometric mixture with the base is taken of whole responses, or token by token.
+# Whether a geometric mixture with the base is over whole responses or token by token.
 Level = Literal["sequence", "token"]
 
 
@@ -31,16 +31,16 @@ class Mixture:
     It can be sampled (draw i with probability w_i, then y' ~ p_i) and its density is exact.
     It is not the average of per-token probabilities.
 
-    With a `token_alpha` the members are, instead of the iterates p_i, their geometric mixtures with
-    the base at every token, g_i(y_s|x,y_<s) = softmax((1 - alpha) log p_i + alpha log p_0).
+    With a `token_alpha`, the members are not the iterates p_i but their geometric mixtures with the
+    base at every token, g_i(y_s|x,y_<s) = softmax((1 - alpha) log p_i + alpha log p_0).
 
     Attributes:
         weights: Weight of each iterate, > 0, summing to 1, by ascending iterate index.
         token_alpha: Weight of the base at every token, in [0, 1]; 0 for the iterates themselves.
 
     Raises:
-        SettingError: A negative or non-finite weight, a negative index, weights whose sum is not
-            1 to 1e-9, or a `token_alpha` outside [0, 1].
+        SettingError: A weight is negative or non-finite, an index is negative, the weights do not
+            sum to 1 within 1e-9, or `token_alpha` is outside [0, 1].
 
     Example:
         >>> Mixture({1: 0.5, 2: 0.5}).members
@@ -51,7 +51,7 @@ class Mixture:
     token_alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the weights and drop the members that have none."""
+        """Check the weights and drop members of weight 0."""
         check_alpha(self.token_alpha)
         for member, weight in self.weights.items():
             if member < 0 or not math.isfinite(weight) or weight < 0:
@@ -84,21 +84,21 @@ class Mixture:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The iterates that carry weight, ascending."""
+        """Iterates with a positive weight, ascending."""
         return tuple(self.weights)
 
     @property
     def plain_members(self) -> tuple[int, ...]:
-        """Iterates i whose log p_i the density is a function of, ascending."""
+        """Iterates i whose log p_i the density depends on, ascending."""
         return () if self.token_alpha else self.members
 
     @property
     def token_members(self) -> tuple[int, ...]:
-        """Iterates i whose log g_i the density is a function of, ascending."""
+        """Iterates i whose log g_i the density depends on, ascending."""
         return self.members if self.token_alpha else ()
 
     def draw(self, uniform: float) -> int:
-        """Return the iterate that a uniform number in [0, 1) picks, by the inverse CDF."""
+        """Map a uniform number in [0, 1) to an iterate by the inverse CDF of the weights."""
         cumulative = 0.0
         for member, weight in self.weights.items():
             cumulative += weight
@@ -123,7 +123,7 @@ class Mixture:
         return mixture_logps(stacked, weights)
 
     def __str__(self) -> str:
-        """Name the iterates; a range where consecutive ones weigh the same."""
+        """The weighted iterates, as a range if they are consecutive and weigh the same."""
         near_base = f" ~{self.token_alpha:.3g}·p0" if self.token_alpha else ""
         return self._names() + near_base
 
@@ -138,17 +138,18 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Geometric:
-    """Geometric mixture of a mixture with the base, over whole responses; a reference only.
+    """Geometric mixture of an arithmetic mixture and the base, over whole responses.
 
     log R(y|x) = (1 - alpha) log mu(y|x) + alpha log p_0(y|x), up to log Z(x), which is the same for
-    every response to a prompt and cancels in losses of the margin. It cannot be sampled.
+    every response to a prompt and cancels in losses of the margin. It cannot be sampled, so it can
+    only be a reference.
 
     Attributes:
-        mixture: mu, of plain iterates.
-        alpha: Weight of the base, in [0, 1]; 0 is the mixture itself, 1 the base.
+        mixture: mu, over plain iterates.
+        alpha: Weight of the base, in [0, 1]; 0 gives the mixture itself, 1 the base.
 
     Raises:
-        SettingError: `alpha` outside [0, 1], or a mixture that is token-level already.
+        SettingError: `alpha` is outside [0, 1], or the mixture is already token-level.
     """
 
     mixture: Mixture
@@ -161,34 +162,34 @@ class Geometric:
             raise SettingError(
                 "Geometric",
                 str(self.mixture),
-                "its members are mixed with the base already, token by token",
-                fix="give it a mixture without token_alpha",
+                "its members are already mixed with the base, token by token",
+                fix="give a mixture without token_alpha",
             )
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The iterates that carry weight, ascending."""
+        """Iterates with a positive weight, ascending."""
         mixed = self.mixture.members if self.alpha < 1 else ()
         return tuple(sorted({*mixed, 0} if self.alpha > 0 else mixed))
 
     @property
     def plain_members(self) -> tuple[int, ...]:
-        """Iterates i whose log p_i the density is a function of, ascending."""
+        """Iterates i whose log p_i the density depends on, ascending."""
         return self.members
 
     @property
     def token_members(self) -> tuple[int, ...]:
-        """None: the density is a function of plain log-probs."""
+        """Empty: the density depends on plain log-probs only."""
         return ()
 
     @property
     def token_alpha(self) -> float:
-        """0: nothing is mixed token by token."""
+        """Always 0: nothing is mixed token by token."""
         return 0.0
 
     @property
     def is_normalized(self) -> bool:
-        """Whether log Z(x) is 0, as for a mixture or the base alone."""
+        """Whether log Z(x) is 0, as for an arithmetic mixture or the base alone."""
         return self.alpha in (0, 1) or self.mixture.members == (0,)
 
     def logps(
@@ -207,7 +208,7 @@ class Geometric:
         return mixed if self.alpha == 0 else (1 - self.alpha) * mixed + self.alpha * member_logps[0]
 
     def __str__(self) -> str:
-        """Name the mixture and the base's weight."""
+        """The mixture and the weight of the base."""
         return f"({self.mixture})^{1 - self.alpha:.3g}·p0^{self.alpha:.3g}"
 
 
@@ -215,10 +216,10 @@ Reference = Mixture | Geometric
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuse a weight of the base that is no weight.
+    """Check the weight of the base policy.
 
     Raises:
-        SettingError: `alpha` outside [0, 1].
+        SettingError: `alpha` is not a number in [0, 1].
     """
     if not is_number(alpha) or not 0 <= alpha <= 1:
         raise SettingError(
@@ -226,6 +227,21 @@ def check_alpha(alpha: float) -> None:
             alpha,
             "it is the weight of the base policy",
             fix="give a number from 0 (no pull to the base) to 1 (the base alone)",
+        )
+
+
+def check_history(history: int | None) -> None:
+    """Check the number of iterates to mix; None means all of them.
+
+    Raises:
+        SettingError: `history` is not a positive integer.
+    """
+    if history is not None and not is_whole(history, 1):
+        raise SettingError(
+            "history",
+            history,
+            "a history holds at least one iterate",
+            fix="give 1 or more, or null for all",
         )
 
 
@@ -243,15 +259,9 @@ def window(t: int, history: int | None) -> Mixture:
     """Equal weights over the last `history` iterates up to t; None means all of them.
 
     Raises:
-        SettingError: `history` below 1.
+        SettingError: `history` is not a positive integer.
     """
-    if history is not None and not is_whole(history, 1):
-        raise SettingError(
-            "history",
-            history,
-            "a history holds at least one iterate",
-            fix="give 1 or more, or null for all",
-        )
+    check_history(history)
     first = 0 if history is None else max(0, t - history + 1)
     return uniform(range(first, t + 1))
 
@@ -260,9 +270,9 @@ def referenced(t: int, opponent: Mixture, against: Against) -> Mixture:
     """The arithmetic part of a reference: the opponent's own mixture, or the last iterate alone.
 
     Args:
-        t: The iterate at hand.
-        opponent: Who generates.
-        against: `opponent`, or `previous` for the released scripts' way.
+        t: Index of the last iterate.
+        opponent: The mixture that generates.
+        against: `opponent`, or `previous` as in SPIN's released scripts.
     """
     return opponent if against == "opponent" else latest(t)
 
@@ -270,8 +280,8 @@ def referenced(t: int, opponent: Mixture, against: Against) -> Mixture:
 def pulled_to_base(mixture: Mixture, alpha: float) -> Mixture:
     """A mixture of the iterates' token-level geometric mixtures with the base.
 
-    Where that is a mixture of plain iterates, it is returned as one: at `alpha` 0 the mixture
-    itself, at 1 or with no member but the base, the base.
+    Where that equals a mixture of plain iterates, the plain mixture is returned: the mixture itself
+    at `alpha` 0, the base at `alpha` 1 or if the base is the only member.
     """
     if alpha == 1 or mixture.members == (0,):
         return base()
@@ -279,7 +289,7 @@ def pulled_to_base(mixture: Mixture, alpha: float) -> Mixture:
 
 
 def base() -> Mixture:
-    """The base policy, iterate 0, alone: the reference of DPO."""
+    """The base policy (iterate 0) alone, as in DPO's reference."""
     return latest(0)
 
 
@@ -288,7 +298,7 @@ def mixture_logps(logps: Tensor, weights: Tensor | None = None) -> Tensor:
 
     Args:
         logps: log p_i(y|x) of each member, nats, shape [..., h].
-        weights: Weights of the members, summing to 1, shape [h]; equal ones when None.
+        weights: Weights of the members, summing to 1, shape [h]; default equal weights.
 
     Returns:
         log mu(y|x), nats, shape [...], in the dtype of `logps`.

@@ -1,4 +1,4 @@
-"""Sequences in, one batch out: prompts shared and unpadded, or every sequence padded."""
+"""Building batches from sequences: prompts shared without padding, or every sequence padded."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from spin_lightning.types import PromptBatch, SequenceBatch
 def pack_prompts(
     prompts: Sequence[ArrayLike], responses: Sequence[Sequence[ArrayLike]]
 ) -> PromptBatch:
-    """Put each prompt and its responses one after the other, without padding.
+    """Concatenate prompts, each followed by its responses, without padding.
 
     Args:
         prompts: Token ids of n prompts, each at least one token: tuples, lists or arrays.
-        responses: Of each prompt, token ids of its responses, each at least one token, likewise.
+        responses: Token ids of the responses to each prompt, each at least one token, likewise.
 
     Returns:
         The batch, on the CPU.
@@ -35,20 +35,20 @@ def pack_prompts(
 
 
 def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:
-    """Cut a batch between prompts into pieces of about as many tokens each.
+    """Split a batch between prompts into pieces of about equal numbers of tokens.
 
     Args:
         batch: n prompts and their responses.
-        most: Tokens of a piece; where prompts do not fit evenly, one has up to a prompt more.
+        most: Tokens of a piece; pieces can be longer by up to one prompt with its responses.
 
     Returns:
-        The pieces in order; the batch alone where it has no more tokens than that.
+        The pieces in order; a single one if the batch has at most `most` tokens.
     """
     groups = list(zip(batch.prompt_lengths, batch.response_lengths, strict=True))
     lengths = [prompt + sum(responses) for prompt, responses in groups]
     total = sum(lengths)
     count = -(-total // most)
-    # A prompt belongs to the piece in which its middle lies.
+    # A prompt belongs to the piece that contains its middle.
     middles = [end - length / 2 for end, length in zip(accumulate(lengths), lengths, strict=True)]
     pieces: dict[int, list[int]] = {}
     for i, middle in enumerate(middles):
@@ -65,7 +65,7 @@ def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:
 
 
 def positions(batch: PromptBatch) -> Tensor:
-    """Position of each token in [prompt, its own response], int64, shape [tokens]."""
+    """Position of each token within its own [prompt, response], int64, shape [tokens]."""
     pieces = [
         piece
         for prompt, lengths in zip(batch.prompt_lengths, batch.response_lengths, strict=True)
@@ -75,9 +75,9 @@ def positions(batch: PromptBatch) -> Tensor:
 
 
 def predictors(batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    """Where each response token is predicted, and where it lies.
+    """Indices of the tokens that predict response tokens, and of the response tokens themselves.
 
-    The first token of every response is predicted by the last one of the prompt.
+    The last token of a prompt predicts the first token of each of its responses.
 
     Returns:
         Two int64 tensors of shape [response tokens], response by response: indices into the row.
@@ -97,10 +97,10 @@ def predictors(batch: PromptBatch) -> tuple[Tensor, Tensor]:
 
 
 def pad_prompts(batch: PromptBatch) -> SequenceBatch:
-    """Spell every response out as a sequence of its own, its prompt before it, padded.
+    """Turn each response into a padded sequence of its own, with its prompt in front.
 
     Returns:
-        The sequences in the order of the responses, where the batch lies.
+        The sequences in the order of the responses, on the device of the batch.
     """
     ids = batch.input_ids.cpu().numpy()
     prompts, responses, start = [], [], 0
@@ -110,7 +110,7 @@ def pad_prompts(batch: PromptBatch) -> SequenceBatch:
             prompts.append(here)
             responses.append(ids[start : start + length])
             start += length
-    # Padded columns are masked, and 0 is an id of every vocabulary.
+    # Padded columns are masked, and 0 is a valid id in every vocabulary.
     return pack_padded(prompts, responses, pad_id=0).to(batch.input_ids.device)
 
 
@@ -119,9 +119,9 @@ def pack_padded(
 ) -> SequenceBatch:
     """Concatenate each prompt with its response and pad on the left.
 
-    With every response ending in the last column, the head is needed for the last
-    `max(response length) + 1` columns only, which every causal language model of transformers
-    can be asked for.
+    Since every response ends in the last column, logits are needed for the last
+    `max(response length) + 1` columns only; causal language models of transformers can compute
+    just those.
 
     Args:
         prompts: Token ids of n prompts, each at least one token: tuples, lists or arrays.
@@ -152,12 +152,12 @@ def pad_left(sequences: Sequence[ArrayLike], pad_id: int) -> tuple[Tensor, Tenso
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Split indices into batches of similar length and at most `max_tokens` padded tokens.
 
-    The split depends on the lengths alone, longest first, so that the same sequences always meet
-    in the same batches. A sequence longer than `max_tokens` is a batch of its own.
+    The split depends on the lengths alone, longest first, so that the same sequences always share
+    the same batches. A sequence longer than `max_tokens` is a batch of its own.
 
     Args:
         lengths: Number of tokens of each sequence.
-        max_tokens: Most padded tokens (rows times longest row) of a batch.
+        max_tokens: Maximum number of padded tokens (rows times longest row) of a batch.
 
     Yields:
         Indices into `lengths`.

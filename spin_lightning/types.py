@@ -1,16 +1,21 @@
-"""The values that travel between the parts of the library. All frozen, all plain."""
+"""Values that are passed between the parts of the library, all immutable, and their interfaces."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Message(TypedDict):
-    """One turn of a chat, in the form that chat templates take."""
+    """One turn of a chat, in the form that chat templates expect."""
 
     role: str
     content: str
@@ -29,7 +34,7 @@ class PolicyId(NamedTuple):
 
     @property
     def mixes_base(self) -> bool:
-        """Whether the base takes part at every token; iterate 0 mixed with the base is the base."""
+        """Whether the base is mixed in at every token; mixed with iterate 0 it changes nothing."""
         return self.token_alpha > 0 and self.iterate != 0
 
 
@@ -38,9 +43,9 @@ class Conversation:
     """One example as text.
 
     Attributes:
-        example_id: Position of the example in its source, counted from 0.
+        example_id: Position of the example in its source, from 0.
         prompt: The turns before the response; a plain prompt is a single user turn.
-        response: The response of the data set ("real").
+        response: The data set's response ("real").
     """
 
     example_id: int
@@ -50,7 +55,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """An example that was left out, and why."""
+    """An example that cannot be used, and why."""
 
     example_id: int
     reason: str
@@ -61,10 +66,10 @@ class Example:
     """One tokenized example.
 
     Attributes:
-        example_id: Position of the example in its source, counted from 0.
-        prompt_ids: Ids of the prompt, exactly as the opponents will see them.
-        real_ids: Ids of the real response, up to and including its stop id, or its first
-            ids up to the cap.
+        example_id: Position of the example in its source, from 0.
+        prompt_ids: Ids of the prompt, exactly as the opponents see them.
+        real_ids: Ids of the real response up to and including its stop id, or its first ids up to
+            the cap.
         real_finished: Whether `real_ids` ends with a stop id.
     """
 
@@ -76,18 +81,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One synthetic row, as it lies in parquet.
+    """One synthetic row, as stored in parquet.
 
     Attributes:
-        example_id: The example it was made from.
-        sample: Which of the example's samples it is, from 0.
+        example_id: The example that it was made from.
+        sample: Index of the sample among those of the example, from 0.
         prompt_ids: Ids of the prompt.
         real_ids: Ids of the real response.
-        generated_ids: Ids of the generated response; empty where a method uses none.
+        generated_ids: Ids of the generated response; empty if the method uses none.
         opponent: Iterate i with y' ~ p_i; None where there is no generated response.
         finished: Whether `generated_ids` ends with a stop id.
         real_finished: Whether `real_ids` does.
-        members: Iterates whose log-probs follow, ascending.
+        members: Iterates whose log-probs are stored, ascending.
         member_real_logps: log p_i(y|x) of each member, nats, by teacher forcing at temperature 1.
         member_generated_logps: log p_i(y'|x), likewise.
         token_alpha: Base weight of a token-level mixture; None without one.
@@ -142,8 +147,8 @@ class SequenceBatch:
 class PromptBatch:
     """Prompts, each followed by its responses, in one row without padding.
 
-    Prompt by prompt: [prompt, response, response, …]. Each prompt is there once, whatever the
-    number of its responses, which do not see each other.
+    Prompt by prompt: [prompt, response, response, …]. Each prompt occurs once, whatever the number
+    of its responses, which do not attend to each other.
 
     Attributes:
         input_ids: int64, shape [tokens].
@@ -167,14 +172,14 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one training or validation step needs.
+    """Input of one training or validation step.
 
     Attributes:
-        pairs: n prompts, each with its real response and then the generated one, where the method
-            uses one.
+        pairs: n prompts, each with its real response, then the generated one if the method uses
+            one.
         reference_real: log R(y|x), nats, float64, shape [n].
         reference_generated: log R(y'|x), likewise; None without generated responses.
-        row_ids: Example and sample of each pair; empty where nobody will ask.
+        row_ids: Example and sample of each pair; empty if unknown.
     """
 
     pairs: PromptBatch
@@ -199,7 +204,7 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Summed response log-probs of a batch of pairs, nats, each of shape [n].
+    """Summed log-probs of the responses of a batch of pairs, nats, each of shape [n].
 
     Attributes:
         policy_real: log p_theta(y|x), with gradient.
@@ -217,14 +222,36 @@ class PairLogps:
     real_lengths: Tensor
     generated_lengths: Tensor | None
 
+    @classmethod
+    def of(cls, batch: PairBatch, logps: Tensor) -> PairLogps:
+        """Combine a batch with the policy's log-probs of its responses.
+
+        Args:
+            batch: n pairs.
+            logps: log p_theta of every response, in the order of `batch.pairs`, nats, shape
+                [responses].
+        """
+        # One column for the real responses, and a second if there are generated ones.
+        by_side = logps.view(len(batch), -1).unbind(dim=-1)
+        lengths = logps.new_tensor(batch.pairs.response_lengths).long().unbind(dim=-1)
+        paired = len(by_side) > 1
+        return cls(
+            policy_real=by_side[0],
+            policy_generated=by_side[1] if paired else None,
+            reference_real=batch.reference_real,
+            reference_generated=batch.reference_generated,
+            real_lengths=lengths[0],
+            generated_lengths=lengths[1] if paired else None,
+        )
+
     @property
     def real_log_ratio(self) -> Tensor:
-        """log p_theta(y|x) - R(y|x), shape [n]."""
+        """log p_theta(y|x) - log R(y|x), shape [n]."""
         return self.policy_real - self.reference_real
 
     @property
     def generated_log_ratio(self) -> Tensor:
-        """log p_theta(y'|x) - R(y'|x), shape [n].
+        """log p_theta(y'|x) - log R(y'|x), shape [n].
 
         Raises:
             TypeError: The rows hold no generated responses.
@@ -237,3 +264,70 @@ class PairLogps:
     def margin(self) -> Tensor:
         """real_log_ratio - generated_log_ratio, before beta, shape [n]."""
         return self.real_log_ratio - self.generated_log_ratio
+
+
+class Density(Protocol):
+    """A density of responses that is a function of the stored log-probs of its members."""
+
+    def logps(
+        self, member_logps: Mapping[int, Tensor], token_logps: Mapping[int, Tensor], /
+    ) -> Tensor:
+        """Log-density of responses, nats, shape [...].
+
+        Args:
+            member_logps: log p_i(y|x) of each plain member, nats, each of shape [...].
+            token_logps: log g_i(y|x) of each token-level member, likewise.
+        """
+
+
+class ModuleForData(Protocol):
+    """What the data module uses of the module in training."""
+
+    @property
+    def iterate(self) -> int:
+        """Index t of the newest iterate; p_{t+1} is in training."""
+
+    @property
+    def refresh(self) -> str:
+        """`all`, or `reservoir` if rows of earlier iterates are kept."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids that the model has embeddings for."""
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence that the model supports, in tokens."""
+
+    @property
+    def generation_stop_ids(self) -> int | list[int] | None:
+        """The stop ids in the model's generation config."""
+
+    def check_trainer(self) -> int:
+        """Check the Trainer's settings; return the number of iterates to play."""
+
+    def check_model(self) -> None:
+        """Check model and adapter before weights are read."""
+
+    def rows_per_sample(self, t: int) -> int:
+        """Rows per sample of an example while p_{t+1} is trained."""
+
+    def reference(self, t: int) -> Density:
+        """The denominator of log-ratios while p_{t+1} is trained."""
+
+
+class DataForModule(Protocol):
+    """What the module in training uses of the data module."""
+
+    def batches_per_epoch(self, t: int, world_size: int) -> int:
+        """Number of batches that each rank gets in an epoch on the rows of iterate t."""
+
+    def rank_share(self, t: int, batch_idx: int, *, held_out: bool = False) -> float:
+        """Weight of this rank's batch mean in the mean over all ranks."""
+
+    def rows_folder(self, t: int) -> Path:
+        """Folder of the training rows of iterate t."""

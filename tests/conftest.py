@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.testbed import TestbedPaths, ensure
+from tests.toys.adapters import write_adapter
+from tests.toys.models import write_tiny_model
 from tests.toys.runs import play, write_examples
 
 
 @pytest.fixture(autouse=True)
 def _restore_random_state() -> Iterator[None]:
-    """A test that seeds leaves the random state and the announced seed as they were."""
+    """Restore the random state and the announced seed after each test."""
     state, seed = torch.get_rng_state(), os.environ.get("PL_GLOBAL_SEED")
     yield
     torch.set_rng_state(state)
@@ -33,39 +33,7 @@ def _restore_random_state() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Llama and a word-level tokenizer that adds BOS; context 64."""
-    folder = tmp_path_factory.mktemp("tiny_model")
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(20))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +43,17 @@ def tiny_base(tiny_model_dir: Path) -> FrozenBase:
 
 
 @pytest.fixture(scope="session")
+def tiny_adapters(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
+    """Two random adapters on the tiny model, as iterates 1 and 2."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {t: write_adapter(tiny_model_dir, root / str(t), seed=t) for t in (1, 2)}
+
+
+@pytest.fixture(scope="session")
 def testbed_seed_0() -> TestbedPaths:
-    """The embedded testbed, made once and then kept in the user's cache folder as for a user."""
+    """The embedded testbed, cached in the user's cache folder as for a user."""
     return ensure(seed=0)
 
 

@@ -19,14 +19,14 @@ UNKNOWN = {"name": "c", "skip_reason": "Dependency not found on PyPI"}
     ("packages", "errors", "code", "said"),
     [
         ([SAFE, UNKNOWN], "", 0, "0 findings in 1 of 2 pinned versions"),
-        ([SAFE, BAD], "Found 1 known vulnerability", 1, "b 2: PYSEC-1 (mended in: 2.1)"),
+        ([SAFE, BAD], "Found 1 known vulnerability", 1, "b 2: PYSEC-1 (fixed in: 2.1)"),
         ([UNKNOWN], "", 0, "nothing was checked"),
         (None, "requests.exceptions.ConnectionError: Max retries exceeded", 0, "no network"),
         (None, "ERROR: invalid requirement", 1, "pip-audit failed: ERROR: invalid requirement"),
         (None, "", 1, "pip-audit failed"),
     ],
 )
-def test_audit_fails_on_findings_and_passes_where_nobody_answers(
+def test_audit_fails_on_findings_and_passes_without_a_network(
     packages, errors, code, said, tmp_path
 ):
     program = tmp_path / "pip-audit"

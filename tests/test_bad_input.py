@@ -8,10 +8,12 @@ from typing import Any
 
 import peft
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from tests.cli.test_fit import fit_arguments
+from tests.toys.adapters import save_adapter
+from tests.toys.models import random_model
 from tests.toys.runs import contents, write_examples
 
 GOOD = {"prompt": "w1 w2", "response": "w3"}
@@ -52,13 +54,21 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> di
     vocabulary = {f"w{i}": i for i in range(1000)}
     tokenizer = places["small_head"] / "tokenizer.json"
     edit(tokenizer, model={**json.loads(tokenizer.read_text())["model"], "vocab": vocabulary})
-    places["other_adapter"] = adapter(folder / "other_adapter", small_llama())
+    narrow = LlamaConfig(
+        vocab_size=24,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    places["other_adapter"] = save_adapter(random_model(narrow), lora, folder / "other_adapter")
     places["torn_adapter"] = Path(shutil.copytree(places["other_adapter"], folder / "torn_adapter"))
     (places["torn_adapter"] / "adapter_model.safetensors").write_bytes(b"torn")
-    places["prompt_tuning"] = adapter(
-        folder / "prompt_tuning",
+    places["prompt_tuning"] = save_adapter(
         AutoModelForCausalLM.from_pretrained(tiny_model_dir),
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        folder / "prompt_tuning",
     )
     places["no_causal_model"] = folder / "no_causal_model"
     shutil.copytree(tiny_model_dir, places["no_causal_model"])
@@ -68,25 +78,6 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> di
 
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def small_llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=24,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    )
-
-
-def adapter(folder: Path, model: Any, config: peft.PeftConfig | None = None) -> Path:
-    """Save an adapter of a model as a PEFT folder."""
-    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    peft.get_peft_model(model, config or lora).save_pretrained(folder)
-    return folder
 
 
 def flags(settings: dict[str, Any], places: dict[str, Path]) -> list[str]:

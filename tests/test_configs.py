@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
-    PretrainedConfig,
     Qwen2Config,
 )
 
@@ -23,6 +21,7 @@ from spin_lightning.logps import (
     sum_by_response,
 )
 from spin_lightning.packing import pack_padded
+from tests.toys.models import random_model
 
 SIZES = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = {
@@ -60,20 +59,14 @@ PAIRS = [
 ]
 
 
-def build(config: PretrainedConfig) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
 def model(request):
-    return build(request.param)
+    return random_model(request.param).eval()
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return build(CONFIGS["llama"])
+    return random_model(CONFIGS["llama"]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +196,7 @@ def test_response_logps_of_a_model_in_half_precision_are_summed_in_double_precis
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_response_logps_of_a_llama_in_half_precision_are_those_of_its_own_logits(batch, dtype):
-    model = build(CONFIGS["llama"]).to(dtype)
+    model = random_model(CONFIGS["llama"]).eval().to(dtype)
     with torch.no_grad():
         logps = response_logps(model, batch)
         positions = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)

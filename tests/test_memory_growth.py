@@ -12,7 +12,7 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import FrozenBase, load_config
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.rows.making import Synthesis, Timing, finish
 from spin_lightning.rows.plan import EarlierRows, RowPlan
 from spin_lightning.rows.store import read_rows
@@ -42,7 +42,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(testbed_seed_0, tmp_path):
     adapter = write_adapter(testbed_seed_0.model, tmp_path / "1", seed=1)
     policy.use_iterates({0: tmp_path / "0", 1: adapter})
     # No stop ids: every response has all 64 tokens.
-    generator = LocalGenerator(load_config(base), (), 0, GenerationSettings())
+    generator = LocalGenerator((), 0, GenerationSettings())
     synthesis = Synthesis(policy, generator, vocabulary=38)
     prompts = [tuple(1 + (7 * i + j) % 30 for j in range(4 + i % 5)) for i in range(100)]
     examples = [Example(i, prompts[i % 100], (5, 6, 2), True) for i in range(ROWS)]

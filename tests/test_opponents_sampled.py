@@ -27,7 +27,7 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import FrozenBase, load_config
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.rows.making import Synthesis, Timing, finish
 from spin_lightning.rows.plan import NO_ROWS, Coupling, EarlierRows, RowPlan
 from spin_lightning.rows.store import RowTable, read_rows
@@ -189,7 +189,7 @@ def draw(base, adapters, exact, tmp_path_factory) -> Callable[..., RowTable]:
             context=32,
             coupling=before and Coupling.between(module.opponent(t - 1), now),
         )
-        generator = LocalGenerator(load_config(base), (stop,), 0, GenerationSettings(**settings))
+        generator = LocalGenerator((stop,), 0, GenerationSettings(**settings))
         synthesis = Synthesis(policy, generator, vocabulary=38)
         folder = tmp_path_factory.mktemp("rows")
         earlier = NO_ROWS if before is None else EarlierRows(before)

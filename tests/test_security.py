@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import spin_lightning
 from spin_lightning import SPIN, SelfPlayModule
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import RunFolderError, SpinError
 from spin_lightning.evaluation.mt_bench.data import Query

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import lightning as L
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.model_summary import summarize
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from transformers.utils.logging import set_tqdm_hook
 
 from spin_lightning.callbacks.speed import speed_line
 from spin_lightning.run.records import IterateRecord, TrainingRecord
@@ -67,6 +72,34 @@ def quiet() -> Iterator[None]:
     finally:
         console.quiet = shown
         log.setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """Silence output of other libraries that does not concern a run; warnings still show.
+
+    Silenced are transformers' bars for loading weights, which take a moment, and Lightning's tips
+    for other products. Bars of downloads stay. Calling this twice is harmless.
+    """
+    set_tqdm_hook(_without_weight_bars)
+    # The logger of Lightning's rank_zero_info.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_a_tip)
+
+
+class ParameterCount(ModelSummary):
+    """Prints how many parameters are trained and how many are frozen, in one line.
+
+    In place of Lightning's summary, which lists modules and how many of them are in train mode:
+    self-play switches modes all the time.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line."""
+        if trainer.is_global_zero:
+            summary = summarize(pl_module)
+            trained = summary.trainable_parameters
+            counts = (trained, summary.total_parameters - trained)
+            shown = [get_human_readable_count(count).strip() for count in counts]
+            console.print(f"Parameters: {shown[0]} trained, {shown[1]} frozen.")
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
@@ -129,6 +162,18 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or task.finished_speed or 0:.1f} rows/s")
+
+
+def _without_weight_bars(
+    make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Make one of transformers' progress bars; those for loading weights are disabled."""
+    hidden = kwargs.get("desc") == "Loading weights"
+    return make(*args, **(kwargs | {"disable": True} if hidden else kwargs))
+
+
+def _is_not_a_tip(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡 Tip:")
 
 
 def _line(record: IterateRecord) -> str:

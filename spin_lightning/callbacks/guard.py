@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.errors import SettingError
+from spin_lightning.modules.trainer_access import is_mid_step
 from spin_lightning.run.files import replace_synced, writing
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.lock import FolderLock
@@ -184,8 +185,8 @@ class RunGuard:
         Raises:
             Stopped: A signal came; the checkpoint is written.
         """
-        if trainer.fit_loop._should_accumulate():
-            # A run cannot start from the gradients of half a step.
+        if is_mid_step(trainer):
+            # Gradients of half a step are nothing to start from.
             return
         # Ranks decide together: their clocks differ, and a signal reaches them at different times.
         stop = self._any_rank(trainer, self._signals.received)

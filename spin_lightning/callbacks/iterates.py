@@ -62,7 +62,7 @@ def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord |
     """
     run, module = session.run, session.module
     staged = run.staged_iterate(t)
-    bare = t == 0 and module.initial_adapter is None
+    bare = t == 0 and module.policy_spec.initial_adapter is None
     files = {} if bare else module.policy.snapshot(staged)
     if t in run.known_iterates() and run.record(t).files != files:
         run.discard_after(t)
@@ -71,7 +71,7 @@ def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord |
         index=t,
         parent=t - 1 if t else None,
         files=files,
-        base=asdict(module.base),
+        base=asdict(module.policy_spec.base),
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
         step=step,
@@ -158,7 +158,7 @@ def training_record(session: Session, timing: Timing, clock: TrainingClock) -> T
             "scoring": timing.scoring,
             "training": trained.seconds,
         },
-        speed=measure_speed(timing, trained, module.base, trainer.strategy.root_device),
+        speed=measure_speed(timing, trained, module.policy_spec.base, trainer.strategy.root_device),
         peak_memory=peak_memory(),
     )
 

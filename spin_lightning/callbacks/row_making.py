@@ -172,8 +172,8 @@ class RowMaker:
         if trainer.is_global_zero:
             console.print(
                 f"Estimated per iterate: {_minutes(making)} to generate and score, about "
-                f"{_minutes(training)} to train; {_minutes(left * (making + training))} for the "
-                f"{left} remaining iterates."
+                f"{_minutes(training)} to train; {_minutes(left * (making + training))} in "
+                f"total (iterates left: {left})."
             )
         if self.dry_run:
             raise DryRunFinished

@@ -30,7 +30,7 @@ from spin_lightning.callbacks.requirements import (
 )
 from spin_lightning.callbacks.row_making import RowMaker
 from spin_lightning.callbacks.session import Session
-from spin_lightning.modules.skipping import check_weights
+from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
 
@@ -214,7 +214,7 @@ class SelfPlay(Callback):
     def _finish_iterate(self, session: Session) -> None:
         """Keep the policy as the next iterate and move on to it. Doing it twice is harmless."""
         trainer, module = session.trainer, session.module
-        check_weights(module)
+        check_weights(module.policy, module.iterate)
         training = training_record(session, self._rows.timing, self._clock)
         self._iterate_step = trainer.global_step
         if trainer.is_global_zero:

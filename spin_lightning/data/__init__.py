@@ -1,1 +1,1 @@
-"""Data: files in any accepted format in, batches of token ids out."""
+"""Data: from files in any accepted format to batches of token ids."""

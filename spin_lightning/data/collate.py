@@ -12,7 +12,7 @@ from spin_lightning.types import PairBatch
 
 
 def collate(pairs: Sequence[Pair]) -> PairBatch:
-    """Pack n pairs, of which all or none have a generated response."""
+    """Pack n pairs, either all or none of which have a generated response."""
     paired = len(pairs[0].generated_ids) > 0
     return PairBatch(
         pairs=pack_prompts(

@@ -1,12 +1,9 @@
-"""The data module: examples in any accepted format, and loaders over the rows of the iterate."""
+"""The data module: examples in any accepted format, and loaders over the rows of an iterate."""
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,53 +11,60 @@ from lightning.pytorch.utilities import rank_zero_info
 from spin_lightning import keyed
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
-from spin_lightning.data.formats import describe_bad_rows, read_conversations
+from spin_lightning.data.examples import ExampleReader, check_ids, content_hash
+from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.held_out import MOST_HELD_OUT, held_out_count, hold_out
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import (
     MOST,
-    DataError,
     RunFolderError,
     SettingError,
+    check_settings,
     is_number,
     is_whole,
 )
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
-from spin_lightning.types import BadRow, Conversation, Example
+from spin_lightning.types import BadRow, Conversation, Example, ModuleForData
 
-_MOST_VAL_EXAMPLES = 256
-# Collating is quick: more processes than this would only fill the machine.
+# Collating is fast: more processes would only use up the machine.
 _MOST_WORKERS = 256
-# With fewer prompts than this, holding whole prompts out would leave little to learn or to test.
-_FEWEST_PROMPTS = 64
+# Settings that are positive integers.
+_COUNTS = (
+    "max_examples",
+    "prompts_per_iterate",
+    "samples_per_prompt",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "batch_size",
+)
 
 
 class SelfPlayDataModule(L.LightningDataModule):
     """Prompts and real responses, and the loaders over the synthetic rows made from them.
 
-    The rows of an iterate are made by the `SelfPlay` callback; the loaders are asked for anew at
-    every epoch and read the rows of the iterate at hand.
+    The `SelfPlay` callback makes the rows of an iterate. The loaders are rebuilt at every epoch and
+    read the rows of the current iterate.
 
-    Some examples are held out: whole prompts, or, where there are few prompts, as in the testbed,
-    single responses.
+    Some examples are held out: whole prompts, or single responses if there are few prompts, as in
+    the testbed.
 
     Args:
         data: A json, jsonl, parquet or csv file, a folder of them, or a hub id
             `owner/name[:split]`.
-        columns: Our names (`messages`, or `prompt` and `response`) to the file's columns, where
-            they are not recognized.
-        max_examples: Use this many examples, picked by the seed; all if nothing is said.
-        prompts_per_iterate: Examples that an iterate is made from, another pick for each; all if
-            nothing is said.
+        columns: Our names (`messages`, or `prompt` and `response`) to the file's columns, if these
+            are not recognized.
+        max_examples: Number of examples to use, drawn with the seed; default all.
+        prompts_per_iterate: Number of examples per iterate, drawn again for each; default all.
         samples_per_prompt: Generated responses per example.
-        max_prompt_tokens: Examples with longer prompts are left out.
-        max_response_tokens: One cap for real and generated responses, the stop id counted.
-        val_fraction: Share of the examples that is held out, at most 256 of them; 0 for none.
-        val_examples: Number of examples that is held out, instead of a share.
+        max_prompt_tokens: Examples with longer prompts are skipped.
+        max_response_tokens: Cap of real and generated responses, including the stop id.
+        val_fraction: Share of the examples to hold out, at most 256 of them; 0 for none.
+        val_examples: Number of examples to hold out, instead of a share.
         val_data: Held-out examples from another file or hub id, instead of a share.
-        batch_size: Pairs of a batch on one device.
+        batch_size: Pairs in a batch on one device.
         num_workers: Processes that collate batches.
-        bad_rows: Leave out rows that cannot be used and say so, or refuse the file.
+        bad_rows: skip: skip rows that cannot be used, and log them. refuse: raise for them.
 
     Raises:
         SettingError: A value is out of range.
@@ -82,7 +86,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         num_workers: int = 0,
         bad_rows: Literal["skip", "refuse"] = "skip",
     ) -> None:
-        """Keep the settings; data is read by `setup`."""
+        """Keep the settings. `setup` reads the data."""
         super().__init__()
         self.data = data
         self.columns = columns
@@ -121,49 +125,76 @@ class SelfPlayDataModule(L.LightningDataModule):
             raise SettingError(
                 "data.prompts_per_iterate",
                 self.prompts_per_iterate,
-                "every iterate has other prompts, and refresh: reservoir keeps rows",
+                "every iterate has other prompts, so refresh: reservoir cannot keep rows",
                 fix="set model.refresh: all, or play on all prompts",
             )
         module.check_model()
         text_format = PromptFormat.of(module.tokenizer, module.generation_stop_ids)
-        examples = self._read(self.data, "data", text_format, self.max_examples)
-        if self.val_data is not None:
-            self.train = examples
-            limit = _MOST_VAL_EXAMPLES if self.val_examples is None else self.val_examples
-            self.val = self._read(self.val_data, "val_data", text_format, limit)
-            held_out = f"{len(self.val)} examples of {self.val_data}"
-        else:
-            self.train, self.val, held_out = hold_out(examples, self._val_count(len(examples)))
-        _check_ids([*self.train, *self.val], text_format, module.vocabulary)
+        held_out = self._read(text_format)
+        check_ids([*self.train, *self.val], text_format, module.vocabulary)
         self.format = text_format
         self._hashes = {"data": content_hash(self.train), "val_data": content_hash(self.val)}
-        rank_zero_info(f"Data: {len(self.train)} examples to play on, held out {held_out}.")
+        rank_zero_info(f"Data: {len(self.train)} examples for training, held out {held_out}.")
+
+    def _read(self, text_format: PromptFormat) -> str:
+        """Read the examples of both sets, and return a description of those held out."""
+        reader = ExampleReader(
+            text_format=text_format,
+            read_conversations=self.read_conversations,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens,
+            context=self._module.context_length,
+            refuse_bad_rows=self.bad_rows == "refuse",
+            seed=self.seed,
+        )
+        examples = reader.read(self.data, "data", self.max_examples)
+        if self.val_data is None:
+            count = held_out_count(len(examples), self.val_fraction, self.val_examples)
+            self.train, self.val, held_out = hold_out(examples, count)
+            return held_out
+        limit = MOST_HELD_OUT if self.val_examples is None else self.val_examples
+        self.train, self.val = examples, reader.read(self.val_data, "val_data", limit)
+        return f"{len(self.val)} examples of {self.val_data}"
+
+    def read_conversations(
+        self, source: str, setting: str
+    ) -> tuple[list[Conversation], list[BadRow]]:
+        """Read a source as text; override this for a format of your own.
+
+        Args:
+            source: What `data` or `val_data` names.
+            setting: Which of the two, for messages.
+
+        Returns:
+            The conversations, and the rows that cannot be used with the reason.
+        """
+        return read_conversations(source, self.columns, setting)
 
     def iterate_examples(self, t: int) -> list[Example]:
-        """The examples that the rows of iterate t are made from."""
+        """The examples that rows of iterate t are made from."""
         count = self.prompts_per_iterate
         if count is None or count >= len(self.train):
             return self.train
         return [self.train[i] for i in keyed.subset(self.seed, t, len(self.train), count)]
 
     def rows_at(self, t: int) -> int:
-        """Number of training rows of iterate t, known before they are made."""
+        """Number of training rows of iterate t, which need not be made yet."""
         prompts = min(self.prompts_per_iterate or len(self.train), len(self.train))
-        return prompts * self.samples_per_prompt * int(self._module.rows_per_sample(t))
+        return prompts * self.samples_per_prompt * self._module.rows_per_sample(t)
 
     def batches_per_epoch(self, t: int, world_size: int) -> int:
-        """Number of batches that each rank sees in an epoch on the rows of iterate t."""
+        """Number of batches that each rank gets in an epoch on the rows of iterate t."""
         return len(EpochBatches(self.rows_at(t), self.batch_size, world_size=world_size))
 
     def rank_share(self, t: int, batch_idx: int, *, held_out: bool = False) -> float:
-        """What this rank's mean over a batch of iterate t weighs, see `EpochBatches.share`."""
+        """Weight of this rank's mean over a batch of iterate t, see `EpochBatches.share`."""
         trainer = self._trainer
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         rows = len(self.val) if held_out else self.rows_at(t)
         return EpochBatches(rows, self.batch_size, **ranks).share(batch_idx)
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """What must stay the same for rows to be those of the same run."""
+        """The settings and data that all rows of a run have in common."""
         assert self.format is not None
         return {
             **self._hashes,
@@ -178,18 +209,22 @@ class SelfPlayDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ rows
 
     def train_dataloader(self) -> RowLoader:
-        """A loader over the training rows of the iterate at hand, in this epoch's order.
+        """A loader over the training rows of the current iterate, in this epoch's order.
 
         Raises:
-            RunFolderError: The rows are not all there.
+            RunFolderError: Rows are missing.
         """
-        return self._loader(self._run.rows(self._module.iterate), self._trainer.current_epoch)
+        return self._loader(self.rows_folder(self._module.iterate), self._trainer.current_epoch)
 
     def val_dataloader(self) -> RowLoader | list[RowLoader]:
-        """A loader over the held-out rows of the iterate at hand; none without any."""
+        """A loader over the held-out rows of the current iterate; no loader if there are none."""
         if not self.val:
             return []
         return self._loader(self._run.val_rows(self._module.iterate), epoch=None)
+
+    def rows_folder(self, t: int) -> Path:
+        """Folder of the training rows of iterate t."""
+        return self._run.rows(t)
 
     def _loader(self, folder: Path, epoch: int | None) -> RowLoader:
         assert self.format is not None
@@ -213,8 +248,8 @@ class SelfPlayDataModule(L.LightningDataModule):
     def _run(self) -> RunFolder:
         if self.run_folder is None:
             raise RunFolderError(
-                "no rows were made yet",
-                fix="train with the SelfPlay callback, which makes them, before asking for loaders",
+                "no rows have been made yet",
+                fix="train with the SelfPlay callback, which makes rows before loaders are used",
             )
         return self.run_folder
 
@@ -229,153 +264,41 @@ class SelfPlayDataModule(L.LightningDataModule):
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:
             raise RunFolderError(
-                "this data module is not attached to a Trainer, whose module brings the tokenizer",
+                "this data module is not attached to a Trainer, whose module has the tokenizer",
                 fix="pass it to Trainer.fit(module, datamodule)",
             )
         return self.trainer
 
     @property
-    def _module(self) -> Any:
-        return self._trainer.lightning_module
-
-    def _read(
-        self, source: str, setting: str, text_format: PromptFormat, limit: int | None
-    ) -> list[Example]:
-        conversations, bad = read_conversations(source, self.columns, setting)
-        total = len(conversations) + len(bad)
-        if limit is not None and limit < len(conversations):
-            picked = keyed.subset(self.seed, 0, len(conversations), limit)
-            conversations = [conversations[i] for i in picked]
-        examples, too_long = self._tokenize(conversations, text_format)
-        bad = [*bad, *too_long]
-        if bad and (self.bad_rows == "refuse" or not examples):
-            raise DataError(
-                f"{setting}={source!r}: {describe_bad_rows(bad, total)}",
-                fix="mend these rows, or leave them out with data.bad_rows: skip"
-                if examples
-                else "mend the rows; where prompts are too long, raise data.max_prompt_tokens, or "
-                "take a model with a longer context",
-            )
-        if bad:
-            rank_zero_info(f"{source}: left out {describe_bad_rows(bad, total)}")
-        return examples
-
-    def _tokenize(
-        self, conversations: Iterable[Conversation], text_format: PromptFormat
-    ) -> tuple[list[Example], list[BadRow]]:
-        made = [
-            text_format.tokenize(
-                conversation,
-                max_prompt_tokens=self.max_prompt_tokens,
-                max_response_tokens=self.max_response_tokens,
-                context=self._module.context_length,
-            )
-            for conversation in conversations
-        ]
-        return (
-            [example for example in made if isinstance(example, Example)],
-            [row for row in made if isinstance(row, BadRow)],
-        )
-
-    def _val_count(self, examples: int) -> int:
-        share = min(_MOST_VAL_EXAMPLES, round(self.val_fraction * examples))
-        count = share if self.val_examples is None else self.val_examples
-        if count >= examples:
-            raise SettingError(
-                "data.val_examples",
-                count,
-                f"there are only {examples} examples in all",
-                fix="hold out fewer",
-            )
-        return count
+    def _module(self) -> ModuleForData:
+        return cast(ModuleForData, self._trainer.lightning_module)
 
     def _check_ranges(self) -> None:
-        positive = (
-            "max_examples",
-            "prompts_per_iterate",
-            "samples_per_prompt",
-            "max_prompt_tokens",
-            "max_response_tokens",
-            "batch_size",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not is_whole(value, 1):
-                raise SettingError(
-                    f"data.{name}", value, "out of range", fix="give a whole number, 1 or more"
-                )
         if self.bad_rows not in ("skip", "refuse"):
             raise SettingError(
                 "data.bad_rows", self.bad_rows, "there is no such choice", fix="skip, or refuse"
             )
-        for name, most in (("val_examples", MOST), ("num_workers", _MOST_WORKERS)):
-            value = getattr(self, name)
-            if value is not None and not is_whole(value, 0, most):
-                raise SettingError(
-                    f"data.{name}", value, "out of range", fix=f"give a whole number, 0 to {most}"
-                )
-        if not is_number(self.val_fraction) or not 0 <= self.val_fraction < 1:
-            raise SettingError(
-                "data.val_fraction", self.val_fraction, "out of range", fix="give a share in [0, 1)"
-            )
-
-
-def hold_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example], str]:
-    """Split off at most `count` examples: whole prompts, or responses where there are few prompts.
-
-    Which ones depends on the seed. A prompt that occurs several times goes to one side whole.
-
-    Args:
-        examples: All examples.
-        count: How many to hold out; less where no prompt has few enough responses.
-
-    Returns:
-        The examples to train on, those held out, and a phrase that says what was held out.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, example in enumerate(examples):
-        groups.setdefault(example.prompt_ids, []).append(i)
-    by_prompt = len(groups) >= _FEWEST_PROMPTS
-    clusters = list(groups.values()) if by_prompt else [[i] for i in range(len(examples))]
-    seed = keyed.global_seed()
-    order = keyed.epoch_order(keyed.row_key(seed, -1, 0, 0), 0, len(clusters))
-    held: set[int] = set()
-    for cluster in order:
-        # A prompt with more responses than are still wanted stays, and a smaller one is looked for.
-        if len(held) + len(clusters[cluster]) <= count:
-            held.update(clusters[cluster])
-    train = [example for i, example in enumerate(examples) if i not in held]
-    val = [example for i, example in enumerate(examples) if i in held]
-    if by_prompt:
-        return train, val, f"{len(val)} examples with prompts of their own"
-    return (
-        train,
-        val,
-        (f"{len(val)} responses (not prompts: the data has only {len(groups)} different prompts)"),
-    )
-
-
-def _check_ids(examples: Sequence[Example], text_format: PromptFormat, vocabulary: int) -> None:
-    """Refuse a tokenizer that writes ids which the model has no embedding for."""
-    largest = max(
-        text_format.pad_id,
-        *text_format.stop_ids,
-        *(max(*example.prompt_ids, *example.real_ids) for example in examples),
-    )
-    if largest >= vocabulary:
-        raise SettingError(
-            "model",
-            text_format.tokenizer.name_or_path,
-            f"its tokenizer writes the id {largest}, and it has {vocabulary} embeddings",
-            fix="use the tokenizer that the model was trained with",
+        counts = {
+            name: (value is None or is_whole(value, 1), "a whole number, 1 or more")
+            for name, value in ((name, getattr(self, name)) for name in _COUNTS)
+        }
+        held_out, fraction = self.val_examples, self.val_fraction
+        check_settings(
+            self,
+            {
+                **counts,
+                "val_examples": (
+                    held_out is None or is_whole(held_out, 0),
+                    f"a whole number, 0 to {MOST}",
+                ),
+                "num_workers": (
+                    is_whole(self.num_workers, 0, _MOST_WORKERS),
+                    f"a whole number, 0 to {_MOST_WORKERS}",
+                ),
+                "val_fraction": (
+                    is_number(fraction) and 0 <= fraction < 1,
+                    "a number in [0, 1)",
+                ),
+            },
+            prefix="data.",
         )
-
-
-def content_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 of the ids of all examples, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        lengths = (example.example_id, len(example.prompt_ids), len(example.real_ids))
-        ids = (*example.prompt_ids, *example.real_ids)
-        digest.update(struct.pack(f"<3q{len(ids)}i", *lengths, *ids))
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The rows of an iterate as a data set, in an order that the seed and the epoch decide."""
+"""The rows of an iterate as a data set, in an order that depends on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spin_lightning import keyed
-from spin_lightning.mixtures import Reference
 from spin_lightning.rows.store import RowTable
-from spin_lightning.types import PairBatch
+from spin_lightning.types import Density, PairBatch
 
 
 class Pair(NamedTuple):
-    """One row as training sees it."""
+    """One row as training uses it."""
 
     prompt_ids: NDArray[np.int32]
     real_ids: NDArray[np.int32]
@@ -32,15 +31,14 @@ class Pair(NamedTuple):
 
 
 class PairDataset(Dataset[Pair]):
-    """Rows with the reference's log-probs, put together once from those of its members.
+    """Rows with the reference's log-probs, computed once from those of its members.
 
     Args:
         table: The rows.
-        reference: What log-ratios are taken against. Rows without generated responses need none:
-            theirs is nan.
+        reference: The denominator of log-ratios. Its log-probs are NaN for rows that store none.
     """
 
-    def __init__(self, table: RowTable, reference: Reference) -> None:
+    def __init__(self, table: RowTable, reference: Density) -> None:
         """Compute log R of every row."""
         self._table = table
         self._real: Tensor
@@ -73,17 +71,17 @@ class PairDataset(Dataset[Pair]):
 class EpochBatches(Sampler[list[int]]):
     """Batches of row indices of one epoch.
 
-    Global batches are cut first and then split over the ranks, so that two processes with batches
-    of b see what one process with batches of 2b sees.
+    Rows are first divided into global batches, which are then split over the ranks, so two
+    processes with batches of b together get the batches of one process with batches of 2b.
 
     Attributes:
         rows: Number of rows.
         batch_size: Rows of a batch on one rank.
         seed: Seed of the run.
-        epoch: The epoch; each has its own order. None keeps the rows' order.
-        rank: Which rank this is.
+        epoch: The epoch, which determines the order; None keeps the rows' order.
+        rank: This process's rank.
         world_size: Number of ranks.
-        start: Batches to leave out at the front, after a resume.
+        start: Number of batches to skip at the start, after a resume.
     """
 
     rows: int
@@ -95,7 +93,7 @@ class EpochBatches(Sampler[list[int]]):
     start: int = 0
 
     def __len__(self) -> int:
-        """Batches of the whole epoch, those left out included."""
+        """Number of batches of the whole epoch, including skipped ones."""
         return -(-self.rows // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -108,14 +106,14 @@ class EpochBatches(Sampler[list[int]]):
         size = self.batch_size * self.world_size
         for first in range(self.start * size, self.rows, size):
             batch = order[first : first + size]
-            # A rank that the last batch leaves empty-handed repeats a row: all ranks must step.
+            # A rank without a row of the last batch repeats one, since all ranks have to step.
             yield batch[self.rank :: self.world_size] or batch[-1:]
 
     def share(self, index: int) -> float:
-        """What this rank's mean over batch `index` weighs in the mean of all ranks' means.
+        """Weight of this rank's mean over batch `index` in the mean of all ranks' means.
 
-        1, but where the last batch does not divide evenly: so weighed, the mean of the ranks is the
-        mean over the rows of the global batch. A repeated row weighs nothing.
+        It is 1 except in an uneven last batch. With these weights the mean of the ranks is the mean
+        over the rows of the global batch, and a repeated row has no weight.
         """
         size = self.batch_size * self.world_size
         rows = min(size, self.rows - index * size)
@@ -123,7 +121,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class RowLoader(DataLoader[Any]):
-    """A loader that knows its position, so that a checkpoint in mid-epoch resumes there."""
+    """A loader that saves its position, so a checkpoint within an epoch resumes there."""
 
     def __init__(self, dataset: PairDataset, batches: EpochBatches, **kwargs: Any) -> None:
         """Load `dataset` in the order of `batches`."""
@@ -131,8 +129,8 @@ class RowLoader(DataLoader[Any]):
         self._batches = batches
         self._position = 0
 
-    def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]  # a generator will do
-        """Yield batches from the position on."""
+    def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]  # a generator suffices
+        """Yield batches from the saved position on."""
         self._position = self._batches.start
         for batch in super().__iter__():
             self._position += 1
@@ -140,7 +138,7 @@ class RowLoader(DataLoader[Any]):
         self._batches.start = 0
 
     def state_dict(self) -> dict[str, int]:
-        """The position; an epoch's end is the next one's start."""
+        """The position; the end of an epoch is the start of the next."""
         return {"position": self._position % max(1, len(self._batches))}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

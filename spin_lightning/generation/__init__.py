@@ -1,1 +1,1 @@
-"""Generation: prompts and a policy in, sampled responses out."""
+"""Generation engines: prompts and a policy in, sampled responses out."""

@@ -1,4 +1,4 @@
-"""What generation takes and gives, whoever does it."""
+"""The interface of a generation engine: requests in, responses out."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Request:
 
     Attributes:
         prompt_ids: The prompt, at least one token.
-        opponent: The iterate that answers.
+        opponent: Index of the iterate that generates.
         key: Key of the row's random numbers (`keyed.row_key`).
-        cap: Most response tokens, the stop id counted.
+        cap: Maximum number of response tokens, including the stop id.
         token_alpha: Weight of the base at every token; 0 for the iterate itself.
     """
 
@@ -31,8 +31,8 @@ class Request:
     token_alpha: float = 0.0
 
     @property
-    def actor(self) -> PolicyId:
-        """Who answers."""
+    def policy(self) -> PolicyId:
+        """The frozen policy that generates."""
         return PolicyId(self.opponent, self.token_alpha)
 
 
@@ -42,9 +42,9 @@ class Response:
 
     Attributes:
         ids: Up to and including the stop id, or the first `cap` ids.
-        finished: Whether the last of them is a stop id.
-        logp: log-prob of the ids under whoever wrote them, at temperature 1 without truncation,
-            as it was met while sampling, nats; None where it was not kept.
+        finished: Whether the last id is a stop id.
+        logp: log-prob of the ids under the policy that generated them, at temperature 1 without
+            truncation, summed while sampling, nats; None if it was not recorded.
     """
 
     ids: tuple[int, ...]
@@ -53,17 +53,32 @@ class Response:
 
 
 class Generator(ABC):
-    """Samples responses from the iterates of a policy."""
+    """A generation engine: samples responses from the frozen iterates of a policy.
+
+    To add an engine, subclass this class in a file of its own and implement `generate`. An engine
+    uses only these members of a policy:
+
+    - `model` and `device`: the causal language model with its `config`, and where inputs go.
+    - `batch_groups(ids)`: which of the requested policies (`Request.policy`) can share a batch.
+    - `at_rows(group)`: act as such a group inside a block, a policy per row of the batch.
+    - `at(iterate, token_alpha)`: act as one frozen policy inside a block.
+    - `iterate_folder(iterate)`: the PEFT adapter folder of an iterate, None for the bare base, for
+      engines that load adapters into a server or process of their own.
+
+    `SelfPlayModule.make_generator` chooses the engine.
+    """
 
     @abstractmethod
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
         """Sample one response per request.
 
-        The same policy and the same list of requests give the same responses.
+        The same policy and the same list of requests have to give the same responses: draw every
+        token from the request's key and the token's position (`keyed.position_uniforms`), never
+        from global random state. A response ends with its first stop id or after `cap` tokens.
 
         Args:
-            policy: The policy whose iterates answer.
-            requests: What to sample.
+            policy: The policy whose iterates generate.
+            requests: Prompts, each with its iterate, key and cap.
 
         Returns:
             Responses in the order of the requests.
@@ -71,7 +86,7 @@ class Generator(ABC):
 
     @property
     def deviations(self) -> Mapping[str, Any]:
-        """What is now done otherwise than the settings say, by name; the manifest tells."""
+        """Settings overridden at run time, by name, for the manifest; none by default."""
         return {}
 
 

@@ -1,10 +1,11 @@
-"""Decoding one batch to its end, whoever acts in its rows."""
+"""Decoding one batch to its end, whatever the policies of its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +13,24 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig
 
 from spin_lightning.generation.base import Request, Response
-from spin_lightning.generation.prompts import Batch, read_alike, read_prompts
+from spin_lightning.generation.kv_cache import holds_keys_and_values_alone
+from spin_lightning.generation.prompts import Batch, read_equal_lengths, read_prompts
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.logps import forward_arguments
-from spin_lightning.policies.base import Seats
+from spin_lightning.policies.base import RowRouting
 
 
 class Written:
-    """What n rows have written so far.
+    """The tokens that n rows have generated so far.
 
     Args:
-        caps: Most tokens of each row, int64, shape [n].
+        caps: Maximum number of tokens of each row, int64, shape [n].
         stops: A response ends with the first of these.
     """
 
     def __init__(self, caps: Tensor, stops: Tensor) -> None:
-        """Start with nothing."""
+        """Start with empty rows."""
         self._caps, self._stops = caps, stops
         self._ids = caps.new_zeros(len(caps), int(caps.max()))
         self._logps = torch.zeros_like(caps, dtype=torch.float64)
@@ -36,10 +38,10 @@ class Written:
         self._finished = torch.zeros_like(caps, dtype=torch.bool)
 
     def add(self, step: int, rows: Tensor, tokens: Tensor, logps: Tensor) -> Tensor:
-        """Add the token of a step to each of some rows that are not at their end.
+        """Append the tokens of one step to rows that are not complete.
 
         Returns:
-            Which of these rows go on, bool.
+            Which of these rows continue, bool.
         """
         writing = ~self._finished[rows] & (step < self._caps[rows])
         self._ids[rows, step] = tokens
@@ -57,37 +59,47 @@ class Written:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes batches with a model that acts as a team.
+    """Decodes batches with a model whose rows are routed to policies.
 
     Attributes:
-        model: A causal language model of transformers, maybe with adapters.
-        config: Its configuration.
-        sampler: How tokens are drawn.
+        model: A causal language model of transformers, with or without adapters.
+        sampler: Draws the tokens.
         stop_ids: A response ends with the first of these.
         pad_id: Any valid id; padded columns are masked.
-        alike: Decode prompts of one length at a time, the slow way: what is in the model's cache
-            besides keys and values is not known here, and neither is whether padding would stay
-            out of it or how rows are taken out of it.
     """
 
     model: nn.Module
-    config: PretrainedConfig
     sampler: Sampler
     stop_ids: tuple[int, ...]
     pad_id: int
-    alike: bool
 
-    def decode(self, requests: Sequence[Request], seats: Seats) -> list[Response]:
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        model: Any = self.model
+        config: PretrainedConfig = model.config
+        return config
+
+    @cached_property
+    def needs_equal_lengths(self) -> bool:
+        """Whether the prompts of a batch must have the same length, which is slower.
+
+        True if the model's cache holds more than keys and values: padding may then enter it, and
+        rows cannot be taken out of it.
+        """
+        return not holds_keys_and_values_alone(self.config)
+
+    def decode(self, requests: Sequence[Request], routing: RowRouting) -> list[Response]:
         """Decode a batch to its end.
 
         Args:
-            requests: What to sample; prompts of one length where `alike`.
-            seats: Of a team to which all who are asked belong.
+            requests: A batch; its prompts have one length if `needs_equal_lengths`.
+            routing: Routing of a group that contains the policies of all requests.
 
         Returns:
             Responses in the order of the requests.
         """
-        batch = self._read(requests, seats)
+        batch = self._read(requests, routing)
         device = batch.rows.device
         caps = torch.tensor([request.cap for request in requests], device=device)
         most = int(caps.max())
@@ -101,17 +113,17 @@ class Decoder:
             left = int(going_on.sum())
             if not left:
                 break
-            if left < len(going_on) and not self.alike:
+            if left < len(going_on) and not self.needs_equal_lengths:
                 batch.keep(going_on)
                 tokens = tokens[going_on]
             batch.step(tokens, self._next_logits)
         return written.responses()
 
-    def _read(self, requests: Sequence[Request], seats: Seats) -> Batch:
-        if self.alike:
-            return read_alike(requests, seats, self._next_logits, self.config)
+    def _read(self, requests: Sequence[Request], routing: RowRouting) -> Batch:
+        if self.needs_equal_lengths:
+            return read_equal_lengths(requests, routing, self._next_logits, self.config)
         layers = len(DynamicCache(config=self.config).layers)
-        return read_prompts(requests, seats, self._next_logits, layers, self.pad_id)
+        return read_prompts(requests, routing, self._next_logits, layers, self.pad_id)
 
     def _next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits after the last column, shape [n, vocabulary]."""

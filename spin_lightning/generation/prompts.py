@@ -12,13 +12,13 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.kv_cache import PreallocatedCache
 from spin_lightning.packing import group_by_length, pad_left
-from spin_lightning.policies.base import Seats
+from spin_lightning.policies.base import RowRouting
 
 # Logits after the last column, shape [n, vocabulary], from ids, mask, positions and a cache.
 NextLogits = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 
-# Padded tokens of a pass over prompts: enough to keep a processor busy, few enough that prompts of
-# another length, for which they would have to be padded, are read in another pass.
+# Padded tokens of a pass over prompts: enough to keep a processor busy, and few enough that prompts
+# of a pass have similar lengths and need little padding.
 _PASS_TOKENS = 1024
 
 
@@ -27,16 +27,16 @@ class Batch:
     """Rows that are decoded together, after their prompts.
 
     Attributes:
-        seats: Who acts in which row.
-        rows: Which of the requests each of k rows answers, int64, shape [k].
+        routing: Routing of the rows to their policies.
+        rows: Index of the request of each of k rows, int64, shape [k].
         cache: Keys and values of all columns so far.
         logits: After the last column, shape [k, vocabulary].
-        mask: 1 where a column holds a token or will hold one, int64, shape [k, all columns].
+        mask: 1 where a column holds or will hold a token, int64, shape [k, all columns].
         columns: Number of columns so far.
         positions: Of the token in the last column, int64, shape [k].
     """
 
-    seats: Seats
+    routing: RowRouting
     rows: Tensor
     cache: Cache
     logits: Tensor
@@ -45,13 +45,13 @@ class Batch:
     positions: Tensor
 
     def keep(self, staying: Tensor) -> None:
-        """Go on with the rows for which `staying`, bool of shape [k], is true."""
-        self.cache.batch_select_indices(self.seats.keep(staying))
+        """Drop the rows for which `staying`, bool of shape [k], is false."""
+        self.cache.batch_select_indices(self.routing.keep(staying))
         self.rows, self.mask = self.rows[staying], self.mask[staying]
         self.positions = self.positions[staying]
 
     def step(self, tokens: Tensor, next_logits: NextLogits) -> None:
-        """Read one token per row, int64, shape [k]."""
+        """Feed one token per row, int64, shape [k], to the model."""
         self.columns += 1
         self.positions = self.positions + 1
         mask = self.mask[:, : self.columns]
@@ -59,36 +59,40 @@ class Batch:
 
 
 def read_prompts(
-    requests: Sequence[Request], seats: Seats, next_logits: NextLogits, layers: int, pad_id: int
+    requests: Sequence[Request],
+    routing: RowRouting,
+    next_logits: NextLogits,
+    layers: int,
+    pad_id: int,
 ) -> Batch:
-    """Read prompts in passes of similar lengths, each prompt of an actor once.
+    """Read prompts in passes of similar lengths; each policy reads equal prompts once.
 
     Args:
         requests: n requests.
-        seats: Of their team.
+        routing: Routing of their group.
         next_logits: The model.
-        layers: Number of its layers, whose cache is keys and values alone.
+        layers: Number of its layers, whose cache is keys and values only.
         pad_id: Any valid id.
 
     Returns:
-        The batch, with room for what is to be written.
+        The batch, with memory for the responses.
     """
-    prompts = list(dict.fromkeys((r.prompt_ids, r.actor) for r in requests))
-    lanes = seats.take([request.actor for request in requests])
-    device = lanes.rows.device
-    batch = _unread(requests, seats, device)
+    prompts = list(dict.fromkeys((r.prompt_ids, r.policy) for r in requests))
+    slots = routing.assign([request.policy for request in requests])
+    device = slots.rows.device
+    batch = _unread(requests, routing, device)
     number = {prompt: i for i, prompt in enumerate(prompts)}
-    prompt_of = torch.tensor([number[r.prompt_ids, r.actor] for r in requests], device=device)
-    wanted = (prompt_of[lanes.rows], lanes.seconds.long())
-    cache = PreallocatedCache(layers, len(lanes.rows), batch.columns, batch.mask.shape[1])
+    prompt_of = torch.tensor([number[r.prompt_ids, r.policy] for r in requests], device=device)
+    wanted = (prompt_of[slots.rows], slots.is_base.long())
+    cache = PreallocatedCache(layers, len(slots.rows), batch.columns, batch.mask.shape[1])
     for group in group_by_length([len(ids) for ids, _ in prompts], _PASS_TOKENS):
-        reading = seats.take([prompts[i][1] for i in group])
+        reading = routing.assign([prompts[i][1] for i in group])
         read = DynamicCache()
         logits = next_logits(*_padded([prompts[i][0] for i in group], pad_id, device), read)
-        # Where this pass has what each lane wants; -1 where it is another's.
+        # Slot of this pass with the prompt of each slot of the batch; -1 if in another pass.
         found = torch.full((len(prompts), 2), -1, device=device)
         places = torch.tensor(group, device=device)
-        found[places[reading.rows], reading.seconds.long()] = torch.arange(
+        found[places[reading.rows], reading.is_base.long()] = torch.arange(
             len(reading.rows), device=device
         )
         sources = found[wanted]
@@ -99,39 +103,42 @@ def read_prompts(
         for i, place in enumerate(group):
             batch.logits[prompt_of == place] = logits[i]
     batch.cache = cache
-    seats.take([request.actor for request in requests])
+    routing.assign([request.policy for request in requests])
     return batch
 
 
-def read_alike(
-    requests: Sequence[Request], seats: Seats, next_logits: NextLogits, config: PretrainedConfig
+def read_equal_lengths(
+    requests: Sequence[Request],
+    routing: RowRouting,
+    next_logits: NextLogits,
+    config: PretrainedConfig,
 ) -> Batch:
-    """Read prompts of one length into the cache that transformers has for a model, in one pass.
+    """Read prompts of one length in one pass, into the cache of transformers for a model.
 
     Args:
         requests: n requests.
-        seats: Of their team.
+        routing: Routing of their group.
         next_logits: The model.
         config: Its configuration.
 
     Returns:
         The batch.
     """
-    device = seats.take([request.actor for request in requests]).rows.device
-    batch = _unread(requests, seats, device)
+    device = routing.assign([request.policy for request in requests]).rows.device
+    batch = _unread(requests, routing, device)
     batch.cache = DynamicCache(config=config)
     prompts = _padded([r.prompt_ids for r in requests], 0, device)
     batch.logits = next_logits(*prompts, batch.cache)
     return batch
 
 
-def _unread(requests: Sequence[Request], seats: Seats, device: torch.device) -> Batch:
+def _unread(requests: Sequence[Request], routing: RowRouting, device: torch.device) -> Batch:
     """A batch whose prompts have not been read."""
     lengths = torch.tensor([len(request.prompt_ids) for request in requests], device=device)
     columns = int(lengths.max())
     every = columns + max(request.cap for request in requests)
     return Batch(
-        seats=seats,
+        routing=routing,
         rows=torch.arange(len(requests), device=device),
         cache=DynamicCache(),
         logits=torch.empty(0, device=device),

@@ -1,4 +1,4 @@
-"""Next tokens from logits and uniform numbers."""
+"""Next tokens from logits and uniform random numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
 from spin_lightning.generation.settings import GenerationSettings
 
-# How many of the most likely tokens are looked at first for `top_p`.
+# Number of most likely tokens that `top_p` tries first.
 _NUCLEUS = 256
 # Tokens of a block of the cumulative distribution.
 _BLOCK = 256
@@ -25,7 +25,7 @@ class Sampler:
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
-        """Put the steps together."""
+        """Set up temperature and truncation."""
         self._is_exact = settings.is_exact
         self._top_p = settings.top_p
         self._warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
@@ -61,10 +61,10 @@ class Sampler:
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The token in whose share of the cumulative distribution each uniform number lies.
+    """The token whose interval of the cumulative distribution contains each uniform number.
 
-    Found in two steps, the block of tokens and the token in it, for summing up a vocabulary in
-    float64 takes as long as the head.
+    The search has two steps, the block of tokens and the token within it, since a cumulative sum
+    over the vocabulary in float64 takes as long as the head.
 
     Args:
         probabilities: float32, shape [n, vocabulary]; each row's total may be a little off 1.
@@ -81,17 +81,17 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
     inside = probabilities.gather(1, places.clamp_max(vocabulary - 1))
     place, _ = _find(inside.masked_fill(places >= vocabulary, 0.0), fraction)
-    # Of a row that is not finite, which scoring will refuse, nothing is found.
+    # In a non-finite row, which scoring refuses later, the search runs past the end.
     return (block * _BLOCK + place).clamp_max(vocabulary - 1)
 
 
 def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
-    """Where fractions of the total, in [0, 1), fall in each row, and how far into that weight."""
+    """Index of the weight at a fraction, in [0, 1), of each row's total, and how far into it."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    # `right` so that a fraction of exactly 0 cannot pick a weight of 0.
+    # `right=True`, so that a fraction of exactly 0 cannot select a weight of 0.
     thresholds = (fractions * cumulative[:, -1])[:, None]
     found = torch.searchsorted(cumulative, thresholds, right=True)
-    # Rounding may take a threshold to the total, which is reached first by the last weight above 0.
+    # Rounding can lift a threshold to the total; the last weight above 0 reaches the total first.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     found = torch.minimum(found, last).clamp_max(weights.shape[-1] - 1)
     share = weights.gather(1, found).double()
@@ -100,18 +100,18 @@ def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The most likely tokens up to a total of `top_p`, the one that reaches it included.
+    """Keep the most likely tokens up to a total of `top_p`, including the one that reaches it.
 
     Args:
         probabilities: Shape [n, vocabulary].
         top_p: In (0, 1).
 
     Returns:
-        The probabilities with 0 in place of all others, shape [n, vocabulary].
+        The probabilities, 0 for all other tokens, shape [n, vocabulary].
     """
     vocabulary, most = probabilities.shape[-1], _NUCLEUS
     while True:
-        # A few are sorted, and more only where they do not reach `top_p`: sorting a vocabulary
+        # Sort a few tokens, and more only if those do not reach `top_p`: sorting the vocabulary
         # takes longer than the model.
         values, places = probabilities.topk(min(most, vocabulary), dim=-1)
         totals = values.cumsum(dim=-1)

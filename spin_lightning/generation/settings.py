@@ -1,4 +1,4 @@
-"""How responses are sampled, as settings."""
+"""Settings of sampling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from spin_lightning.errors import SettingError, check_names, is_number, is_whole
+from spin_lightning.errors import check_names, check_settings, is_number, is_whole
 
 # Below this the logits overflow a float32.
 _COLDEST = 1e-6
@@ -14,15 +14,16 @@ _COLDEST = 1e-6
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How the opponents' responses are sampled.
+    """How opponents' responses are sampled.
 
-    Self-play's theory holds for temperature 1 without truncation; anything else samples from
-    another distribution than the one whose log-probs the loss uses, and is said so in the log.
+    The theory of self-play holds for temperature 1 without truncation. Other settings sample from
+    another distribution than the one whose log-probs the loss uses; the log then says so.
 
     Attributes:
-        batch_tokens: Most padded tokens decoded at once; None picks a number from the model's size.
-        unit_size: Rows of a work unit: what is decoded together, written together, and lost
-            together in a crash.
+        batch_tokens: Maximum number of padded tokens decoded at once; default None derives it from
+            the model's size.
+        unit_size: Rows of a work unit. They are decoded and written together; a crash loses one
+            unit.
         temperature: Divides the logits, > 0.
         top_p: Keep the most likely tokens up to this total probability; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
@@ -36,39 +37,43 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        checks = {
-            "batch_tokens": (
-                self.batch_tokens is None or is_whole(self.batch_tokens, 1),
-                "a whole number > 0, or null",
-            ),
-            "unit_size": (is_whole(self.unit_size, 1), "a whole number of rows > 0"),
-            "temperature": (
-                is_number(self.temperature) and self.temperature >= _COLDEST,
-                f"a number >= {_COLDEST}; 1 is what self-play assumes, top_k: 1 is greedy",
-            ),
-            "top_p": (
-                is_number(self.top_p) and 0 < self.top_p <= 1,
-                "a number in (0, 1]; 1 is what self-play assumes",
-            ),
-            "top_k": (is_whole(self.top_k, 0), "a whole number >= 0; 0 keeps every token"),
-        }
-        for name, (valid, fix) in checks.items():
-            if not valid:
-                raise SettingError(
-                    f"generation.{name}", getattr(self, name), "out of range", fix=f"give {fix}"
-                )
+        check_settings(
+            self,
+            {
+                "batch_tokens": (
+                    self.batch_tokens is None or is_whole(self.batch_tokens, 1),
+                    "a whole number > 0, or null",
+                ),
+                "unit_size": (is_whole(self.unit_size, 1), "a whole number of rows > 0"),
+                "temperature": (
+                    is_number(self.temperature) and self.temperature >= _COLDEST,
+                    f"a number >= {_COLDEST}; 1 is what self-play assumes, top_k: 1 is greedy",
+                ),
+                "top_p": (
+                    is_number(self.top_p) and 0 < self.top_p <= 1,
+                    "a number in (0, 1]; 1 is what self-play assumes",
+                ),
+                "top_k": (is_whole(self.top_k, 0), "a whole number >= 0; 0 keeps every token"),
+            },
+            prefix="generation.",
+        )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GenerationSettings:
         """Build settings from plain values.
 
         Raises:
-            SettingError: There is no such setting, or a value is out of range.
+            SettingError: A setting does not exist, or a value is out of range.
         """
         check_names("generation", values, [field.name for field in fields(cls)])
         return cls(**values)
 
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The settings that all iterates of a run have in common."""
+        compared = ("unit_size", "temperature", "top_p", "top_k")
+        return {name: getattr(self, name) for name in compared}
+
     @property
     def is_exact(self) -> bool:
-        """Whether responses are samples of the iterates themselves."""
+        """Whether responses are samples from the iterates themselves."""
         return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0

@@ -1,1 +1,1 @@
-"""The LightningModules: one per published method."""
+"""The LightningModules, one per published method."""

@@ -1,4 +1,4 @@
-"""AlphaSPIN: stay near the base."""
+"""AlphaSPIN: stay close to the base."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from spin_lightning.mixtures import (
     Level,
     Mixture,
     Reference,
+    check_alpha,
+    check_history,
     pulled_to_base,
     referenced,
     window,
 )
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.modules.settings import at_iterate
+from spin_lightning.modules.settings import all_values, at_iterate
 
 
 class AlphaSPIN(SelfPlayModule):
@@ -23,19 +25,20 @@ class AlphaSPIN(SelfPlayModule):
 
     p_{t+1} minimizes E[ loss( [log p(y|x) - log R_t(y|x)] - [log p(y'|x) - log R_t(y'|x)] ) ] with
     log R_t = (1 - alpha) log mu_t + alpha log p_0 and mu_t the mixture of the last `history`
-    iterates. SPIN or MixtureSPIN at `alpha` 0; at 1 the reference is the base for ever, as in DPO.
+    iterates. At `alpha` 0 this is SPIN or MixtureSPIN; at 1 the reference is always the base, as in
+    DPO.
 
     Args:
         alpha: Weight of the base policy, in [0, 1]; one value or one per iterate.
-        history: How many iterates are mixed; null for all of them.
-        mixture: sequence: the paper's, y' ~ mu_t and R_t of whole responses, known up to a factor
-            per prompt that cancels in the margin. token: every member is mixed with the base at
-            every token, y' is sampled from that and R_t is its exact density.
-        reference: opponent: as above. previous: p_t in place of mu_t in the reference.
+        history: Number of iterates to mix; null for all.
+        mixture: sequence: as in the paper, y' ~ mu_t and R_t is over whole responses, known up to a
+            factor per prompt that cancels in the margin. token: every member is mixed with the base
+            at every token, y' is sampled from that mixture and R_t is its exact density.
+        reference: opponent: as above. previous: p_t instead of mu_t in the reference.
         kwargs: Settings of `SelfPlayModule`.
 
     Raises:
-        SettingError: An `alpha` outside [0, 1], or a `history` below 1.
+        SettingError: `alpha` is outside [0, 1], or `history` is below 1.
 
     Reference: Alami et al., "Investigating Regularization of Self-Play Language Models"
     (https://arxiv.org/abs/2404.04291). The token-level mixture goes beyond the paper.
@@ -57,11 +60,12 @@ class AlphaSPIN(SelfPlayModule):
         self.history = history
         self.mixture = mixture
         self.against = reference
-        for value in alpha if isinstance(alpha, list) else [alpha]:
-            Geometric(window(0, history), value)  # refuses what is out of range
+        check_history(history)
+        for value in all_values(alpha):
+            check_alpha(value)
 
     def opponent(self, t: int) -> Mixture:
-        """The last `history` iterates, equally; at the token level each mixed with the base."""
+        """Equal mixture of the last `history` iterates, at the token level each with the base."""
         past = window(t, self.history)
         return past if self.mixture == "sequence" else pulled_to_base(past, self._alpha(t))
 

@@ -1,28 +1,33 @@
-"""What self-play needs of the Trainer and of a variant's answers, checked before data is read."""
+"""Checks of the Trainer's settings and of a variant's opponents, made before data is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import lightning as L
 
 from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import Geometric, Mixture, Reference
 
-# What Lightning fills in when nobody says how long to train.
+# Lightning's max_epochs if neither epochs nor steps are given.
 _LIGHTNINGS_DEFAULT_EPOCHS = 1000
 
 
-def iterates_to_play(trainer: Any, epochs_per_iterate: int) -> int:
-    """Number of iterates that a trainer's settings ask for.
+def iterates_to_play(trainer: L.Trainer, epochs_per_iterate: int) -> int:
+    """Number of iterates in a Trainer's `max_epochs`.
 
     Raises:
-        SettingError: No number of epochs, one that is no whole number of iterates, or a setting
-            that cuts epochs short or repeats batches.
+        SettingError: `max_epochs` is missing or not a multiple of `epochs_per_iterate`, or a
+            setting cuts epochs short or repeats batches.
     """
+    # Connectors set these two, where mypy does not see them.
+    fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    repeats_batches = trainer.overfit_batches != 0  # type: ignore[attr-defined]
     unwanted = {
-        "fast_dev_run": (bool(trainer.fast_dev_run), "iterates would end after one batch"),
+        "fast_dev_run": (fast_dev_run, "iterates would end after one batch"),
         "max_steps": (trainer.max_steps != -1, "an iterate could end unfinished"),
-        "overfit_batches": (trainer.overfit_batches != 0, "every epoch would see the same rows"),
+        "overfit_batches": (repeats_batches, "every epoch would use the same rows"),
         "limit_train_batches": (trainer.limit_train_batches == 0, "nothing would be trained"),
         "accumulate_grad_batches": (trainer.accumulate_grad_batches < 1, "no step would be taken"),
     }
@@ -39,18 +44,34 @@ def iterates_to_play(trainer: Any, epochs_per_iterate: int) -> int:
         raise SettingError(
             "trainer.max_epochs",
             epochs,
-            "self-play has to know how many iterates to play (1000 is what Lightning fills in "
-            "when nothing is said)",
+            "self-play needs the number of iterates to play (1000 is Lightning's default)",
             fix="set max_epochs to iterates x epochs_per_iterate, such as 4",
         )
     if epochs % epochs_per_iterate:
         raise SettingError(
             "trainer.max_epochs",
             epochs,
-            f"it is no multiple of epochs_per_iterate ({epochs_per_iterate})",
+            f"it is not a multiple of epochs_per_iterate ({epochs_per_iterate})",
             fix=f"set it to {epochs - epochs % epochs_per_iterate + epochs_per_iterate}",
         )
     return int(epochs // epochs_per_iterate)
+
+
+def check_per_iterate(settings: Mapping[str, object], iterates: int) -> None:
+    """Check that every list has one value per iterate.
+
+    Raises:
+        SettingError: A list has another length.
+    """
+    for name, values in settings.items():
+        if isinstance(values, list) and len(values) != iterates:
+            raise SettingError(
+                name,
+                values,
+                f"it has {len(values)} values for {iterates} iterates (max_epochs / "
+                "epochs_per_iterate)",
+                fix=f"give one value, or a list of {iterates}",
+            )
 
 
 def check_opponents(
@@ -61,7 +82,7 @@ def check_opponents(
     normalizer_cancels: bool,
     keeps_rows: bool,
 ) -> None:
-    """Refuse references and opponents under which the loss would not be what it says.
+    """Check that a variant's opponents can be sampled and that its loss is well defined.
 
     Args:
         variant: Name of the variant.
@@ -71,9 +92,8 @@ def check_opponents(
         keeps_rows: Whether rows of earlier iterates are kept.
 
     Raises:
-        SettingError: An opponent that cannot be sampled, an iterate that does not exist yet, a
-            reference that is known up to a factor that does not cancel, or rows would be kept that
-            another token-level mixture drew.
+        SettingError: An opponent cannot be sampled, an iterate does not exist yet, the normalizer
+            of a reference does not cancel, or rows from another token-level mixture would be kept.
     """
     for t, (opponent, reference) in enumerate(zip(opponents, references, strict=True)):
         if opponent is not None:
@@ -84,8 +104,8 @@ def check_opponents(
         raise SettingError(
             "mixture",
             "sequence",
-            f"{variant} looks at each response by itself, and the geometric mixture {unknown[0]} "
-            "of whole responses is known only up to a factor per prompt",
+            f"{variant} scores each response on its own, and the geometric mixture {unknown[0]} of "
+            "whole responses is known only up to a factor per prompt",
             fix="set mixture: token, which is normalized, or alpha: 0",
         )
     alphas = {opponent.token_alpha for opponent in opponents[1:] if opponent is not None}
@@ -93,31 +113,31 @@ def check_opponents(
         raise SettingError(
             "refresh",
             "reservoir",
-            "with a token-level alpha that changes, the rows of earlier iterates are those of "
-            "another opponent",
+            "the token-level alpha changes, so the rows of earlier iterates come from another "
+            "opponent",
             fix="set refresh: all, or give one alpha",
         )
 
 
 def _check_answer(name: str, t: int, answer: Any, kind: Any) -> None:
-    """Refuse what a variant says at iterate t where it is of another kind or names the future."""
-    said = f"{name}({t})"
+    """Check that what a variant returned for iterate t is a `kind` of iterates up to t."""
+    call = f"{name}({t})"
     if kind is Mixture and isinstance(answer, Geometric):
         raise SettingError(
-            said,
+            call,
             str(answer),
             "a geometric mixture of whole responses cannot be sampled",
-            fix="generate with the mixture itself, or with one whose token_alpha mixes the base in",
+            fix="return the arithmetic mixture, or one with a token_alpha",
         )
     if not isinstance(answer, kind):
         raise SettingError(
-            said, answer, "it says nothing of iterates", fix="return a Mixture, such as latest(t)"
+            call, answer, "it is not a mixture of iterates", fix="return a Mixture: latest(t)"
         )
     newest = max(answer.members)
     if newest > t:
         raise SettingError(
-            said,
+            call,
             str(answer),
-            f"iterate {newest} is used while iterate {t + 1} is made, and does not exist yet",
+            f"iterate {newest} does not exist yet while iterate {t + 1} is trained",
             fix=f"give weight to iterates 0 to {t} only",
         )

@@ -11,12 +11,13 @@ from spin_lightning.modules.base import SelfPlayModule
 class FictitiousSPIN(SelfPlayModule):
     """Fictitious play: the opponent is the equal mixture of all iterates so far.
 
-    As `MixtureSPIN` with the whole history, mu_t(y|x) = (1/(t+1)) sum_{i<=t} p_i(y|x). What
-    converges under exact best responses is mu_t as much as the last iterate: look at both
-    (`load_mixture` gives the former).
+    This is `MixtureSPIN` with the whole history, mu_t(y|x) = (1/(t+1)) sum_{i<=t} p_i(y|x). Under
+    exact best responses mu_t converges as well as the last iterate; evaluate both (`load_mixture`
+    returns mu_t).
 
     Args:
-        reference: opponent: log-ratios to mu_t. previous: to p_t alone, while mu_t generates.
+        reference: opponent: log-ratios to mu_t. previous: log-ratios to p_t alone, while mu_t
+            generates.
         kwargs: Settings of `SelfPlayModule`.
 
     Reference: Alami et al., "Investigating Regularization of Self-Play Language Models"
@@ -29,7 +30,7 @@ class FictitiousSPIN(SelfPlayModule):
         self.against = reference
 
     def opponent(self, t: int) -> Mixture:
-        """All iterates up to t, equally."""
+        """Equal mixture of all iterates up to t."""
         return window(t, history=None)
 
     def reference(self, t: int) -> Mixture:

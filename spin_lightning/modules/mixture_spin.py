@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from spin_lightning.mixtures import Against, Mixture, referenced, window
+from spin_lightning.mixtures import Against, Mixture, check_history, referenced, window
 from spin_lightning.modules.base import SelfPlayModule
 
 
 class MixtureSPIN(SelfPlayModule):
-    """Self-play against an equal mixture of the last iterates, which averages their errors out.
+    """Self-play against an equal mixture of the last iterates, which averages out their errors.
 
     p_{t+1} minimizes E[ loss( [log p(y|x) - log mu(y|x)] - [log p(y'|x) - log mu(y'|x)] ) ] with y
     from the data set, y' ~ mu and mu(y|x) = (1/|H|) sum_{i in H} p_i(y|x), H the last `history`
     iterates up to t: an arithmetic mixture of whole responses. SPIN at `history` 1.
 
     Args:
-        history: How many iterates are mixed; null for all of them.
-        reference: opponent: log-ratios to mu. previous: to p_t alone, while mu generates; with
-            `history: 2` and `rows: union` that is what SPIN's released scripts train on.
+        history: Number of iterates to mix; null for all.
+        reference: opponent: log-ratios to mu. previous: log-ratios to p_t alone, while mu
+            generates; with `history: 2` and `rows: union`, as in SPIN's released scripts.
         kwargs: Settings of `SelfPlayModule`.
 
     Reference: Alami et al., "Investigating Regularization of Self-Play Language Models"
@@ -30,12 +30,12 @@ class MixtureSPIN(SelfPlayModule):
     ) -> None:
         """Keep the settings."""
         super().__init__(**kwargs)
-        window(0, history)  # refuses a history without iterates
+        check_history(history)
         self.history = history
         self.against = reference
 
     def opponent(self, t: int) -> Mixture:
-        """The last `history` iterates, equally."""
+        """Equal mixture of the last `history` iterates."""
         return window(t, self.history)
 
     def reference(self, t: int) -> Mixture:

@@ -1,41 +1,96 @@
-"""Settings in the forms that modules compute with."""
+"""Settings of a module: values per iterate, and checks of choices and ranges."""
 
 from __future__ import annotations
 
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from spin_lightning.errors import SettingError, is_number, is_whole
-from spin_lightning.policies.lora_settings import LoraSettings
+from spin_lightning.errors import SettingError, check_settings, is_number, is_whole
+
+if TYPE_CHECKING:
+    from spin_lightning.modules.base import SelfPlayModule
 
 
 def at_iterate(value: float | list[float], t: int) -> float:
-    """The value for training p_{t+1}; a finished run may ask for one more than there are."""
+    """The value for training p_{t+1}. A finished run has one more iterate: the last value again."""
     return value[min(t, len(value) - 1)] if isinstance(value, list) else value
 
 
-def check_choices(module: Any) -> None:
-    """Refuse values that are none of those a setting may have, also in a notebook.
+def values_before(value: float | list[float] | None, t: int) -> list[float] | None:
+    """The values for training p_1 … p_t; None for a setting that the variant does not have."""
+    return None if value is None else [at_iterate(value, i) for i in range(t)]
+
+
+def all_values(value: float | list[float] | None) -> list[float]:
+    """The values of a setting that may be a list with one value per iterate."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def check_choices(module: SelfPlayModule) -> None:
+    """Check the settings that have a fixed set of values, which in a notebook nothing else does.
 
     Args:
-        module: A module that has kept its hyper-parameters; the annotations of its class and of
-            those above it are the schema.
+        module: A module that has saved its hyper-parameters. The annotations of its class and of
+            the classes above it are the schema.
 
     Raises:
-        SettingError: Such a value.
+        SettingError: A value is not among the choices.
     """
     for kind in type(module).__mro__:
         for name, hint in _hints(kind).items():
-            value, choices = module.hparams.get(name), _choices(hint)
-            if (
-                name in module.hparams
-                and choices
-                and not any(value is c or value == c for c in choices)
-            ):
-                told = ", ".join("null" if c is None else str(c) for c in choices)
+            if name not in module.hparams:
+                continue
+            value, choices = module.hparams[name], _choices(hint)
+            if choices and not any(value is c or value == c for c in choices):
+                names = ", ".join("null" if c is None else str(c) for c in choices)
                 raise SettingError(
-                    name, value, "there is no such choice", fix=f"choose from {told}"
+                    name, value, "there is no such choice", fix=f"choose from {names}"
                 )
+
+
+def check_ranges(module: SelfPlayModule) -> None:
+    """Check the ranges of the settings that all variants share.
+
+    Raises:
+        SettingError: A value is missing or out of range.
+    """
+    for name in ("beta", "loss"):
+        if getattr(module, name) is None and name not in module.without:
+            raise SettingError(
+                name,
+                None,
+                f"{type(module).__name__} requires a value",
+                fix="give a value, or leave it out for the default",
+            )
+    epochs, warmup = module.epochs_per_iterate, module.warmup_ratio
+    decay, anchor = module.weight_decay, module.real_nll_weight
+    check_settings(
+        module,
+        {
+            "beta": (
+                all(is_number(beta) and beta > 0 for beta in all_values(module.beta)),
+                "values > 0; 0.1 is SPIN's",
+            ),
+            "learning_rate": (
+                all(is_number(rate) and rate > 0 for rate in all_values(module.learning_rate)),
+                "values > 0",
+            ),
+            "warmup_ratio": (is_number(warmup) and 0 <= warmup <= 1, "a number in [0, 1]"),
+            "epochs_per_iterate": (is_whole(epochs, 1), "a whole number >= 1"),
+            "schedule_epochs": (
+                is_whole(module.schedule_epochs, epochs),
+                f"at least epochs_per_iterate ({epochs})",
+            ),
+            "weight_decay": (is_number(decay) and decay >= 0, "a number >= 0"),
+            "max_skipped_batches": (is_whole(module.max_skipped_batches, 0), "a whole number >= 0"),
+            "real_nll_weight": (
+                is_number(anchor) and anchor >= 0,
+                "a number >= 0; 0 for no anchor",
+            ),
+        },
+    )
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -43,12 +98,12 @@ def _hints(kind: type) -> dict[str, Any]:
         return {}
     try:
         return get_type_hints(vars(kind)["__init__"])
-    except NameError:  # names that a user's class imports for type checkers alone
+    except NameError:  # a name that a user's class imports for type checkers only
         return {}
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values of a Literal (and None), or of a bool; empty where they are not listed."""
+    """The values of a bool or a Literal, perhaps with None; empty for any other type."""
     if hint is bool:
         return (True, False)
     if get_origin(hint) is Literal:
@@ -57,50 +112,3 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     if get_origin(hint) in (Union, UnionType) and all(parts):
         return (*(value for part in parts for value in part), None)
     return ()
-
-
-def lora_settings(
-    r: int | None,
-    alpha: int | None,
-    dropout: float | None,
-    target_modules: str | list[str] | None,
-    initial_adapter: str | None,
-) -> LoraSettings:
-    """Shape of a fresh adapter; what was not given keeps its default.
-
-    Raises:
-        SettingError: A value is out of range, or one is given together with `initial_adapter`.
-    """
-    targets = tuple(target_modules) if isinstance(target_modules, list) else target_modules
-    settings: dict[str, Any] = {
-        "r": r,
-        "alpha": alpha,
-        "dropout": dropout,
-        "target_modules": targets,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    if given and initial_adapter is not None:
-        raise SettingError(
-            "initial_adapter",
-            initial_adapter,
-            f"its own config says what {', '.join(f'lora_{name}' for name in given)} would",
-            fix="leave the lora_* settings out, or start without initial_adapter",
-        )
-    lora = LoraSettings(**given)
-    checks = {
-        "r": (is_whole(lora.r, 1), "a whole number >= 1"),
-        "alpha": (is_whole(lora.alpha, 1), "a whole number >= 1"),
-        "dropout": (is_number(lora.dropout) and 0 <= lora.dropout < 1, "a share in [0, 1)"),
-        "target_modules": (
-            isinstance(targets, str | None) or bool(targets and all(map(_is_name, targets))),
-            "names of layers, or all-linear",
-        ),
-    }
-    for name, (valid, fix) in checks.items():
-        if not valid:
-            raise SettingError(f"lora_{name}", given[name], "out of range", fix=f"give {fix}")
-    return lora
-
-
-def _is_name(target: object) -> bool:
-    return isinstance(target, str) and bool(target)

@@ -16,11 +16,11 @@ class SFT(SelfPlayModule):
     """Supervised fine-tuning through the same policy, data, steps and run folder.
 
     Minimizes the mean over examples of the negative log-likelihood per token of the real response,
-    -log p(y|x) / |y|. No response is generated for training; the held-out examples are answered
-    and scored as they are for self-play, so that every validation metric compares. Rewards are
+    -log p(y|x) / |y|. No responses are generated for training. Responses to held-out examples are
+    generated and scored as in self-play, so every validation metric is comparable. Rewards are
     log-ratios to the last iterate, with beta = 1.
 
-    Takes every argument of `SelfPlayModule` but `beta`, `loss` and `real_nll_weight`.
+    Takes every argument of `SelfPlayModule` except `beta`, `loss` and `real_nll_weight`.
     """
 
     without: ClassVar[frozenset[str]] = frozenset({"beta", "loss", "real_nll_weight"})
@@ -30,11 +30,11 @@ class SFT(SelfPlayModule):
         super().__init__(beta=None, loss=None, real_nll_weight=None, **kwargs)
 
     def opponent(self, t: int) -> None:
-        """Nobody: training looks at real responses alone."""
+        """None: training uses real responses only."""
         return None
 
     def reference(self, t: int) -> Mixture:
-        """Iterate t, for the rewards of the validation pairs."""
+        """Iterate t, for the rewards of validation pairs."""
         return latest(t)
 
     def objective(self, logps: PairLogps) -> Tensor:

@@ -1,101 +1,148 @@
-"""Whether a batch whose loss is no number ends the run or is left out."""
+"""Training batches with a non-finite loss or log-prob: reported, and skipped up to a limit."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spin_lightning.modules.trainer_access import datamodule_of
+from spin_lightning.policies.base import Policy
 from spin_lightning.rows.suspects import (
-    NotFiniteError,
-    Suspect,
     all_finite,
     listed,
-    stop_at,
     suspects_of_batch,
+    too_many_skipped,
     write_suspects,
 )
 from spin_lightning.types import PairBatch, PairLogps
 
 
-def leaves_out(module: Any, batch: PairBatch, logps: PairLogps, loss: Tensor) -> bool:
-    """Whether a batch is left out, since its loss or a log-prob is nan or infinite.
-
-    All ranks decide alike: one that meets such a batch takes the others along.
+def is_non_finite(trainer: L.Trainer, logps: PairLogps, loss: Tensor) -> bool:
+    """Whether the loss or a log-prob is NaN or infinite, on this rank or on any other.
 
     Args:
-        module: The `SelfPlayModule` in training; counts in `skipped_batches` what is left out.
-        batch: n pairs.
-        logps: Their log-probs.
-        loss: The objective.
-
-    Raises:
-        NotFiniteError: More batches than `max_skipped_batches` would be left out.
+        trainer: Its ranks all call this function for the same step.
+        logps: Log-probs of this rank's batch.
+        loss: The objective of this rank's batch.
     """
-    trainer, here = module.trainer, not all_finite(logps, loss)
-    shared = trainer.world_size > 1
-    if not (trainer.strategy.reduce_boolean_decision(here, all=False) if shared else here):
-        return False
-    suspects = suspects_of_batch(batch, logps) if here else []
-    kept = _keep(module, suspects, loss) if here else None
-    names = [suspect.name for suspect in suspects]
-    found = [(names, str(kept))] if here else []
-    if shared:
-        gathered: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(gathered, found)
-        found = [one for ranks in gathered for one in ranks]
-    module.skipped_batches += 1
-    problem = (
-        f"training iterate {module.iterate + 1}, step {module.global_step}: the loss or a "
-        "log-prob is nan or infinite, in the rows "
-        f"{listed([name for names, _ in found for name in names])}; they are written to "
-        f"{', '.join(path for _, path in found)}"
-    )
-    if module.skipped_batches > module.max_skipped_batches:
-        raise stop_at(problem)
-    module.print(
-        f"WARNING: {problem}. The batch is left out: {module.skipped_batches} of at most "
-        f"{module.max_skipped_batches} (max_skipped_batches)."
-    )
-    return True
+    here = not all_finite(logps, loss)
+    if trainer.world_size == 1:
+        return here
+    return trainer.strategy.reduce_boolean_decision(here, all=False)
 
 
-def no_gradient(module: Any) -> Tensor:
-    """A loss of 0 that reaches every trained weight, so that all ranks and steps go on in pace."""
-    return torch.stack([p.sum() * 0.0 for _, p in module.policy.trainable()]).sum()
+def zero_loss(policy: Policy) -> Tensor:
+    """A loss of 0 that depends on every trained weight, so that ranks and steps stay in sync."""
+    return torch.stack([p.sum() * 0.0 for _, p in policy.trainable()]).sum()
 
 
-def check_weights(module: Any) -> None:
-    """Refuse to keep an adapter with weights that are no numbers.
+@dataclass(frozen=True)
+class BatchContext:
+    """What the report on a batch contains besides its rows.
 
-    Raises:
-        NotFiniteError: Some are nan or infinite.
+    Attributes:
+        iterate: Index t; p_{t+1} is in training.
+        beta: Temperature of the implicit reward.
+        decode: Converts token ids to text.
     """
-    bad = [name for name, p in module.policy.trainable() if not bool(p.isfinite().all())]
-    if bad:
-        raise NotFiniteError(
-            f"training iterate {module.iterate + 1}: the adapter has weights that are nan or "
-            f"infinite, {len(bad)} tensors such as {bad[0]}; it was not kept",
-            fix="what was kept before is whole: start a new run with a lower learning_rate or "
-            "gradient clipping, or with compute_dtype: float32",
+
+    iterate: int
+    beta: float
+    decode: Callable[[Sequence[int]], str]
+
+
+class SkippedBatches:
+    """Counts the skipped batches of a run and ends it beyond a limit.
+
+    Args:
+        limit: Most batches that may be skipped.
+
+    Attributes:
+        count: Batches skipped so far.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Start at 0."""
+        self.count = 0
+        self._limit = limit
+
+    def skip(
+        self,
+        trainer: L.Trainer,
+        batch: PairBatch,
+        logps: PairLogps,
+        loss: Tensor,
+        context: BatchContext,
+    ) -> str:
+        """Report a batch for which `is_non_finite` holds, and count it. Every rank has to call it.
+
+        Args:
+            trainer: The Trainer of the run.
+            batch: n pairs.
+            logps: Their log-probs.
+            loss: The objective.
+            context: What the report contains besides the rows.
+
+        Returns:
+            A warning for the user.
+
+        Raises:
+            NonFiniteError: The limit is exceeded.
+        """
+        reports = _on_all_ranks(trainer, _report(trainer, batch, logps, loss, context))
+        names = listed([name for report in reports for name in report.rows])
+        self.count += 1
+        problem = (
+            f"training iterate {context.iterate + 1}, step {trainer.global_step}: the loss or a "
+            f"log-prob is NaN or infinite, in the rows {names}; they are written to "
+            f"{', '.join(report.path for report in reports)}"
+        )
+        if self.count > self._limit:
+            raise too_many_skipped(problem)
+        return (
+            f"WARNING: {problem}. The batch is skipped: {self.count} of at most {self._limit} "
+            "(max_skipped_batches)."
         )
 
 
-def _keep(module: Any, suspects: list[Suspect], loss: Tensor) -> Path:
-    """Write the rows beside those of their iterate."""
-    rank, step = module.global_rank, module.global_step
-    folder: Path = module.trainer.datamodule.run_folder.rows(module.iterate)
+@dataclass(frozen=True)
+class _Report:
+    """Names of the suspect rows of a rank, and the file that holds them."""
+
+    rows: list[str]
+    path: str
+
+
+def _report(
+    trainer: L.Trainer, batch: PairBatch, logps: PairLogps, loss: Tensor, context: BatchContext
+) -> list[_Report]:
+    """Write the suspect rows of this rank's batch to a file; no report if the batch is finite."""
+    if all_finite(logps, loss):
+        return []
+    suspects = suspects_of_batch(batch, logps)
+    rank, step = trainer.global_rank, trainer.global_step
+    folder = datamodule_of(trainer).rows_folder(context.iterate)
     path = folder / f"not_finite-step_{step:06d}-rank_{rank}.json"
     write_suspects(
         path,
         suspects,
-        module.tokenizer.decode,
-        what=f"training iterate {module.iterate + 1}",
+        context.decode,
+        what=f"training iterate {context.iterate + 1}",
         step=step,
         loss=float(loss.detach()),
-        beta=module.reward_scale,
+        beta=context.beta,
     )
-    return path
+    return [_Report([suspect.name for suspect in suspects], str(path))]
+
+
+def _on_all_ranks(trainer: L.Trainer, reports: list[_Report]) -> list[_Report]:
+    if trainer.world_size == 1:
+        return reports
+    gathered: list[list[_Report]] = [[] for _ in range(trainer.world_size)]
+    dist.all_gather_object(gathered, reports)
+    return [report for of_rank in gathered for report in of_rank]

@@ -1,4 +1,4 @@
-"""SPACE: tell real from generated responses, each by itself."""
+"""SPACE: tell real from generated responses, each on its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from spin_lightning import losses
-from spin_lightning.errors import SettingError, is_number
-from spin_lightning.mixtures import Geometric, Level, Mixture, Reference, latest, pulled_to_base
+from spin_lightning.errors import check_settings, is_number
+from spin_lightning.mixtures import (
+    Geometric,
+    Level,
+    Mixture,
+    Reference,
+    check_alpha,
+    latest,
+    pulled_to_base,
+)
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.modules.settings import at_iterate
+from spin_lightning.modules.settings import all_values, at_iterate
 from spin_lightning.types import PairLogps
 
 
@@ -19,20 +27,21 @@ class SPACE(SelfPlayModule):
 
     p_{t+1} minimizes E[ -log s(r(y)) - mu log(1 - s(r(y'))) ] with r = log p - log R_t,
     s(z) = 1 / (1 + mu exp(-z)), y from the data set, y' ~ p_t and mu the `ratio`. One response is
-    generated per real one, and the second term carries the weight mu.
+    generated per real one, and the second term has the weight mu.
 
-    Since y and y' are scored apart, R_t has to be normalized: the base is mixed in token by token.
+    Since y and y' are scored separately, R_t has to be normalized: the base is mixed in token by
+    token.
 
     Args:
-        ratio: mu, weight of generated responses against real ones, > 0.
+        ratio: mu, weight of generated responses relative to real ones, > 0.
         alpha: Weight of the base policy, in [0, 1]; one value or one per iterate.
-        mixture: token; `sequence` is refused with an `alpha` > 0, whose normalizer is not known.
-        kwargs: Settings of `SelfPlayModule` but `beta` and `loss`.
+        mixture: token; `sequence` needs `alpha: 0`, because its normalizer is unknown otherwise.
+        kwargs: Settings of `SelfPlayModule` except `beta` and `loss`.
 
     Raises:
-        SettingError: A `ratio` that is not positive, or an `alpha` outside [0, 1].
+        SettingError: `ratio` is not positive, or `alpha` is outside [0, 1].
 
-    Reference: arXiv 2512.07175, whose formula we know from secondary sources only.
+    Reference: arXiv 2512.07175; the formula is taken from secondary sources.
     """
 
     per_iterate: ClassVar[tuple[str, ...]] = (*SelfPlayModule.per_iterate, "alpha")
@@ -48,13 +57,12 @@ class SPACE(SelfPlayModule):
     ) -> None:
         """Keep the settings."""
         super().__init__(beta=None, loss=None, **kwargs)
-        if not is_number(ratio) or ratio <= 0:
-            raise SettingError("ratio", ratio, "out of range", fix="give a number > 0")
         self.ratio = ratio
+        check_settings(self, {"ratio": (is_number(ratio) and ratio > 0, "a number > 0")})
         self.alpha = alpha
         self.mixture = mixture
-        for value in alpha if isinstance(alpha, list) else [alpha]:
-            Geometric(latest(0), value)  # refuses what is out of range
+        for value in all_values(alpha):
+            check_alpha(value)
 
     def opponent(self, t: int) -> Mixture:
         """Iterate t, mixed with the base at every token."""
@@ -63,7 +71,7 @@ class SPACE(SelfPlayModule):
         return pulled_to_base(latest(t), at_iterate(self.alpha, t))
 
     def reference(self, t: int) -> Reference:
-        """The opponent."""
+        """The opponent's density."""
         if self.mixture == "sequence":
             return Geometric(latest(t), at_iterate(self.alpha, t))
         return self.opponent(t)

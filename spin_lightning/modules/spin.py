@@ -13,9 +13,9 @@ class SPIN(SelfPlayModule):
     y from the data set and y' ~ p_t.
 
     Reference: Chen et al., "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language
-    Models", eq. 4.7 (https://arxiv.org/abs/2401.01335). We differ in training an adapter instead of
-    all weights, in sampling at temperature 1 without truncation, and in using the rows of iterate t
-    alone where the released scripts add those of iterate t - 1.
+    Models", eq. 4.7 (https://arxiv.org/abs/2401.01335). Unlike the paper, we train an adapter
+    instead of all weights, sample at temperature 1 without truncation, and train on the rows of
+    iterate t alone, where the released scripts add those of iterate t - 1.
     """
 
     def opponent(self, t: int) -> Mixture:

@@ -1,7 +1,7 @@
-"""Policies: a model whose past iterates can be called back."""
+"""Policies: a trained model that can also act as any of its frozen iterates."""
 
 import logging
 
-# Advice to install kernels from the hub, at import, and a line per layer and call that int8 rounds.
+# At import they advise installing kernels from the hub; in int8 they log a line per layer and call.
 for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(_name).setLevel(logging.ERROR)

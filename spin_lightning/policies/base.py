@@ -1,4 +1,4 @@
-"""What the self-play loop needs from a policy."""
+"""The interface of a policy: one trained model and its frozen iterates."""
 
 from __future__ import annotations
 
@@ -15,48 +15,51 @@ from spin_lightning.packing import pad_prompts
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
 
-class Lanes(NamedTuple):
-    """The rows of a model's batch and cache: one for each row that is asked for, or two.
+class Slots(NamedTuple):
+    """The rows of the model's own batch and cache.
+
+    A row of the caller takes one slot; a row mixed with the base takes a second one.
 
     Attributes:
-        rows: The row that each lane belongs to, int64, shape [lanes].
-        seconds: Where a lane is the second one of a row that is mixed with the base, bool.
+        rows: The caller's row in each slot, int64, shape [slots].
+        is_base: Whether a slot holds the base's copy of a row mixed with the base, bool,
+            shape [slots].
     """
 
     rows: Tensor
-    seconds: Tensor
+    is_base: Tensor
 
 
-class Seats(Protocol):
-    """Who acts in which row of the batches that a model is given."""
+class RowRouting(Protocol):
+    """Which policy computes each row of a batch, inside `Policy.at_rows`."""
 
-    def take(self, actors: Sequence[PolicyId]) -> Lanes:
-        """Say who acts in each row of the forward passes to come.
+    def assign(self, ids: Sequence[PolicyId]) -> Slots:
+        """Set the policy of each row of the forward passes that follow.
 
         Args:
-            actors: One for each row, out of the team that acts.
+            ids: One per row, each from the group given to `at_rows`.
 
         Returns:
-            The lanes in which the model reads them.
+            The slots in which the model computes the rows.
         """
 
     def keep(self, staying: Tensor) -> Tensor:
-        """Go on without some rows.
+        """Drop the rows that are not `staying`; the others keep their order.
 
         Args:
-            staying: Which rows stay, in their order, bool, shape [n].
+            staying: Which rows stay, bool, shape [n].
 
         Returns:
-            The lane that is to become each lane, int64.
+            For each new slot the old slot to take its cache from, int64.
         """
 
 
 class Policy(nn.Module, ABC):
-    """A trainable policy p_theta and the bank of its frozen iterates p_0 … p_t.
+    """A trainable policy p_theta with its frozen iterates p_0 … p_t.
 
     Attributes:
-        model: The causal language model that acts now: the trained policy, or inside `at` an
-            iterate.
+        model: The causal language model. It computes the active policy: the trained one, or inside
+            `at` a frozen iterate.
     """
 
     model: nn.Module
@@ -64,21 +67,21 @@ class Policy(nn.Module, ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where inputs have to be."""
+        """Device that inputs have to be on."""
 
     @abstractmethod
     def logps(self, batch: SequenceBatch) -> Tensor:
-        """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
+        """log p(y|x) of each sequence under the active policy, nats, float64, shape [n]."""
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt is computed once for all its responses by whoever acts now."""
+        """Whether the active policy computes a prompt once for all its responses."""
         return False
 
     def prompt_logps(self, batch: PromptBatch) -> Tensor:
-        """log p(y|x) of each response under whoever acts now, nats, float64, shape [responses].
+        """log p(y|x) of each response under the active policy, nats, float64, shape [responses].
 
-        Plainly: every response as a padded sequence of its own.
+        By default, every response is padded as a sequence of its own.
         """
         return self.logps(pad_prompts(batch))
 
@@ -86,37 +89,37 @@ class Policy(nn.Module, ABC):
     def at(self, iterate: int, token_alpha: float = 0.0) -> AbstractContextManager[None]:
         """Act as a frozen iterate inside the block: eval mode, no gradients.
 
-        With a `token_alpha` > 0, act as g_i, whose next token follows
+        With `token_alpha` > 0, act as g_i, whose next token follows
         softmax((1 - token_alpha) log p_i + token_alpha log p_0).
 
-        Which adapter was active, `requires_grad` of every parameter and the mode of every module
-        are as before when the block is left, also by an exception.
+        Leaving the block, also by an exception, restores the active adapter, `requires_grad` of
+        every parameter and the mode of every module.
         """
 
-    def teams(self, actors: Collection[PolicyId]) -> list[list[PolicyId]]:
-        """Split actors into teams that can act in one batch; each alone if nothing else is known.
+    def batch_groups(self, ids: Collection[PolicyId]) -> list[list[PolicyId]]:
+        """Split policies into groups that can share a batch; by default, one per group.
 
         Args:
-            actors: Who is to act.
+            ids: Policies, with or without repeats.
 
         Returns:
-            Every one of them once, in an order that depends on nothing else.
+            Each of them once; the order depends on the set of them alone.
         """
-        return [[actor] for actor in sorted(set(actors))]
+        return [[policy_id] for policy_id in sorted(set(ids))]
 
     @contextmanager
-    def at_rows(self, team: Collection[PolicyId]) -> Iterator[Seats]:
-        """Act as a team inside the block, each row as whoever takes its seat; else like `at`.
+    def at_rows(self, group: Collection[PolicyId]) -> Iterator[RowRouting]:
+        """Act as a group of policies inside the block, row by row; otherwise like `at`.
 
         Args:
-            team: One of `teams`.
+            group: One group of `batch_groups`.
 
         Yields:
-            The seats: `take` says who acts in which row of the next forward passes.
+            The routing, whose `assign` sets the policy of each row.
         """
-        (actor,) = team
-        with self.at(*actor):
-            yield _Alone(self.device, doubled=actor.mixes_base)
+        (policy_id,) = group
+        with self.at(*policy_id):
+            yield _SinglePolicy(self.device, copies=2 if policy_id.mixes_base else 1)
 
     @abstractmethod
     def snapshot(self, folder: Path) -> dict[str, str]:
@@ -124,28 +127,37 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def use_iterates(self, folders: Mapping[int, Path]) -> None:
-        """Say where the iterates lie."""
+        """Set the folder of each frozen iterate."""
+
+    @abstractmethod
+    def iterate_folder(self, iterate: int) -> Path | None:
+        """PEFT adapter folder of a frozen iterate, None for the bare base."""
 
     @abstractmethod
     def evict(self, keep: Collection[int] = ()) -> None:
-        """Free the memory of every loaded iterate but `keep`; they come back from disk."""
+        """Free the memory of every loaded iterate but `keep`; `at` loads them again from disk."""
 
     @abstractmethod
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that training changes."""
 
 
-class _Alone:
-    """The seats of a team of one."""
+class _SinglePolicy:
+    """The routing of a group of one: row i is in slot i, its base copy in slot n + i.
 
-    def __init__(self, device: torch.device, *, doubled: bool) -> None:
+    Args:
+        device: Where the model is.
+        copies: Slots per row.
+    """
+
+    def __init__(self, device: torch.device, copies: int) -> None:
         self._device = device
-        self._copies = 2 if doubled else 1
+        self._copies = copies
 
-    def take(self, actors: Sequence[PolicyId]) -> Lanes:
-        rows = torch.arange(len(actors), device=self._device)
-        lanes = torch.arange(len(actors) * self._copies, device=self._device)
-        return Lanes(rows.repeat(self._copies), lanes >= len(actors))
+    def assign(self, ids: Sequence[PolicyId]) -> Slots:
+        rows = torch.arange(len(ids), device=self._device)
+        slots = torch.arange(len(ids) * self._copies, device=self._device)
+        return Slots(rows.repeat(self._copies), slots >= len(ids))
 
     def keep(self, staying: Tensor) -> Tensor:
         return staying.repeat(self._copies).nonzero().squeeze(-1)

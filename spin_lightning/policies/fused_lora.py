@@ -1,7 +1,7 @@
-"""LoRA layers whose frozen weight takes part in a backward pass with one product only.
+"""LoRA layers with one product by the frozen weight in their backward pass.
 
-PEFT's layer leaves to autograd what is known here: the base is frozen, so that of its weight only
-the gradient of the input is wanted, and the adapter's half can be added in place.
+PEFT's layer leaves the backward pass to autograd. Here the base is known to be frozen: only the
+gradient of the input is needed of its weight, and the adapter's part is added in place.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from spin_lightning.frozen_linear import add_product, is_linear, product
 
 
 def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
-    """Give the LoRA layers of a PEFT model the fused pass, where it computes what PEFT's does.
+    """Install the fused pass in the LoRA layers of a PEFT model, where it equals PEFT's.
 
-    It is installed once: adapters that are loaded, switched or deleted later need nothing more.
+    Once is enough: it also serves adapters loaded later.
 
     Args:
         model: A PEFT model.
-        in_4_bits: Whether the base is held in 4 bits.
+        in_4_bits: Whether the base is quantized to 4 bits.
     """
     kinds: dict[type, type] = {lora.Linear: FusedLinear}
     if in_4_bits:
@@ -35,10 +35,10 @@ def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
 
 
 class _Fused:
-    """The fused pass of a LoRA layer, to be put before PEFT's class.
+    """The fused pass of a LoRA layer, a mix-in to put before PEFT's class.
 
-    y = W x + s B A x. Any other case (no adapter or several, a batch of several, dropout, a
-    variant of LoRA, autocast, a base that is trained or computes in another type) is PEFT's.
+    y = W x + s B A x. All other cases fall back to PEFT's pass: no adapter or several, a mixed
+    batch, dropout, a variant of LoRA, autocast, a base that is trained or computes in another type.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -52,7 +52,7 @@ class _Fused:
         return output
 
     def _single_adapter(self: Any, x: Tensor) -> str | None:
-        """The adapter that acts, if it acts alone and is plain LoRA on a frozen base."""
+        """Name of the active adapter, if it is the only one and plain LoRA on a frozen base."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name: str = self.active_adapters[0]
@@ -68,7 +68,7 @@ class _Fused:
         return name if is_plain else None
 
     def computes_in(self: Any) -> torch.dtype | None:
-        """Type that the base layer computes in; None for one whose weight is not known."""
+        """Type that the base layer computes in; None for a layer of an unsupported kind."""
         raise NotImplementedError
 
     def frozen_weight(self: Any) -> Tensor:
@@ -77,7 +77,7 @@ class _Fused:
 
 
 class FusedLinear(_Fused, lora.Linear):
-    """Fused LoRA on a layer held as it is."""
+    """Fused LoRA on a layer that is not quantized."""
 
     def computes_in(self) -> torch.dtype | None:
         """Type of the weight."""
@@ -86,21 +86,21 @@ class FusedLinear(_Fused, lora.Linear):
         return dtype if is_linear(base) or type(base) is Conv1D else None
 
     def frozen_weight(self) -> Tensor:
-        """The weight; Conv1D holds it the other way round."""
+        """The weight; Conv1D holds it transposed."""
         base: Any = self.base_layer
         weight: Tensor = base.weight
         return weight.t() if isinstance(base, Conv1D) else weight
 
 
 def _kinds_in_4_bits() -> dict[type, type]:
-    """Layers held in 4 bits, with and without adapters, and what they become.
+    """Classes of 4-bit layers, with and without adapters, and the fused class of each.
 
-    They are de-quantized in the forward pass and again in the backward pass, and never kept.
+    A weight is de-quantized in the forward pass and again in the backward pass, and never kept.
     """
-    import bitsandbytes  # importing it takes seconds and is seldom wanted
+    import bitsandbytes  # importing it takes seconds and is rarely needed
 
     class FrozenLinear4bit(bitsandbytes.nn.Linear4bit):
-        """Without gradient, the product that `products` chooses."""
+        """Without gradients, it uses `frozen_linear.product` on the de-quantized weight."""
 
         def forward(self, x: Tensor) -> Tensor:
             if torch.is_grad_enabled() or x.is_cuda or self.compute_dtype != x.dtype:
@@ -116,8 +116,8 @@ def _kinds_in_4_bits() -> dict[type, type]:
 
     class FusedLinear4bit(_Fused, lora.Linear4bit):
         def computes_in(self) -> torch.dtype | None:
-            known = type(self.base_layer) is FrozenLinear4bit
-            return self.base_layer.compute_dtype if known else None
+            is_supported = type(self.base_layer) is FrozenLinear4bit
+            return self.base_layer.compute_dtype if is_supported else None
 
         def frozen_weight(self) -> Tensor:
             dense: Tensor = self.base_layer.dense()

@@ -1,9 +1,7 @@
-"""Loading the frozen base, bare, with adapters on it, or merged with one."""
+"""Loading the frozen base: bare, with an adapter, or merged with one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from spin_lightning.policies.pretrained import FrozenBase, check_quantizable, lo
 
 
 def load_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the frozen base, quantized as it says, in eval mode and without gradients.
+    """Load the frozen base with its quantization, in eval mode and without gradients.
 
     Raises:
         SettingError: bitsandbytes cannot quantize this model, or its weights cannot be read.
@@ -31,7 +29,7 @@ def load_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTraine
 def _read(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedModel:
     check_quantizable(base)
     try:
-        # (With `output_loading_info` it gives a pair, which its types do not say.)
+        # (With `output_loading_info` the result is a pair, which its annotation does not cover.)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.name,
             config=load_config(base),
@@ -41,18 +39,18 @@ def _read(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedMod
             output_loading_info=True,
             **base.source,
         )
-    except (AssertionError, torch.OutOfMemoryError):  # of the device
+    except (AssertionError, torch.OutOfMemoryError):  # about the device
         raise
-    # A reader of each kind of file, and a check of shapes: they raise whatever they like.
+    # Readers of several file formats, and a check of shapes, may raise anything.
     except Exception as error:
         raise _unreadable(base, first_line(error)) from error
     model: PreTrainedModel = loaded[0]
-    if told := sorted(loaded[1]["missing_keys"]):
-        # transformers draws them at random, and only logs that.
-        raise _unreadable(base, f"{len(told)} tensors are missing, such as {told[0]}")
+    if missing := sorted(loaded[1]["missing_keys"]):
+        # transformers only logs this and initializes them at random.
+        raise _unreadable(base, f"{len(missing)} tensors are missing, such as {missing[0]}")
     for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in eval mode, in place, for a
-        # kernel that has no gradient and computes in bfloat16; training would go on with them.
+        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in place in eval mode, for a
+        # bfloat16 kernel without gradients; training would continue with the repacked weights.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.requires_grad_(False)
@@ -64,15 +62,15 @@ def _unreadable(base: FrozenBase, problem: str) -> SettingError:
         "model",
         base.name,
         f"its weights cannot be read ({problem})",
-        fix="copy the model folder anew, with its *.safetensors files",
+        fix="copy the model folder again, with its *.safetensors files",
     )
 
 
 def merge_adapter(base: FrozenBase, adapter: Path | None) -> PreTrainedModel:
     """Return the base with an adapter merged into its weights, in full precision.
 
-    A quantized base is de-quantized first: its adapter was trained on the rounded weights, so they
-    are what it belongs to, and merging into 4-bit weights would round the sum once more.
+    A quantized base is de-quantized first: the adapter was trained on the rounded weights, and
+    merging it into 4-bit weights would round the sum again.
     """
     model = _read(base)
     if base.quantization != "none":
@@ -86,35 +84,9 @@ def merge_adapter(base: FrozenBase, adapter: Path | None) -> PreTrainedModel:
 def load_with_adapter(
     base: FrozenBase, adapter: Path | None, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Return the base with a frozen adapter on it (or bare), ready to generate from."""
+    """Return the base with a frozen adapter (or bare), in eval mode, ready for `generate`."""
     model = load_base(base, device)
     return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter)).eval()
-
-
-def load_with_adapters(
-    base: FrozenBase, adapters: Mapping[int, Path | None], device: torch.device | str = "cpu"
-) -> nn.Module:
-    """Return the base with a frozen adapter per iterate on it, for `acting_as`."""
-    model: nn.Module = load_base(base, device)
-    for t, folder in adapters.items():
-        if folder is None:
-            continue
-        if isinstance(model, peft.PeftModel):
-            model.load_adapter(str(folder), adapter_name=adapter_name(t), torch_device=str(device))
-        else:
-            model = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name(t))
-    return model.eval()
-
-
-def acting_as(model: nn.Module, t: int) -> AbstractContextManager[Any]:
-    """Make a model of `load_with_adapters` act as iterate t inside the block."""
-    if not isinstance(model, peft.PeftModel):
-        return nullcontext()
-    if adapter_name(t) not in model.peft_config:
-        disabled: AbstractContextManager[Any] = model.disable_adapter()
-        return disabled
-    model.set_adapter(adapter_name(t))
-    return nullcontext()
 
 
 def _quantization_config(base: FrozenBase) -> BitsAndBytesConfig | None:
@@ -129,5 +101,5 @@ def _quantization_config(base: FrozenBase) -> BitsAndBytesConfig | None:
 
 
 def adapter_name(iterate: int) -> str:
-    """PEFT's name of an iterate's adapter."""
+    """Name of an iterate's adapter in PEFT."""
     return f"iterate_{iterate:03d}"

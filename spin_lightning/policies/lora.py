@@ -20,13 +20,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
-from spin_lightning.policies.base import Policy, Seats
+from spin_lightning.policies.base import Policy, RowRouting
 from spin_lightning.policies.loading import adapter_name, load_base
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
-from spin_lightning.policies.pretrained import (
-    FrozenBase,
-)
+from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.token_mixture import BARE, pulled_to_base
 from spin_lightning.run.files import write_json, writing
@@ -34,26 +32,28 @@ from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
 _TRAINED = "policy"
-# Most iterates in one batch: their adapters are in memory twice while they act.
-_TEAM = 16
+# Most policies in one batch: inside `at_rows` their adapters are in memory twice.
+_GROUP = 16
 
 
 class LoraPolicy(Policy):
-    """Frozen base with the trained adapter and a bank of frozen iterates.
+    """Frozen base with the trained adapter and the adapters of its frozen iterates.
 
-    Iterate 0 is the base itself, without any adapter, unless the run started from an adapter.
+    Iterate 0 is the bare base unless the run started from an adapter.
 
     Args:
         base: The frozen base.
         lora: Shape of a fresh adapter.
-        initial_adapter: Folder of a LoRA adapter to start from; then iterate 0 is this adapter and
-            `lora` is not looked at.
+        initial_adapter: Folder of a LoRA adapter to start from; it is iterate 0, and `lora` is
+            ignored.
         activation_checkpointing: Recompute activations in the backward pass to save memory.
-        device: Where to load the base.
-        seed: Seed of a fresh adapter's random half.
-        packing: Whether a prompt is computed once for all its responses.
-        fused: Whether LoRA layers take the fused pass.
-        compiled: Compile the layers with torch.compile, for training; iterates act uncompiled.
+        device: Device to load the base on.
+        seed: Seed of the random half of a fresh adapter.
+        packing: shared: compute a prompt once for all its responses; padded: each response is a
+            padded sequence of its own; auto: shared where the architecture allows it.
+        fused: Whether LoRA layers use the fused pass of `fused_lora`.
+        compiled: Whether to train with layers compiled by torch.compile; frozen iterates always run
+            uncompiled.
     """
 
     model: peft.PeftModel
@@ -74,17 +74,17 @@ class LoraPolicy(Policy):
         super().__init__()
         self.base = base
         self._shares_prefixes = shared_prefix.shares_prefixes(base, packing)
-        self._bank: dict[int, Path] = {}
-        self._acting: str | None = None
-        self._mixed = False
+        self._folders: dict[int, Path] = {}
+        self._active: str | None = None  # what `at` or `at_rows` has switched to
+        self._mixes_base = False
         self._rows_stay_apart: bool | None = None
         model = load_base(base, device)
         if activation_checkpointing:
             model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": recomputing_alike(model.config)}
             )
-        # The adapter's start depends on the seed alone, not on what was drawn before.
-        with _drawing_apart(torch.device(device)):
+        # The initial weights depend on the seed alone, not on earlier random draws.
+        with _isolated_random_state(torch.device(device)):
             torch.manual_seed(seed)
             self.model = (
                 peft.get_peft_model(model, lora.peft_config(base), adapter_name=_TRAINED)
@@ -102,13 +102,13 @@ class LoraPolicy(Policy):
             for module in self.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.compile(dynamic=True)
-        # Dropout of the base is off in its config, so this is about LoRA's dropout alone (and
-        # checkpointing, which works in training mode only).
+        # For LoRA's dropout, and for checkpointing, which needs training mode; the base's own
+        # dropout is switched off in its config.
         self.train()
 
     @property
     def device(self) -> torch.device:
-        """Where the base lies."""
+        """Device of the base."""
         return next(self.model.parameters()).device
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -116,24 +116,24 @@ class LoraPolicy(Policy):
         return ((n, p) for n, p in self.named_parameters() if f".{_TRAINED}." in n)
 
     def logps(self, batch: SequenceBatch) -> Tensor:
-        """log p(y|x) of each sequence under whoever acts now, nats, float64, shape [n]."""
+        """log p(y|x) of each sequence under the active policy, nats, float64, shape [n]."""
         return response_logps(self.model, batch.to(self.device))
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt is computed once for all its responses by whoever acts now."""
-        # A token-level mixture doubles its batch on the way in and meets before the head.
-        return self._shares_prefixes and not self._mixed
+        """Whether the active policy computes a prompt once for all its responses."""
+        # A token-level mixture doubles the batch and combines the halves before the head.
+        return self._shares_prefixes and not self._mixes_base
 
     def prompt_logps(self, batch: PromptBatch) -> Tensor:
-        """log p(y|x) of each response under whoever acts now, nats, float64, shape [responses]."""
+        """log p(y|x) of each response under the active policy, nats, float64, [responses]."""
         if not self.shares_prompts:
             return super().prompt_logps(batch)
-        # The adapter is part of the layers: PEFT's wrapper only adds what a mixed batch needs.
+        # Adapters are part of the layers: PEFT's wrapper only adds support for mixed batches.
         return shared_prefix.prompt_logps(self.model.get_base_model(), batch.to(self.device))
 
     def snapshot(self, folder: Path) -> dict[str, str]:
-        """Write the trained adapter as PEFT reads it; return the SHA-256 of each file."""
+        """Write the trained adapter in PEFT's format; return the SHA-256 of each file by name."""
         weights = get_peft_model_state_dict(
             self.model, adapter_name=_TRAINED, save_embedding_layers=False
         )
@@ -143,14 +143,28 @@ class LoraPolicy(Policy):
             try:
                 save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             except SafetensorError as error:
-                # It tells what the disk said in words alone.
+                # It carries the error of the disk as text only.
                 raise OSError(_os_errno(error), first_line(error)) from error
         write_json(folder / ADAPTER_CONFIG, _plain(self.model.peft_config[_TRAINED]))
         return {name: file_hash(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
 
     def use_iterates(self, folders: Mapping[int, Path]) -> None:
-        """Say where the iterates lie; one without adapter weights is the bare base."""
-        self._bank = dict(folders)
+        """Set the folder of each frozen iterate; one without an adapter is the bare base."""
+        self._folders = dict(folders)
+
+    def iterate_folder(self, iterate: int) -> Path | None:
+        """PEFT adapter folder of a frozen iterate, None for the bare base.
+
+        Raises:
+            RunFolderError: Its folder is missing.
+        """
+        folder = self._folders.get(iterate)
+        if folder is None or not folder.is_dir():
+            raise RunFolderError(
+                f"iterate {iterate} is missing (looked in {folder})",
+                fix="restore its folder from a copy, or start a new run",
+            )
+        return folder if (folder / ADAPTER_CONFIG).exists() else None
 
     def evict(self, keep: Collection[int] = ()) -> None:
         """Free the memory of every loaded iterate but `keep`."""
@@ -162,80 +176,82 @@ class LoraPolicy(Policy):
     def at(self, iterate: int, token_alpha: float = 0.0) -> Iterator[None]:
         """Act as a frozen iterate, or its token-level mixture with the base, inside the block.
 
-        Everything is put back on leaving it.
+        Leaving the block restores everything, see `Policy.at`.
         """
         with self._frozen(str(iterate)):
             adapter = self._load(iterate)
-            # Iterate 0 is the base, whatever it is mixed with the base by.
-            self._mixed = token_alpha > 0 and iterate != 0
-            base_adapter = (self._load(0) or BARE) if self._mixed else None
+            self._mixes_base = PolicyId(iterate, token_alpha).mixes_base
+            base_adapter = (self._load(0) or BARE) if self._mixes_base else None
             self.eval()
             if adapter is not None:
                 self.model.set_adapter(adapter)
-            with self._acting_as(adapter, base_adapter, token_alpha):
+            with self._switched_to(adapter, base_adapter, token_alpha):
                 yield
 
-    def teams(self, actors: Collection[PolicyId]) -> list[list[PolicyId]]:
-        """Split actors into teams: all together if their adapters are plain LoRA, else alone."""
-        ordered = sorted(set(actors))
-        if not self._can_share_rows(ordered):
-            return super().teams(ordered)
-        return [ordered[i : i + _TEAM] for i in range(0, len(ordered), _TEAM)]
+    def batch_groups(self, ids: Collection[PolicyId]) -> list[list[PolicyId]]:
+        """Split policies into groups that share a batch: up to 16 if all adapters are plain LoRA.
+
+        Otherwise each policy is a group of its own.
+        """
+        ordered = sorted(set(ids))
+        if not self._can_share_batch(ordered):
+            return super().batch_groups(ordered)
+        return [ordered[i : i + _GROUP] for i in range(0, len(ordered), _GROUP)]
 
     @contextmanager
-    def at_rows(self, team: Collection[PolicyId]) -> Iterator[Seats]:
-        """Act as a team inside the block, each row as whoever takes its seat; else like `at`."""
-        if not self._can_share_rows(team):
-            with super().at_rows(team) as alone:
-                yield alone
+    def at_rows(self, group: Collection[PolicyId]) -> Iterator[RowRouting]:
+        """Act as a group of policies inside the block, row by row; otherwise like `at`."""
+        if not self._can_share_batch(group):
+            with super().at_rows(group) as single:
+                yield single
             return
-        with self._frozen(str(sorted(team))):
-            adapters = self._load_team(team)
+        with self._frozen(str(sorted(group))):
+            adapters = self._load_group(group)
             self.eval()
-            with many_adapters(self.model, adapters) as seats:
-                yield seats
+            with many_adapters(self.model, adapters) as routing:
+                yield routing
 
-    def _can_share_rows(self, actors: Collection[PolicyId]) -> bool:
-        with self._frozen(str(sorted(actors))):
-            adapters = self._load_team(actors)
+    def _can_share_batch(self, ids: Collection[PolicyId]) -> bool:
+        with self._frozen(str(sorted(ids))):
+            adapters = self._load_group(ids)
             self.eval()
             if self._rows_stay_apart is None:
                 self._rows_stay_apart = keeps_rows_apart(self.model)
             names = [name for name in adapters.values() if name is not None]
             return self._rows_stay_apart and are_plain(self.model, names)
 
-    def _load_team(self, team: Collection[PolicyId]) -> dict[int, str | None]:
-        """Bring a team's iterates into memory, and the base where it is mixed in."""
-        base = {0 for _, alpha in team if alpha > 0}
-        return {i: self._load(i) for i in sorted({i for i, _ in team} | base)}
+    def _load_group(self, group: Collection[PolicyId]) -> dict[int, str | None]:
+        """Load a group's iterates, and iterate 0 where it is mixed in; return adapter names."""
+        base = {0 for _, alpha in group if alpha > 0}
+        return {i: self._load(i) for i in sorted({i for i, _ in group} | base)}
 
     @contextmanager
-    def _frozen(self, acting: str) -> Iterator[None]:
-        """Put modes, gradients and the active adapter back after the block; no gradients in it."""
-        if self._acting is not None:
-            raise RuntimeError(f"already acting as iterate {self._acting}; leave that block first")
-        # Before loading: PEFT puts the whole model into eval mode when it loads an adapter.
+    def _frozen(self, active: str) -> Iterator[None]:
+        """Run the block without gradients, then restore modes, `requires_grad` and the adapter."""
+        if self._active is not None:
+            raise RuntimeError(f"already acting as iterate {self._active}; leave that block first")
+        # Recorded before loading: loading an adapter puts the whole model into eval mode.
         modes = [(module, module.training) for module in self.modules()]
         grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        self._acting = acting
-        # Every adapter and every shape of a cache would be compiled anew.
+        self._active = active
+        # Each adapter and each cache shape would trigger a recompilation.
         stance = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         try:
             with torch.no_grad(), stance:
                 yield
         finally:
-            self._acting, self._mixed = None, False
+            self._active, self._mixes_base = None, False
             self.model.set_adapter(_TRAINED)
             for parameter, requires_grad in grads:
                 parameter.requires_grad_(requires_grad)
             for module, training in modes:
                 module.training = training
 
-    def _acting_as(
+    def _switched_to(
         self, adapter: str | None, base_adapter: str | None, token_alpha: float
     ) -> AbstractContextManager[Any]:
         if adapter is None:
-            # Never get_base_model(): the adapter stays active in it.
+            # Not get_base_model(): the adapter stays active in it.
             disabled: AbstractContextManager[Any] = self.model.disable_adapter()
             return disabled
         if base_adapter is not None:
@@ -243,37 +259,32 @@ class LoraPolicy(Policy):
         return nullcontext()
 
     def _load(self, iterate: int) -> str | None:
-        """Bring an iterate into memory; return its adapter name, None for the bare base."""
-        folder = self._bank.get(iterate)
-        if folder is None or not folder.is_dir():
-            raise RunFolderError(
-                f"iterate {iterate} is not there (looked in {folder})",
-                fix="restore its folder from a copy, or start a new run",
-            )
-        if not (folder / ADAPTER_CONFIG).exists():
+        """Load an iterate's adapter if needed; return its name, None for the bare base."""
+        folder = self.iterate_folder(iterate)
+        if folder is None:
             return None
         name = adapter_name(iterate)
         if name not in self.model.peft_config:
-            # PEFT fills an adapter with random numbers before it reads it.
-            with _drawing_apart(self.device):
+            # PEFT initializes an adapter at random before it reads the weights.
+            with _isolated_random_state(self.device):
                 self.model.load_adapter(
                     str(folder), adapter_name=name, torch_device=str(self.device)
                 )
         return name
 
 
-def _drawing_apart(device: torch.device) -> AbstractContextManager[None]:
-    """Put torch's random state back after the block."""
+def _isolated_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's random state after the block."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _plain(config: peft.PeftConfig) -> dict[str, Any]:
-    """The adapter's config as PEFT's save_pretrained writes it, with sets in a fixed order."""
+    """The adapter's config as PEFT's save_pretrained writes it, with sets sorted."""
     fields = {**config.to_dict(), "inference_mode": True}
     return {n: sorted(v) if isinstance(v, set | frozenset) else v for n, v in fields.items()}
 
 
 def _os_errno(error: Exception) -> int:
-    """The number in `… (os error 28)`."""
+    """The number in `… (os error 28)`, which safetensors appends to its message."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else errno.EIO

@@ -1,4 +1,4 @@
-"""Shape of the trained adapter, and whether it, or one to start from, fits the base."""
+"""Shape of the trained adapter, and checks that it, or an initial adapter, fits the base."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 from peft.utils import get_peft_model_state_dict
@@ -13,7 +14,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.errors import SettingError, first_line
+from spin_lightning.errors import (
+    SettingError,
+    check_settings,
+    first_line,
+    is_number,
+    is_whole,
+)
 from spin_lightning.policies.pretrained import FrozenBase, skeleton
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,13 +36,66 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
 
+    @classmethod
+    def of(
+        cls,
+        r: int | None,
+        alpha: int | None,
+        dropout: float | None,
+        target_modules: str | list[str] | None,
+        initial_adapter: str | None,
+    ) -> LoraSettings:
+        """Build the shape of a fresh adapter; None means the default.
+
+        Raises:
+            SettingError: A value is out of range, or one is given together with `initial_adapter`.
+        """
+        targets = tuple(target_modules) if isinstance(target_modules, list) else target_modules
+        values: dict[str, Any] = {
+            "r": r,
+            "alpha": alpha,
+            "dropout": dropout,
+            "target_modules": targets,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
+        if given and initial_adapter is not None:
+            raise SettingError(
+                "initial_adapter",
+                initial_adapter,
+                f"its own config determines {', '.join(f'lora_{name}' for name in given)}",
+                fix="leave the lora_* settings out, or start without initial_adapter",
+            )
+        lora = cls(**given)
+        lora._check()
+        return lora
+
+    def _check(self) -> None:
+        targets = self.target_modules
+        check_settings(
+            self,
+            {
+                "r": (is_whole(self.r, 1), "a whole number >= 1"),
+                "alpha": (is_whole(self.alpha, 1), "a whole number >= 1"),
+                "dropout": (
+                    is_number(self.dropout) and 0 <= self.dropout < 1,
+                    "a number in [0, 1)",
+                ),
+                "target_modules": (
+                    isinstance(targets, str)
+                    or (bool(targets) and all(isinstance(name, str) and name for name in targets)),
+                    "names of layers, or all-linear",
+                ),
+            },
+            prefix="lora_",
+        )
+
     def peft_config(self, base: FrozenBase) -> peft.LoraConfig:
-        """The same as PEFT takes it."""
+        """The settings as a PEFT config."""
         targets = self.target_modules
         turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
         return peft.LoraConfig(
             r=self.r,
-            fan_in_fan_out=turned,  # which PEFT would set by itself, with a warning
+            fan_in_fan_out=turned,  # PEFT would set it by itself, with a warning
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
@@ -46,11 +106,11 @@ class LoraSettings:
 
 
 def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | None) -> None:
-    """Refuse, before weights are read, an adapter that cannot be put on the base.
+    """Refuse an adapter that does not fit the base, before any weights of the base are read.
 
     Raises:
-        SettingError: A target module matches nothing, or the initial adapter is not there, is none
-            of LoRA, is damaged, or was made for another model.
+        SettingError: A target module matches no layer, or the initial adapter is missing, not a
+            LoRA adapter, damaged, or made for another model.
     """
     model = copy.deepcopy(skeleton(base))
     if initial_adapter is None:
@@ -69,13 +129,13 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
     try:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (folder / name).is_file():
-                raise refusal(f"there is no {name} in it")
+                raise refusal(f"it has no {name}")
         config = peft.PeftConfig.from_pretrained(initial_adapter)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SettingError:
         raise
-    # PEFT hands what is in the file to a class of its own, unchecked: anything may come of it.
+    # PEFT passes the fields of the file to a class unchecked, which may raise anything.
     except Exception as error:
         raise refusal(f"it cannot be read ({first_line(error)})") from error
     if not isinstance(config, peft.LoraConfig):
@@ -85,7 +145,7 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
     except Exception as error:
         raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
     if any(not t.is_floating_point() or not t.isfinite().all() for t in tensors.values()):
-        raise refusal("it has weights that are no finite numbers")
+        raise refusal("it has non-finite weights")
     given = {name: weight.shape for name, weight in tensors.items()}
     if given != {name: weight.shape for name, weight in wanted.items()}:
         raise refusal(f"its weights do not have the shapes of {base.name}")
@@ -107,11 +167,7 @@ def _check_targets(base: FrozenBase, model: nn.Module, lora: LoraSettings) -> No
             "lora_target_modules",
             unmatched[0],
             f"no layer of {base.name} has this name"
-            + (
-                ": without a list it is a pattern for full names"
-                if isinstance(targets, str)
-                else ""
-            ),
+            + (": a single string is a pattern for full names" if isinstance(targets, str) else ""),
             fix=f"choose from {', '.join(leaves)}, or give all-linear",
         )
 

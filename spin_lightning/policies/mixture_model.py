@@ -1,78 +1,118 @@
-"""A mixture of iterates as one model: to generate from, and to ask for exact log-probs."""
+"""A mixture of iterates as one model, and how a policy computes a mixture member by member."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from spin_lightning.logps import response_logps
+from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import Mixture
-from spin_lightning.policies.loading import acting_as
+from spin_lightning.policies.base import Policy
 from spin_lightning.types import SequenceBatch
+
+T = TypeVar("T")
+
+
+def by_member(policy: Policy, mixture: Mixture, score: Callable[[], T]) -> dict[int, T]:
+    """Call `score` once per member of a mixture, with the policy acting as that member.
+
+    Returns:
+        The results by member, in the order of the members.
+    """
+    scores = {}
+    for member in mixture.members:
+        with policy.at(member):
+            scores[member] = score()
+    return scores
+
+
+def write_by_member(
+    policy: Policy, drawn: Sequence[int], write: Callable[[list[int]], Sequence[T]]
+) -> list[T]:
+    """Write each row with the member drawn for it, one call per member.
+
+    Args:
+        policy: The policy that acts as the members.
+        drawn: The member of each of n rows.
+        write: Called with the rows of one member while the policy acts as it; returns one result
+            for each of these rows.
+
+    Returns:
+        The n results, in the order of the rows.
+    """
+    written: dict[int, T] = {}
+    for member in sorted(set(drawn)):
+        rows = [row for row, own in enumerate(drawn) if own == member]
+        with policy.at(member):
+            written.update(zip(rows, write(rows), strict=True))
+    return [written[row] for row in range(len(drawn))]
 
 
 class MixtureModel(nn.Module):
     """The policy mu(y|x) = sum_i w_i p_i(y|x) over whole responses.
 
-    It is no model of next tokens with weights of its own: a response is written by one iterate,
-    drawn anew for every row, and its probability is the mean of theirs.
+    It has no next-token distribution of its own. Each response is written by one iterate, drawn
+    separately for every row; its probability is the weighted mean of the iterates' probabilities.
 
     Args:
         mixture: The iterates and their weights.
-        model: One base with an adapter per iterate.
+        policy: A policy that can act as these iterates.
+
+    Raises:
+        SettingError: The mixture is of token-level mixtures with the base.
     """
 
-    def __init__(self, mixture: Mixture, model: nn.Module) -> None:
-        """Keep mixture and model."""
+    def __init__(self, mixture: Mixture, policy: Policy) -> None:
+        """Keep the mixture and the policy."""
         super().__init__()
+        if mixture.token_alpha:
+            raise SettingError(
+                "mixture",
+                str(mixture),
+                "its members are mixed with the base at every token",
+                fix="give a mixture without token_alpha",
+            )
         self.mixture = mixture
-        self.model = model
+        self.policy = policy
 
     @torch.no_grad()
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Sample a response per row, each from an iterate of its own (torch's global seed counts).
+        """Sample one response per row, each from an iterate drawn with torch's global random state.
 
         Args:
             input_ids: Left-padded prompts, int64, shape [n, length].
-            attention_mask: 1 where a column holds a token, likewise; all ones if not given.
-            kwargs: What `transformers.generate` takes; it samples at temperature 1 without
-                truncation if nothing else is said.
+            attention_mask: 1 where a column holds a token, likewise; default all ones.
+            kwargs: Arguments of transformers' `generate`; by default it samples at temperature 1
+                without truncation.
 
         Returns:
             Prompts and responses, right-padded, int64, shape [n, longest].
         """
+        model: Any = self.policy.model
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **kwargs}
         weights = torch.tensor(list(self.mixture.weights.values()), dtype=torch.float64)
         members = torch.tensor(self.mixture.members)
         drawn = members[torch.multinomial(weights, len(input_ids), replacement=True)]
-        model: Any = self.model
-        rows: dict[int, Tensor] = {}
-        for member in self.mixture.members:
-            chosen = (drawn == member).nonzero().squeeze(-1)
-            if not len(chosen):
-                continue
-            with acting_as(model, member):
-                at = chosen.to(input_ids.device)
-                written = model.generate(
-                    input_ids=input_ids[at], attention_mask=mask[at], **options
-                )
-            rows.update(zip(chosen.tolist(), written, strict=True))
+
+        def write(rows: list[int]) -> list[Tensor]:
+            chosen = torch.tensor(rows, device=input_ids.device)
+            return list(
+                model.generate(input_ids=input_ids[chosen], attention_mask=mask[chosen], **options)
+            )
+
+        written = write_by_member(self.policy, drawn.tolist(), write)
         pad = model.generation_config.pad_token_id
-        return pad_sequence(
-            [rows[i] for i in range(len(input_ids))], batch_first=True, padding_value=pad or 0
-        )
+        return pad_sequence(written, batch_first=True, padding_value=pad or 0)
 
     @torch.no_grad()
     def response_logps(self, batch: SequenceBatch) -> Tensor:
         """log mu(y|x) of each sequence, nats, float64, shape [n]; exact."""
-        scores = {}
-        for member in self.mixture.members:
-            with acting_as(self.model, member):
-                scores[member] = response_logps(self.model, batch)
+        scores = by_member(self.policy, self.mixture, lambda: self.policy.logps(batch))
         return self.mixture.logps(scores)

@@ -23,16 +23,16 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
 ) -> Optimizer:
-    """Build an optimizer: AdamW, RMSprop as SPIN used, or bitsandbytes' 8-bit AdamW.
+    """Build an optimizer: AdamW, RMSprop (used by the SPIN paper), or bitsandbytes' 8-bit AdamW.
 
     Raises:
-        SettingError: The paged optimizer without a GPU, whose memory it pages to.
+        SettingError: The paged optimizer was chosen without a GPU.
     """
     if name == "paged_adamw_8bit" and not torch.cuda.is_available():
         raise SettingError(
             "optimizer",
             name,
-            "it needs a CUDA GPU, and there is none",
+            "it needs a CUDA GPU, and this machine has none",
             fix="use adamw or adamw_8bit",
         )
     return _OPTIMIZERS[name](list(parameters), lr=learning_rate, weight_decay=weight_decay)
@@ -41,7 +41,7 @@ def make_optimizer(
 def make_schedule(
     name: ScheduleName, optimizer: Optimizer, total_steps: int, warmup_ratio: float
 ) -> LRScheduler:
-    """Build a schedule that warms up over `warmup_ratio` of `total_steps`, then follows `name`."""
+    """Build a schedule: warm-up over `warmup_ratio` of `total_steps`, then as `name` says."""
     kind = "constant_with_warmup" if name == "constant" else name
     return get_scheduler(
         kind,
@@ -53,7 +53,7 @@ def make_schedule(
 
 def _bitsandbytes(name: str) -> Callable[..., Optimizer]:
     def build(parameters: list[nn.Parameter], **kwargs: Any) -> Optimizer:
-        import bitsandbytes.optim  # importing it takes seconds and is seldom wanted
+        import bitsandbytes.optim  # importing it takes seconds and is rarely needed
 
         optimizer: Optimizer = getattr(bitsandbytes.optim, name)(parameters, **kwargs)
         return optimizer

@@ -1,4 +1,4 @@
-"""Reading a base model: configuration, tokenizer, and what can be checked without weights."""
+"""Reading a base model: configuration, tokenizer, and checks that need no weights."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _NF4_BLOCK = 64
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """Which frozen base a policy stands on.
+    """The frozen base of a policy.
 
     Attributes:
         name: Hub id or folder of a causal language model.
         revision: Branch, tag or commit of a hub id.
-        quantization: How the frozen weights are held.
-        compute_dtype: In what the frozen weights compute; auto is bfloat16 on a GPU, else float32.
-        trust_remote_code: Whether code that comes with the model may run.
+        quantization: How the frozen weights are stored.
+        compute_dtype: Type of the computation; auto is bfloat16 on a GPU, else float32.
+        trust_remote_code: Whether code shipped with the model may run.
     """
 
     name: str
@@ -53,7 +53,7 @@ class FrozenBase:
 
     @property
     def dtype(self) -> torch.dtype:
-        """`compute_dtype` as torch knows it."""
+        """`compute_dtype` as a torch type."""
         if self.compute_dtype == "auto":
             return torch.bfloat16 if torch.cuda.is_available() else torch.float32
         dtype: torch.dtype = getattr(torch, self.compute_dtype)
@@ -61,7 +61,7 @@ class FrozenBase:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Keyword arguments that every `from_pretrained` call takes."""
+        """Keyword arguments for every `from_pretrained` call."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
@@ -70,11 +70,11 @@ def load_config(base: FrozenBase) -> PretrainedConfig:
     """Read the model's configuration, with every dropout of the base switched off.
 
     Raises:
-        SettingError: There is no such model.
+        SettingError: The model cannot be read.
     """
     try:
         config = AutoConfig.from_pretrained(base.name, **base.source)
-    # A config's own class may raise anything at values that it does not know.
+    # A config class may raise anything at unexpected values.
     except Exception as error:
         raise SettingError(
             "model",
@@ -82,7 +82,7 @@ def load_config(base: FrozenBase) -> PretrainedConfig:
             f"no causal language model can be read there ({_reading_problem(base, error)})",
             fix="give a folder with a config.json, or a hub id that this machine can reach",
         ) from error
-    # A reference that drops units is another distribution than the one that was sampled.
+    # With dropout, scores would come from another distribution than the one sampled from.
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -94,7 +94,7 @@ def load_tokenizer(base: FrozenBase) -> PreTrainedTokenizerBase:
     """Read the model's tokenizer.
 
     Raises:
-        SettingError: The model comes without one.
+        SettingError: The tokenizer is missing or damaged.
     """
     try:
         return AutoTokenizer.from_pretrained(base.name, **base.source)
@@ -108,12 +108,12 @@ def load_tokenizer(base: FrozenBase) -> PreTrainedTokenizerBase:
 
 
 def context_length(base: FrozenBase) -> int:
-    """Longest sequence, in tokens, that the model was made for."""
+    """Longest sequence that the model supports, in tokens."""
     return context_length_of(load_config(base))
 
 
 def context_length_of(config: PretrainedConfig) -> int:
-    """The same, read off a model's configuration."""
+    """Longest sequence that a model with this configuration supports, in tokens."""
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
@@ -122,7 +122,7 @@ def context_length_of(config: PretrainedConfig) -> int:
 
 
 def generation_stop_ids(base: FrozenBase) -> int | list[int] | None:
-    """The stop ids that the model's own generation config names."""
+    """Stop ids from the model's own generation config."""
     try:
         generation = GenerationConfig.from_pretrained(base.name, **base.source)
     except OSError:
@@ -131,7 +131,7 @@ def generation_stop_ids(base: FrozenBase) -> int | list[int] | None:
 
 
 def content_hashes(base: FrozenBase) -> dict[str, str]:
-    """What the base is made of: file hashes of a folder, or the commit of a hub id."""
+    """Identity of the base: file hashes of a folder, or the commit of a hub id."""
     folder = Path(base.name)
     if folder.is_dir():
         return folder_hashes(folder, (".safetensors", ".bin", "config.json", "tokenizer.json"))
@@ -140,11 +140,11 @@ def content_hashes(base: FrozenBase) -> dict[str, str]:
 
 @cache
 def skeleton(base: FrozenBase) -> PreTrainedModel:
-    """The model without weights (on the meta device), to check names and sizes before loading."""
+    """The model on the meta device, without weights, to check names and sizes before loading."""
     config = load_config(base)
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about initializing what is never initialized
+            warnings.simplefilter("ignore")  # about weights that are not initialized
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=base.trust_remote_code
             )
@@ -153,40 +153,42 @@ def skeleton(base: FrozenBase) -> PreTrainedModel:
             "model",
             base.name,
             f"no model can be built from its config.json ({first_line(error)})",
-            fix="copy the model folder anew",
+            fix="copy the model folder again",
         ) from error
     return model
 
 
 def check_playable(base: FrozenBase) -> None:
-    """Refuse, before weights are read, a model that cannot play.
+    """Refuse a model that self-play does not support, before its weights are read.
 
     Raises:
-        SettingError: It is no causal language model, or keeps no keys and values to decode with.
+        SettingError: It is not a causal language model, or it has no attention, whose keys and
+            values the decoder caches.
     """
     config = load_config(base)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not base.trust_remote_code:
         raise SettingError(
             "model",
             base.name,
-            f"its type {config.model_type!r} is no causal language model",
-            fix="give a decoder-only model, one that AutoModelForCausalLM loads",
+            f"its type {config.model_type!r} is not a causal language model",
+            fix="give a decoder-only model that AutoModelForCausalLM can load",
         )
     if not hasattr(config.get_text_config(), "num_attention_heads"):
         raise SettingError(
             "model",
             base.name,
             f"its type {config.model_type!r} has no attention, whose keys and values the decoder "
-            "keeps",
+            "caches",
             fix="give a transformer",
         )
 
 
 def check_quantizable(base: FrozenBase) -> None:
-    """Refuse, before weights are read, a base that bitsandbytes cannot hold in 4 or 8 bits.
+    """Refuse a base that bitsandbytes cannot quantize, before its weights are read.
 
     Raises:
-        SettingError: The model is quantized already, or most of its weights are no linear layers.
+        SettingError: The model is already quantized, most of its weights are outside linear layers,
+            or, for NF4 on a CPU, a layer has an unsupported width.
     """
     if base.quantization == "none":
         return
@@ -207,35 +209,35 @@ def check_quantizable(base: FrozenBase) -> None:
             "quantization",
             base.quantization,
             f"bitsandbytes quantizes linear layers, and only {linear:,} of {total:,} weights of "
-            f"model type {config.model_type!r} are in such layers",
+            f"model type {config.model_type!r} are in linear layers",
             fix="set quantization: none for this model",
         )
-    # bitsandbytes 0.50 de-quantizes such layers wrongly on a CPU: 4 times the rounding error.
+    # bitsandbytes 0.50 de-quantizes these layers wrongly on a CPU: 4 times the rounding error.
     odd = [
         name
         for name, m in model.named_modules()
-        if m is not model.get_output_embeddings()  # which stays as it is
+        if m is not model.get_output_embeddings()  # which is not quantized
         and _input_width(m) % _NF4_BLOCK
     ]
     if odd and base.quantization == "nf4" and not torch.cuda.is_available():
         raise SettingError(
             "quantization",
             base.quantization,
-            f"bitsandbytes' CPU kernels take layers whose input width is a multiple of {_NF4_BLOCK}"
-            f", and {len(odd)} layers have another, such as {odd[0]}",
+            f"bitsandbytes' CPU kernels need input widths that are a multiple of {_NF4_BLOCK}, "
+            f"and {len(odd)} layers have another width, such as {odd[0]}",
             fix="set quantization: none, or use a GPU",
         )
 
 
 def _input_width(module: nn.Module) -> int:
-    """Number of inputs of a linear layer, 0 for any other."""
+    """Number of inputs of a linear layer, 0 for any other layer."""
     if isinstance(module, Conv1D):
         return int(module.nx)
     return module.in_features if isinstance(module, nn.Linear) else 0
 
 
 def _reading_problem(base: FrozenBase, error: Exception) -> str:
-    """What went wrong; a path that is not there makes the hub complain about ids."""
+    """Why reading failed; for a missing path the hub's own error is about invalid ids."""
     is_path = base.name.startswith((".", "/", "~")) or base.name.count("/") > 1
     return (
         "there is no such folder" if is_path and not Path(base.name).exists() else first_line(error)

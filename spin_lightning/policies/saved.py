@@ -1,4 +1,4 @@
-"""Iterates of a finished or running run: load one, export one."""
+"""Iterates of a finished or running run: load one, their mixture or all; export one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spin_lightning.errors import RunFolderError, SettingError, first_line
 from spin_lightning.mixtures import Mixture, uniform
-from spin_lightning.policies.loading import load_with_adapter, load_with_adapters, merge_adapter
+from spin_lightning.policies.loading import load_with_adapter, merge_adapter
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.mixture_model import MixtureModel
@@ -28,8 +28,8 @@ def load_iterate(
 
     Args:
         run_dir: The run folder.
-        t: Index of the iterate, 0 is the base; or "best" for the best one of the run.
-        device: Where to load it.
+        t: Index of the iterate, 0 is the base; or "best" for the best one according to the run.
+        device: Device to load it on.
 
     Returns:
         The model in eval mode (a PEFT model, or the bare base for an iterate without adapter),
@@ -48,12 +48,12 @@ def load_mixture(
     weights: Mapping[int, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[MixtureModel, PreTrainedTokenizerBase]:
-    """Load the mixture of a run's iterates, the policy that fictitious play is about.
+    """Load the mixture of a run's iterates, the average policy of fictitious play.
 
     Args:
         run_dir: The run folder.
-        weights: Weight of each iterate, summing to 1; default: equal weights of all iterates.
-        device: Where to load it.
+        weights: Weight of each iterate, summing to 1; default equal weights for all iterates.
+        device: Device to load it on.
 
     Returns:
         The mixture (`generate`, `response_logps`), quantized as the run was, and the tokenizer.
@@ -64,10 +64,8 @@ def load_mixture(
     """
     run = RunFolder(Path(run_dir))
     mixture = uniform(run.known_iterates() or [0]) if weights is None else Mixture(weights)
-    parts = {t: _parts(run, t) for t in mixture.members}
-    base = next(base for base, _ in parts.values())
-    adapters = {t: adapter for t, (_, adapter) in parts.items()}
-    return MixtureModel(mixture, load_with_adapters(base, adapters, device)), _tokenizer(run)
+    bases = [_parts(run, t)[0] for t in mixture.members]
+    return MixtureModel(mixture, _policy(run, bases[0], device)), _tokenizer(run)
 
 
 def load_policy(run_dir: str | Path, device: torch.device | str = "cpu") -> LoraPolicy:
@@ -75,19 +73,17 @@ def load_policy(run_dir: str | Path, device: torch.device | str = "cpu") -> Lora
 
     Args:
         run_dir: The run folder.
-        device: Where to load it.
+        device: Device to load it on.
 
     Returns:
-        The policy, quantized as the run was; its own trained adapter is fresh.
+        The policy, quantized as the run was; its trained adapter is a fresh one.
 
     Raises:
         RunFolderError: The run has no iterates.
     """
     run = RunFolder(Path(run_dir))
     base, _ = _parts(run, 0)
-    policy = LoraPolicy(base, LoraSettings(r=1), device=device)
-    policy.use_iterates(run.iterate_folders())
-    return policy
+    return _policy(run, base, device)
 
 
 def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerBase:
@@ -96,13 +92,13 @@ def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerBase:
 
 
 def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = False) -> Path:
-    """Write iterate t to a self-contained folder.
+    """Write iterate t as a folder that does not depend on the run.
 
     Args:
         run_dir: The run folder.
         t: Index of the iterate.
-        out: The folder to write; it must not exist yet, or be empty.
-        merge: Write a full model, with the adapter merged into (de-quantized) base weights, instead
+        out: The folder to write; it must be empty or not exist.
+        merge: Write a full model with the adapter merged into (de-quantized) base weights, instead
             of a PEFT adapter folder.
 
     Returns:
@@ -133,6 +129,12 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
     return out
 
 
+def _policy(run: RunFolder, base: FrozenBase, device: torch.device | str) -> LoraPolicy:
+    policy = LoraPolicy(base, LoraSettings(r=1), device=device)
+    policy.use_iterates(run.iterate_folders())
+    return policy
+
+
 def _parts(run: RunFolder, t: int) -> tuple[FrozenBase, Path | None]:
     record = run.check_iterate(t)
     try:
@@ -151,7 +153,7 @@ def _tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
     run.check_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(run.tokenizer)
-    # (Several libraries read its files, each with errors of its own.)
+    # (Several libraries read its files, and each raises errors of its own.)
     except Exception as error:
         raise RunFolderError(
             f"the tokenizer in {run.tokenizer} cannot be read ({first_line(error)})",

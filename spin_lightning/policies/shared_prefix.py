@@ -1,8 +1,8 @@
-"""A forward pass over prompts that are there once, whatever the number of their responses.
+"""A forward pass that computes each prompt once, whatever the number of its responses.
 
-The tokens of a whole batch lie in one row without padding. Everything in a transformer but the
-attention works token by token and does not notice; the attention is replaced by one that goes
-prompt by prompt, so that nothing is computed which the mask would throw away.
+The tokens of a whole batch lie in one row without padding. All of a transformer except its
+attention works token by token and needs no change. The attention is replaced by one that goes
+prompt by prompt, so that nothing is computed that a mask would discard.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from spin_lightning.types import PromptBatch
 
 Packing = Literal["auto", "shared", "padded"]
 
-# Model types whose attention is softmax(q k' / s) v under a causal mask or a window, and whose
-# logits are the head's, soft-capped or not. Each is compared with its padded pass in the tests.
+# Model types whose attention is softmax(q k' / s) v under a causal mask or a sliding window, and
+# whose logits are those of the head, soft-capped or not. The tests compare each with its padded
+# pass.
 ARCHITECTURES = frozenset(
     {"gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
 )
 _NAME = "spin_lightning_shared_prefix"
-# Tokens of a row on a CPU: what lives within a pass alone stays small, whatever the batch. From
-# some 8000 tokens on the activations of even a small model exceed what glibc's allocator keeps
-# (32 MiB): each is fetched anew from the system, page by page, which took a third of a step.
+# Tokens of a row on a CPU, so that activations stay small whatever the batch. From about 8000 on,
+# even those of a small model exceed what glibc's allocator keeps (32 MiB): the system maps their
+# memory again each time, page by page, which took a third of a step.
 _CPU_TOKENS = 1024
 
 
 def shares_prefixes(base: FrozenBase, packing: Packing) -> bool:
-    """Whether a base is run with shared prefixes, from its config alone.
+    """Whether a base runs with shared prefixes; reads its config only.
 
     Raises:
-        SettingError: It is asked for, and the architecture is none of those it is known to be
-            right for.
+        SettingError: `packing` is shared, and the architecture is not a tested one.
     """
     model_type = load_config(base).model_type
     if packing == "shared" and model_type not in ARCHITECTURES:
         raise SettingError(
             "packing",
             packing,
-            f"shared prefixes are not known to be right for model type {model_type!r}, only for "
+            f"shared prefixes are not tested with model type {model_type!r}, only with "
             + ", ".join(sorted(ARCHITECTURES)),
             fix="set packing: auto or padded",
         )
@@ -63,7 +63,7 @@ def prompt_logps(model: Any, batch: PromptBatch) -> Tensor:
     """log p(y|x) of every response of a batch, exact.
 
     Args:
-        model: A causal language model of `ARCHITECTURES`, with adapters in its layers or not.
+        model: A causal language model of `ARCHITECTURES`, with or without adapters in its layers.
         batch: Prompts and responses on the model's device.
 
     Returns:
@@ -75,14 +75,14 @@ def prompt_logps(model: Any, batch: PromptBatch) -> Tensor:
 
 
 def _logps_of_row(model: Any, batch: PromptBatch) -> Tensor:
-    """The same, all prompts in one row."""
+    """`prompt_logps` with all prompts in one row."""
     backbone, device = model.base_model, batch.input_ids.device
     predicting, predicted = (index.to(device) for index in predictors(batch))
     with attending(model.config, _NAME):
         hidden = backbone(
             input_ids=batch.input_ids[None],
             position_ids=positions(batch).to(device)[None],
-            # A mask of four dimensions is handed through, and no other is built.
+            # With a mask of four dimensions, transformers does not build one.
             attention_mask=batch.input_ids.new_empty(1, 1, 1, 1),
             use_cache=False,
             prompt_layout=Layout(batch),
@@ -98,7 +98,7 @@ def _logps_of_row(model: Any, batch: PromptBatch) -> Tensor:
 
 @contextmanager
 def attending(config: PretrainedConfig, implementation: str) -> Iterator[None]:
-    """Run a model's attention by the named implementation inside the block."""
+    """Use the named implementation of a model's attention inside the block."""
     before = config._attn_implementation
     config._attn_implementation = implementation
     try:
@@ -110,21 +110,21 @@ def attending(config: PretrainedConfig, implementation: str) -> Iterator[None]:
 def recomputing_alike(
     config: PretrainedConfig,
 ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    """Contexts of a checkpointed layer: recompute it with the attention it was computed with."""
+    """Contexts of a checkpointed layer, so that the attention of both passes is the same."""
     return lambda: (nullcontext(), attending(config, config._attn_implementation))
 
 
 @dataclass(frozen=True)
 class Varlen:
-    """The pieces of a row as kernels for sequences of unequal length take them.
+    """The pieces of a row in the form of kernels for sequences of unequal length.
 
     Attributes:
-        keys: Which tokens each piece attends to, piece by piece; a prompt comes again before each
-            further response. int64, shape [keys].
-        query_starts: Where each piece begins in the row, and its end; int32, shape [pieces + 1].
-        key_starts: Where each piece begins in `keys`, likewise.
+        keys: Tokens that each piece attends to, piece by piece, int64, shape [keys]; a prompt is
+            repeated before each further response.
+        query_starts: Start of each piece in the row, and the row's end, int32, shape [pieces + 1].
+        key_starts: Start of each piece in `keys`, likewise.
         most_queries: Length of the longest piece.
-        most_keys: Most keys of a piece.
+        most_keys: Largest number of keys of a piece.
     """
 
     keys: Tensor
@@ -136,11 +136,11 @@ class Varlen:
 
 @dataclass
 class Layout:
-    """Where prompts and responses lie in a row, and what was made of it for the kernels.
+    """Where prompts and responses lie in a row, with the derived inputs of the kernels.
 
     Attributes:
-        batch: The prompts.
-        masks: Mask by number of queries, number of keys and window.
+        batch: The prompts and responses.
+        masks: Cached masks by number of queries, number of keys and window.
     """
 
     batch: PromptBatch
@@ -153,17 +153,17 @@ class Layout:
         return [n for prompt, (first, *others) in groups for n in (prompt + first, *others)]
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """True where a query, one of the last positions, sees a key, bool, [queries, keys]."""
-        name = queries, keys, window
-        if name not in self.masks:
+        """Whether a query, at one of the last positions, sees a key, bool, [queries, keys]."""
+        shape = queries, keys, window
+        if shape not in self.masks:
             offset = keys - queries
             mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
-            self.masks[name] = mask if window is None else mask.triu(offset - window + 1)
-        return self.masks[name]
+            self.masks[shape] = mask if window is None else mask.triu(offset - window + 1)
+        return self.masks[shape]
 
     @cached_property
     def varlen(self) -> Varlen:
-        """The same, all pieces of the batch at once, where its ids lie."""
+        """All pieces of the batch at once, on the device of its ids."""
         lengths, keys, start = self.pieces, list[Tensor](), 0
         for prompt, (first, *others) in zip(
             self.batch.prompt_lengths, self.batch.response_lengths, strict=True
@@ -200,20 +200,20 @@ def _shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each response over its prompt and itself.
 
-    The prompt and its first response are an ordinary causal sequence; every further response
-    attends to the prompt's keys and its own.
+    A prompt and its first response are an ordinary causal sequence; each further response attends
+    to the prompt's keys and its own.
 
     Args:
         query: Shape [1, heads, tokens, head size].
         key: Shape [1, key heads, tokens, head size].
         value: Likewise.
         prompt_layout: Where prompts and responses lie.
-        scaling: Factor of the scores.
-        sliding_window: How many positions a query sees, itself included.
-        softcap: Bound of the scores.
+        scaling: Factor of the attention scores.
+        sliding_window: Number of positions that a query sees, including its own.
+        softcap: Bound of the attention scores.
 
     Returns:
-        Shape [1, tokens, heads, head size], and no weights.
+        Shape [1, tokens, heads, head size], and None in place of attention weights.
     """
     if softcap is None and _has_varlen(query):
         return _varlen_attention(query, key, value, prompt_layout.varlen, scaling, sliding_window)
@@ -234,7 +234,7 @@ def _shared_prefix_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
-    # One split, whose gradient is one concatenation: slices would each cost a whole row of zeros.
+    # The gradient of one split is one concatenation; each slice would cost a whole row of zeros.
     parts = zip(*(x.split(prompt_layout.pieces, dim=2) for x in (query, key, value)), strict=True)
     batch, attended = prompt_layout.batch, []
     for prompt, (_first, *others) in zip(batch.prompt_lengths, batch.response_lengths, strict=True):
@@ -249,7 +249,7 @@ def _shared_prefix_attention(
 
 
 def _has_varlen(query: Tensor) -> bool:
-    """Whether torch's kernel for sequences of unequal length takes these queries."""
+    """Whether torch's kernel for sequences of unequal length supports these queries."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -281,7 +281,7 @@ def _varlen_attention(
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, cap: float
 ) -> Tensor:
-    """Attention with bounded scores, which no fused kernel of torch has."""
+    """Attention with bounded scores, which no fused kernel of torch supports."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,4 +1,4 @@
-"""A model that acts as an iterate pulled towards the base at every token."""
+"""A model whose next tokens follow an iterate mixed with the base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spin_lightning.frozen_linear import is_linear
 
-# What PEFT calls the model without any adapter, in a batch of several.
+# PEFT's name, in a mixed batch, for the model without any adapter.
 BARE = "__base__"
 
 
@@ -19,11 +19,12 @@ BARE = "__base__"
 def pulled_to_base(
     model: nn.Module, adapter: str, base_adapter: str, alpha: float
 ) -> Iterator[None]:
-    """Make a model's logits those of softmax((1 - alpha) log p_i + alpha log p_0) in the block.
+    """Turn a model's next tokens into softmax((1 - alpha) log p_i + alpha log p_0) in the block.
 
-    The batch is doubled on its way in: one half is read by p_i, the other by p_0. The halves meet
-    before the head where it is one frozen linear map for both, since W((1 - alpha) h_i + alpha h_0)
-    costs one product instead of two; else they meet at the logits. Caches hold both halves.
+    The batch is doubled on its way in: p_i computes one half, p_0 the other. If the head is one
+    frozen linear map for both, the halves are combined before it, since
+    W((1 - alpha) h_i + alpha h_0) costs one product instead of two; else at the logits. Caches hold
+    both halves.
 
     Args:
         model: A PEFT model in eval mode, with both adapters loaded.
@@ -41,8 +42,8 @@ def pulled_to_base(
         return args, {**doubled, "adapter_names": [adapter] * rows + [base_adapter] * rows}
 
     def meet(halves: Tensor) -> Tensor:
-        acting, base = halves.chunk(2)
-        return (1 - alpha) * acting + alpha * base
+        own, base = halves.chunk(2)
+        return (1 - alpha) * own + alpha * base
 
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(double, with_kwargs=True).remove)
@@ -52,11 +53,11 @@ def pulled_to_base(
 
 @contextmanager
 def meeting(model: nn.Module, meet: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the rows of a batch meet before the head where it is linear, else at the logits.
+    """Combine rows of a batch before the head if it is linear, else at the logits.
 
     Args:
-        model: A causal language model, maybe with adapters.
-        meet: Takes hidden states or logits of all rows to those of the rows that are left.
+        model: A causal language model, with or without adapters.
+        meet: Maps hidden states or logits of all rows to those of the combined rows.
     """
 
     def before_head(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -79,7 +80,7 @@ def meeting(model: nn.Module, meet: Callable[[Tensor], Tensor]) -> Iterator[None
 
 
 def _linear_head(model: Any) -> nn.Linear | None:
-    """The head, if logits are one affine function of hidden states, the same for every adapter."""
+    """The head, if logits are an affine function of hidden states and no adapter is on it."""
     capped = any(
         value and "soft" in name and "cap" in name and "attn" not in name
         for name, value in model.config.get_text_config().to_dict().items()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from spin_lightning.report.user_turn import PromptReader
 from spin_lightning.rows.store import RowTable
 
 
@@ -15,8 +16,8 @@ class PromptSamples:
     """One prompt, its real response and the response of each iterate.
 
     Attributes:
-        prompt: The prompt, without special tokens.
-        real: The response of the data set.
+        prompt: The user's last turn of the prompt.
+        real: The data's response.
         generated: The response of each iterate, by its index.
     """
 
@@ -30,11 +31,13 @@ def sample_pairs(
 ) -> list[tuple[str, str, str]]:
     """(prompt, real, generated) of the first rows with different prompts, in a fixed order.
 
-    Responses keep their special tokens, which show whether a response ended.
+    Of a prompt, the user's last turn is shown, without what the chat template adds. Responses keep
+    their special tokens: whether a response ended is part of it.
     """
+    reader = PromptReader.of(tokenizer)
     return [
         (
-            str(tokenizer.decode(table.prompt_ids[i].tolist(), skip_special_tokens=True)),
+            reader.read(table.prompt_ids[i].tolist()),
             str(tokenizer.decode(table.real_ids[i].tolist())),
             str(tokenizer.decode(table.generated_ids[i].tolist())),
         )

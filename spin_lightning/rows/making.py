@@ -123,7 +123,7 @@ class Synthesis:
             all ranks are done.
 
         Raises:
-            NotFiniteError: A log-prob of a unit is NaN or infinite; the unit is not written.
+            NonFiniteError: A log-prob of a unit is NaN or infinite; the unit is not written.
         """
         for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:

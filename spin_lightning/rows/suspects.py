@@ -1,4 +1,4 @@
-"""Log-probs and losses that are no numbers: whose rows they are, kept for inspection."""
+"""Rows with non-finite log-probs or losses, written to a file for inspection."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from spin_lightning.errors import SpinError
 from spin_lightning.run.files import write_json
 from spin_lightning.types import PairBatch, PairLogps, PromptBatch, Row
 
-# Rows that a message names; the file has them all.
+# Rows named in a message; the file lists them all.
 _MOST_NAMED = 8
-_CAUSES = (
-    "look at these rows, and at the model where it is most of them (a lower learning_rate, "
-    "gradient clipping or compute_dtype: float32 help)"
+_ADVICE = (
+    "inspect these rows, or the model if most rows are affected (a lower learning_rate, gradient "
+    "clipping or compute_dtype: float32 help)"
 )
 
 
-class NotFiniteError(SpinError):
-    """A loss, a log-prob or a weight is nan or infinite."""
+class NonFiniteError(SpinError):
+    """A loss, a log-prob or a weight is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A row with a log-prob that is no number.
+    """A row with a non-finite log-prob.
 
     Attributes:
-        example_id: The example it was made from.
-        sample: Which of its samples.
+        example_id: The example that it was made from.
+        sample: Index of the sample among those of the example.
         ids: Token ids of the prompt, the real and the generated response.
         logps: Log-probs in nats, by name.
     """
@@ -45,12 +45,12 @@ class Suspect:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """The row's name in messages."""
         return f"example {self.example_id} sample {self.sample}"
 
 
 def suspects_of_batch(batch: PairBatch, logps: PairLogps) -> list[Suspect]:
-    """The pairs of a batch that have a log-prob which is no number; all pairs where none has.
+    """The pairs of a batch with a non-finite log-prob; all pairs if there is none.
 
     Args:
         batch: n pairs.
@@ -58,34 +58,34 @@ def suspects_of_batch(batch: PairBatch, logps: PairLogps) -> list[Suspect]:
     """
     sides = _sides(logps)
     table = torch.stack(list(sides.values()), dim=-1).cpu()
-    at_fault = ~table.isfinite().all(dim=-1)
-    if not at_fault.any():
-        at_fault = torch.ones_like(at_fault)
+    suspect = ~table.isfinite().all(dim=-1)
+    if not suspect.any():
+        suspect = torch.ones_like(suspect)
     names = batch.row_ids or [(-1, -1)] * len(batch)
     return [
         Suspect(*names[i], ids, dict(zip(sides, table[i].tolist(), strict=True)))
         for i, ids in enumerate(_ids(batch.pairs))
-        if at_fault[i]
+        if suspect[i]
     ]
 
 
 def all_finite(logps: PairLogps, loss: Tensor) -> bool:
-    """Whether a loss and all log-probs behind it are numbers."""
-    # One sum, so that a GPU is waited for once: it is finite only where every term is.
+    """Whether a loss and all log-probs that it depends on are finite."""
+    # The sum is finite only if every term is; one sum means one synchronization with the GPU.
     total = loss.detach().double() + torch.stack(list(_sides(logps).values())).sum()
     return bool(total.isfinite())
 
 
 def check_rows(rows: Sequence[Row], path: Path, what: str) -> None:
-    """Refuse rows with log-probs that are no numbers, before anything of them is written.
+    """Check that all log-probs of rows are finite, before the rows are written.
 
     Args:
         rows: The rows of a work unit.
-        path: Where they go for inspection if they are refused.
-        what: What was being done.
+        path: Where to write the suspect rows for inspection.
+        what: What was being done, for the message.
 
     Raises:
-        NotFiniteError: Some of the log-probs are nan or infinite.
+        NonFiniteError: Some log-probs are NaN or infinite.
     """
     suspects = []
     for row in rows:
@@ -100,10 +100,10 @@ def check_rows(rows: Sequence[Row], path: Path, what: str) -> None:
             suspects.append(Suspect(row.example_id, row.sample, ids, logps))
     if suspects:
         write_suspects(path, suspects, what=what)
-        raise NotFiniteError(
-            f"{what}: the log-probs of {names_of(suspects)} are nan or infinite; no row of this "
-            f"work unit was kept, and these are written to {path}",
-            fix=f"{_CAUSES}, and start the same command again: all other rows are whole",
+        raise NonFiniteError(
+            f"{what}: the log-probs of {_names_of(suspects)} are NaN or infinite; no row of this "
+            f"work unit was kept, and the affected rows are written to {path}",
+            fix=f"{_ADVICE}, then run the same command again: all other work units are complete",
         )
 
 
@@ -113,49 +113,44 @@ def write_suspects(
     decode: Callable[[Sequence[int]], str] | None = None,
     **about: Any,
 ) -> None:
-    """Write rows down for inspection.
+    """Write rows to a JSON file for inspection.
 
     Args:
-        path: The file, JSON.
+        path: The file.
         suspects: The rows.
-        decode: Turns ids into text, where a tokenizer is at hand.
-        about: What else to say of them.
+        decode: Converts ids to text; without it the file holds ids only.
+        about: Further fields of the file.
     """
     rows = [
         {
             "example_id": suspect.example_id,
             "sample": suspect.sample,
-            "logps": {name: _plain(value) for name, value in suspect.logps.items()},
+            "logps": {name: _to_json(value) for name, value in suspect.logps.items()},
             **{f"{name}_ids": list(ids) for name, ids in suspect.ids.items()},
             **({} if decode is None else {n: decode(ids) for n, ids in suspect.ids.items()}),
         }
         for suspect in suspects
     ]
-    write_json(path, {**{name: _plain(value) for name, value in about.items()}, "rows": rows})
-
-
-def names_of(suspects: Sequence[Suspect]) -> str:
-    """The rows of a message: example 5 sample 0, example 9 sample 0 and 3 more."""
-    return listed([suspect.name for suspect in suspects])
+    write_json(path, {**{name: _to_json(value) for name, value in about.items()}, "rows": rows})
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names and the number of the others, such as `a, b and 3 more`."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def stop_at(problem: str) -> NotFiniteError:
-    """The error that ends a run whose numbers are none."""
-    return NotFiniteError(
+def too_many_skipped(problem: str) -> NonFiniteError:
+    """The error for a non-finite batch beyond `max_skipped_batches`."""
+    return NonFiniteError(
         problem,
-        fix=f"{_CAUSES}; to go on without such batches, set model.max_skipped_batches to how many "
-        "may be left out, and start the same command again",
+        fix=f"{_ADVICE}; to skip such batches, set model.max_skipped_batches to the largest number "
+        "that may be skipped, and run the same command again",
     )
 
 
 def _sides(logps: PairLogps) -> dict[str, Tensor]:
-    """The log-probs that a loss is made of, by name, float64, without gradient."""
+    """The log-probs that a loss depends on, by name, float64, without gradient."""
     sides = {"policy_real": logps.policy_real}
     if logps.policy_generated is not None and logps.reference_generated is not None:
         sides |= {
@@ -178,10 +173,14 @@ def _ids(batch: PromptBatch) -> Iterator[dict[str, list[int]]]:
         yield parts
 
 
+def _names_of(suspects: Sequence[Suspect]) -> str:
+    return listed([suspect.name for suspect in suspects])
+
+
 def _by_member(name: str, members: Sequence[int], logps: Sequence[float]) -> dict[str, float]:
     return {name.format(i): logp for i, logp in zip(members, logps, strict=True)}
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
+def _to_json(value: Any) -> Any:
+    """The value, with NaN and infinities as strings since JSON has neither."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What the testbed leaves on disk: an ordinary model folder and an ordinary data file."""
+"""Builds the testbed on disk: an ordinary model folder and an ordinary data file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spin_lightning.testbed.small_model import (
 )
 from spin_lightning.types import Conversation, Example
 
-# Part of the folder's name: raise it whenever the same seed would give other bytes.
+# Part of the folder's name. Increase it whenever the same seed gives different bytes.
 VERSION: Final = 1
 DATA_ROWS: Final = 13_056
 _BASE_STEPS = 600
@@ -39,7 +39,7 @@ _MARKER = "testbed.json"
 
 @dataclass(frozen=True)
 class TestbedPaths:
-    """Where a testbed lies.
+    """Paths of a testbed.
 
     Attributes:
         model: Folder of the base model and its tokenizer.
@@ -53,19 +53,19 @@ class TestbedPaths:
 
 
 def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
-    """Make the testbed of a seed, once; later calls return at once.
+    """Build the testbed of a seed once; later calls return its paths immediately.
 
     The base is a small Llama trained on the language's dialect, so that self-play has a known
-    distance to go. The global random state is left alone, and one machine makes the same bytes
-    each time.
+    distance to go. The global random state does not change, and the same machine builds the same
+    bytes each time.
 
     Args:
-        seed: Of the language, the samples and the base model.
-        cache_dir: Where testbeds lie; by default `$SPIN_LIGHTNING_CACHE`, else `spin-lightning` in
-            the user's cache folder.
+        seed: Seed of the language, the samples and the base model.
+        cache_dir: Folder of all testbeds; default `$SPIN_LIGHTNING_CACHE`, else `spin-lightning`
+            in the user's cache folder.
 
     Returns:
-        The three paths, all there.
+        The three paths, all of which exist.
 
     Raises:
         SettingError: The cache folder cannot be written.
@@ -81,7 +81,7 @@ def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
 
 
 def cache_root() -> Path:
-    """The folder that testbeds are kept in, whether or not it is there yet."""
+    """The folder of all testbeds; it need not exist yet."""
     if own := os.environ.get("SPIN_LIGHTNING_CACHE"):
         return Path(own)
     user = os.environ.get("XDG_CACHE_HOME")
@@ -104,30 +104,31 @@ def train_base(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> Path:
-    """Train a small chat model from scratch on a data set, to have a base for self-play on it.
+    """Train a small chat model from scratch on a data set, as a base for self-play on it.
 
-    It is fluent in the data's style at best: a start for measuring self-play, not a solver.
+    At best it is fluent in the style of the data: enough to measure self-play, not to solve tasks.
 
     Args:
         data: A file or data set in any accepted format.
         out: Folder to write the model and its tokenizer to: new, empty, or of an earlier call.
-        columns: Names of the columns, where they cannot be told.
+        columns: Names of the columns, if they are not recognized.
         minutes: Wall time of the training.
-        steps: Optimizer steps instead of `minutes`, for a run that can be repeated.
+        steps: Optimizer steps instead of `minutes`, for a reproducible result.
         hidden: Width of the model.
         layers: Number of its blocks.
         heads: Attention heads of a block.
-        vocabulary: Most tokens of the byte-level BPE tokenizer.
-        context: Longest sequence in tokens; longer responses are cut, longer prompts left out.
+        vocabulary: Maximum number of tokens of the byte-level BPE tokenizer.
+        context: Longest sequence in tokens; longer responses are cut, examples with longer prompts
+            are left out.
         batch_size: Examples per step.
         learning_rate: Peak of the schedule.
-        seed: Of the initial weights and the order of the examples.
+        seed: Seed of the initial weights and the order of the examples.
 
     Returns:
         `out`.
 
     Raises:
-        DataError: The data has no example that can be used.
+        DataError: The data has no usable example.
         SettingError: `out` holds something else, or the sizes do not fit.
     """
     _check_out(out)
@@ -155,7 +156,7 @@ def train_base(
         made_from = {"data": data, "steps": steps, "minutes": minutes, "seed": seed}
         (scratch / _MARKER).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
-        # File by file: nothing that someone else put into the folder is ever removed.
+        # File by file, so that no other file in the folder is ever removed.
         for file in scratch.iterdir():
             file.replace(out / file.name)
     return out
@@ -165,7 +166,7 @@ def _build(folder: Path, seed: int) -> None:
     folder.mkdir()
     language = Language.make(seed)
     language.save(folder / "language.json")
-    # Streams of their own, so that the base has not seen the draws that self-play learns from.
+    # Separate seeds: the base must not be trained on the samples that self-play learns from.
     data_seed, base_seed = 2 * seed, 2 * seed + 1
     lines = (
         json.dumps({"prompt": language.prompts[x], "response": language.responses[y]})
@@ -176,7 +177,7 @@ def _build(folder: Path, seed: int) -> None:
     tokenizer = word_tokenizer([*language.prompts, *language.responses])
     prompts, responses = token_ids(tokenizer, language)
     drawn = sample(language.dialect_log_probs, _BASE_STEPS * _BASE_BATCH, base_seed)
-    # The order of a sum depends on the number of threads, and with it the last bits of weights.
+    # The number of threads changes the order of sums, and so the last bits of the weights.
     with _single_thread():
         model = train_small_llama(
             small_config(tokenizer, hidden=64, layers=2, heads=4, context=_CONTEXT),
@@ -190,11 +191,11 @@ def _build(folder: Path, seed: int) -> None:
 
 
 def _publish(made: Path, folder: Path) -> None:
-    """Put a finished folder in its place, in one step."""
+    """Move a finished folder into place atomically."""
     try:
         made.rename(folder)
     except OSError:
-        # Another process was first; what it made is the same.
+        # Another process was faster; it built the same testbed.
         if not folder.is_dir():
             raise
 
@@ -238,7 +239,7 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _scratch_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of `parent`, from where a rename is one step."""
+    """A temporary folder on the file system of `parent`, so that a rename from it is atomic."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=parent, prefix=".spin-lightning-")

@@ -22,14 +22,14 @@ _LANGUAGE_FILE = "language.json"
 class ExactMetrics(IterateEvaluator):
     """Measures iterates by enumeration: the exact KL(p_data || p_t), and more, on the testbed.
 
-    Of the mixture policy, the mean of all iterates up to t, it measures the exact KL too.
+    It also measures the exact KL of the mixture policy, the mean of all iterates up to t.
 
     Args:
-        language: The testbed's `language.json`; the one beside the data file if nothing is said.
+        language: The testbed's `language.json`; default: the one beside the data file.
     """
 
     def __init__(self, language: str | None = None) -> None:
-        """Keep where the language lies; it is read by `setup`."""
+        """Keep the path; `setup` reads the file."""
         self._path = None if language is None else Path(language)
         self._language: Language | None = None
         self._log_probs: dict[int, Tensor] = {}
@@ -38,7 +38,7 @@ class ExactMetrics(IterateEvaluator):
         """Read the language.
 
         Raises:
-            SettingError: There is none: the data is not the testbed's.
+            SettingError: The file does not exist; the data is not the testbed's.
         """
         data = getattr(trainer, "datamodule", None)
         if self._path is None and isinstance(data, SelfPlayDataModule):
@@ -53,7 +53,7 @@ class ExactMetrics(IterateEvaluator):
         self._language = Language.load(self._path)
 
     def evaluate_iterate(self, module: SelfPlayModule, t: int) -> dict[str, float]:
-        """Score every response of the language under iterate t; after a resume under all."""
+        """Score all responses under iterate t, and after a resume under earlier ones as well."""
         assert self._language is not None, "setup() read it"
         for i in range(t + 1):
             if i not in self._log_probs:

@@ -26,9 +26,9 @@ def response_log_probs(
 
     Args:
         model: A causal language model of transformers, or a PEFT wrapper with whatever adapter is
-            active. Scored in eval mode and given back as it was.
-        tokenizer: The model's.
-        language: What to enumerate.
+            active. It is scored in eval mode; all modes are restored afterwards.
+        tokenizer: The model's tokenizer.
+        language: The language to enumerate.
         batch_size: Sequences per forward.
 
     Returns:
@@ -52,7 +52,7 @@ def token_ids(
     """Ids of all prompts and of all responses with their stop id, as self-play makes them."""
     text_format = PromptFormat.of(tokenizer, None)
     turns = [(Message(role="user", content=prompt),) for prompt in language.prompts]
-    # What a response's ids are does not depend on the prompt before it: any will do.
+    # The ids of a response do not depend on its prompt, so any prompt will do.
     spoken = [Conversation(i, turns[0], text) for i, text in enumerate(language.responses)]
     return [text_format.prompt_ids(t) for t in turns], [text_format.response_ids(c) for c in spoken]
 
@@ -99,7 +99,7 @@ def _expectation(log_p: Tensor, values: Tensor) -> Tensor:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is in the mode it was in."""
+    """Eval mode inside the block; afterwards every module is back in its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

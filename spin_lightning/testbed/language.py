@@ -82,7 +82,7 @@ class Language:
         )
 
     def save(self, path: Path) -> None:
-        """Write the language as JSON, floats to the last bit."""
+        """Write the language as JSON; floats are exact."""
         content = {
             "prompts": self.prompts,
             "responses": self.responses,
@@ -96,7 +96,7 @@ class Language:
         """Read what `save` wrote.
 
         Raises:
-            DataError: The file is missing or holds no language.
+            DataError: The file is missing or does not hold a language.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ class Language:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path} holds no testbed language ({error})",
+                f"{path} does not hold a testbed language ({error})",
                 fix="give the language.json that lies beside the testbed's data.jsonl",
             ) from error
 
@@ -119,7 +119,7 @@ def sample(log_probs: Tensor, n: int, seed: int) -> list[tuple[int, int]]:
     Args:
         log_probs: log p(y|x), nats, shape [X, Y].
         n: Number of pairs.
-        seed: Of a generator of its own; the global one is left alone.
+        seed: Seed of a separate generator; the global random state does not change.
 
     Returns:
         n pairs (index of the prompt, index of the response).

@@ -1,4 +1,4 @@
-"""A tokenizer made on the spot and a small Llama trained from scratch on it."""
+"""Tokenizers built from a corpus, and a small Llama trained from scratch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BATCHES_PER_WINDOW = 16
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Make a tokenizer of whole words, for prompts and responses without a chat template.
 
-    It puts `<s>` before a text it is asked to encode with special tokens, never `</s>` after it.
+    Encoding with special tokens puts `<s>` before a text, and never `</s>` after it.
 
     Args:
         texts: Every word that occurs in them, split at white space, gets an id.
@@ -58,14 +58,14 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that knows a chatml-like template.
+    """Train a byte-level BPE tokenizer with a ChatML-like template.
 
-    Every string can be encoded and comes back unchanged; digits stay single tokens, as sums of
-    numbers are easier to learn so. `<|im_end|>` ends a turn, `<|endoftext|>` only pads.
+    Any string survives encoding and decoding unchanged. Every digit is a token of its own, which
+    makes sums easier to learn. `<|im_end|>` ends a turn, `<|endoftext|>` only pads.
 
     Args:
         texts: The corpus.
-        vocabulary: Most tokens, of which 256 are the bytes and 3 are special.
+        vocabulary: Maximum number of tokens, of which 256 are bytes and 3 are special.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -97,7 +97,7 @@ def small_config(
     """Describe a small Llama for a tokenizer.
 
     Args:
-        tokenizer: Gives the vocabulary and the special ids.
+        tokenizer: Defines the vocabulary and the special ids.
         hidden: Width; a multiple of 2 · `heads`.
         layers: Number of blocks.
         heads: Attention heads of a block.
@@ -121,7 +121,8 @@ def small_config(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=context,
-        # transformers' 0.02 is meant for widths of thousands; here it costs half the training.
+        # transformers' default of 0.02 suits widths in the thousands; here it would waste half of
+        # the training.
         initializer_range=hidden**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -144,7 +145,7 @@ def train_small_llama(
     """Train a Llama from random weights to predict responses given their prompts.
 
     Minimizes −log p(y|x) per response token with AdamW, a short warm-up and a cosine decay to
-    zero. Random numbers come from generators of its own, so the caller's are left alone.
+    zero. Random numbers come from separate generators, so the global state does not change.
 
     Args:
         config: The model's sizes.
@@ -153,9 +154,9 @@ def train_small_llama(
         minutes: Wall time instead of `steps`.
         batch_size: Pairs per step.
         learning_rate: Peak of the schedule.
-        seed: Of the initial weights and the order of the examples.
+        seed: Seed of the initial weights and the order of the examples.
         device: Where to train.
-        description: What the progress bar says.
+        description: Label of the progress bar.
 
     Returns:
         The model in eval mode, float32, on the CPU.
@@ -187,13 +188,13 @@ def train_small_llama(
 
 
 def _progress_clock(steps: int | None, minutes: float | None) -> Callable[[int], float]:
-    """How much of the training is done, 0 to 1, as a function of the steps taken."""
+    """Progress of the training, 0 to 1, as a function of the steps taken."""
     given = [value for value in (steps, minutes) if value is not None]
     if len(given) != 1 or given[0] <= 0:
         raise SettingError(
             "steps",
             steps,
-            f"with minutes={minutes!r} it does not say how long to train",
+            f"exactly one of steps and minutes must be set, and minutes={minutes!r}",
             fix="give a positive number of steps, or of minutes, and not both",
         )
     if minutes is None:
@@ -212,7 +213,7 @@ def _schedule(progress: float) -> float:
 def _batches(
     examples: Sequence[tuple[TokenIds, TokenIds]], batch_size: int, pad_id: int, seed: int
 ) -> Iterator[SequenceBatch]:
-    """Shuffled batches for ever, of sequences of similar length so that little is padding."""
+    """Endless shuffled batches; similar lengths share a batch, so that little is padding."""
     generator = torch.Generator().manual_seed(seed)
     window = batch_size * _BATCHES_PER_WINDOW
     while True:

@@ -1,4 +1,4 @@
-"""A run that accumulates gradients: its own checkpoints lie between two steps, others are whole."""
+"""Gradient accumulation: the run saves between steps; other checkpoints hold half a step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Path:
-    """Checkpoints of every batch of the run that nobody stops."""
+    """Checkpoints of every batch of a run without interruption."""
     return tmp_path_factory.mktemp("kept")
 
 
@@ -90,7 +90,7 @@ def test_checkpoint_of_any_batch_holds_the_gradients_of_a_half_done_step(
     root, files, all_rates = whole
     again = tmp_path / "again"
     shutil.copytree(root, again)
-    # What comes after the checkpoint is made again, from nothing.
+    # Everything after the checkpoint is made again from scratch.
     RunFolder(again).discard_after(0)
     rates = resume(again, tiny_model_dir, data, checkpoint)
     assert contents(again) == files

@@ -1,4 +1,4 @@
-"""The stability guard: which iterate is kept as the best, and when a run stops."""
+"""BestIterate: which iterate is the best, and when a run stops."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and how a run ends that is asked to."""
+"""When checkpoints are written, and how a signal ends a run."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ class SignalAt(Callback):
         ({}, [None, None, None, None, 4, 4, 4, 4]),
     ],
 )
-def test_checkpoint_is_written_where_steps_or_minutes_say(
+def test_checkpoint_is_written_after_steps_or_minutes(
     intervals, saved, tiny_model_dir, data, tmp_path
 ):
     watch = Watch(RunFolder(tmp_path))
@@ -89,7 +89,7 @@ def test_interval_that_is_not_positive_is_refused(name, value):
         ("on_train_epoch_end", 1),  # before the rows of the next iterate
     ],
 )
-def test_sigterm_saves_ends_with_143_and_the_same_start_goes_on(
+def test_sigterm_saves_ends_with_143_and_the_same_start_continues(
     hook, call, whole, tiny_model_dir, data, tmp_path
 ):
     before = signal.getsignal(signal.SIGTERM)
@@ -103,15 +103,15 @@ def test_sigterm_saves_ends_with_143_and_the_same_start_goes_on(
     assert contents(tmp_path) == whole
 
 
-def test_sigterm_reaches_who_listened_before(tiny_model_dir, data, tmp_path):
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+def test_sigterm_reaches_the_handler_installed_before(tiny_model_dir, data, tmp_path):
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
     try:
         with pytest.raises(Stopped):
             play(tmp_path, tiny_model_dir, data, callbacks=[SignalAt("on_train_batch_start", 2)])
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert heard == [signal.SIGTERM]
+    assert received == [signal.SIGTERM]
 
 
 def test_run_in_another_thread_than_the_main_one_plays_without_its_signals(

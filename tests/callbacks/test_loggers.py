@@ -1,4 +1,4 @@
-"""What a run logs, read back from the files of the loggers."""
+"""Metrics and samples of a run, read back from the files of its loggers."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from tests.toys.runs import play, write_examples
 
 
 class Fixed(IterateEvaluator):
-    """An evaluator whose scores are known."""
+    """An evaluator with fixed scores."""
 
     def evaluate_iterate(self, module, t):
         return {"lm_eval/task/acc": 0.25 * (t + 1)}

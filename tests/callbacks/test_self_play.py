@@ -103,7 +103,7 @@ def test_run_folder_finished_holds_what_the_architecture_says(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
-def test_iterates_say_how_fast_they_were_played(finished):
+def test_records_hold_the_speed_of_each_iterate(finished):
     run = RunFolder(finished)
     assert run.record(0).training is None
     for t in (1, 2, 3):
@@ -224,7 +224,7 @@ def test_resume_from_every_checkpoint_gives_the_same_rows_rates_and_weights(
         again, rates = tmp_path / "again", LearningRates()
         shutil.copytree(whole, again)
         t = torch.load(checkpoint, weights_only=True)["self_play"]["iterate"]
-        # What comes after the checkpoint is made again, from nothing.
+        # Everything after the checkpoint is made again from scratch.
         RunFolder(again).discard_after(t)
         run(again, rates, ckpt=checkpoint)
         assert contents(again) == expected, checkpoint.name
@@ -251,14 +251,14 @@ def test_crash_then_resume_from_last_gives_the_same_bytes(
     assert contents(tmp_path) == contents(finished)
 
 
-def test_finished_run_with_more_epochs_goes_on_as_if_never_stopped(
+def test_finished_run_with_more_epochs_continues_as_if_never_stopped(
     finished, tiny_model_dir, data, tmp_path
 ):
     play(tmp_path, tiny_model_dir, data, epochs=1)
     last = RunFolder(tmp_path).last_checkpoint
     play(tmp_path, tiny_model_dir, data, epochs=3, ckpt_path=last)
     assert contents(tmp_path) == contents(finished)
-    # And one that is through has nothing left to do.
+    # A finished run has nothing left to do.
     play(tmp_path, tiny_model_dir, data, epochs=3, ckpt_path=last)
     assert contents(tmp_path) == contents(finished)
 
@@ -341,7 +341,7 @@ def test_iterate_zero_is_validated_in_full_and_logged_at_step_zero(tiny_model_di
 
 
 class PlainSteps(SPIN):
-    """Plain gradient steps: Adam would blow rounding up where a gradient is next to nothing."""
+    """Plain gradient steps: Adam would amplify rounding errors of tiny gradients."""
 
     def configure_optimizers(self):
         return torch.optim.SGD([p for _, p in self.policy.trainable()], lr=1.0)

@@ -1,4 +1,4 @@
-"""Tokens per second, shares and utilization, by hand."""
+"""Tokens per second, shares and utilization, computed by hand."""
 
 import pytest
 import torch

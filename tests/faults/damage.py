@@ -1,4 +1,4 @@
-"""Ways to damage a file or a folder, and what is then to be said of it."""
+"""Ways to damage a file or a folder, each with its expected message."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Change = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Damage:
-    """What happens to a file or folder below some root, and what is said of it.
+    """Damage to a file or folder below some root, and the error that it leads to.
 
     Attributes:
-        path: Which one.
-        case: What happens to it.
-        change: Does it.
-        asked: What finds out: a command, or a function of the test.
-        words: What the one error says.
+        path: The file or folder.
+        case: Name of the damage.
+        change: Causes it.
+        asked: What detects it: a command, or a function of the test.
+        words: Parts of the one error message.
     """
 
     path: str
@@ -71,7 +71,7 @@ def replaced_by_a_folder(path: Path) -> None:
 
 
 def edited(**changes: Any) -> Change:
-    """JSON with other values; None takes a key away."""
+    """JSON with other values; None removes a key."""
 
     def change(path: Path) -> None:
         content = {**json.loads(path.read_text()), **changes}
@@ -91,7 +91,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class Malicious:
-    """Runs code where it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return (exec, ("raise AssertionError('a pickle was loaded')",))

@@ -1,6 +1,6 @@
-"""The command line in a process that comes to harm at a point: `python -m tests.faults.killed_fit`.
+"""The command line with a failure injected at a point: `python -m tests.faults.killed_fit`.
 
-Nothing in the library knows of this: functions are wrapped from outside.
+The library has no hook for this: functions are wrapped from outside.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.faults.points import BROKEN, RANK, SLOW_SECONDS, VARIABLE
 def kill_at(target: str, moment: str, call: int) -> None:
     """Wrap a function so that one of its calls ends this process as a power cut would.
 
-    Or, as a point says, so that the call fails, or takes long.
+    With the moments raises and slow, the call fails or takes long instead.
     """
     module_name, _, path = target.partition(":")
     *owners, name = path.split(".")
@@ -57,7 +57,7 @@ def _die() -> None:
 
 
 if __name__ == "__main__":
-    from spin_lightning.cli.fit import main
+    from spin_lightning.cli.main import main
 
     rank = os.environ.get("LOCAL_RANK", "0")
     if os.environ.get(VARIABLE) and os.environ.get(RANK, rank) == rank:

@@ -1,4 +1,4 @@
-"""A callback that writes down, at every iterate, what the process and the run folder hold."""
+"""A callback that records memory, open files and disk usage at every iterate."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spin_lightning.run.folder import RunFolder
 
 
 class Meter(Callback):
-    """Appends a line of JSON once the rows of an iterate are made, and after the last iterate.
+    """Appends a line of JSON after the rows of each iterate are made, and after the last iterate.
 
     Args:
-        path: The file; it lies outside the run folder.
+        path: The file, outside the run folder.
     """
 
     def __init__(self, path: str) -> None:
@@ -48,7 +48,7 @@ class Meter(Callback):
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, with what is free given back to the system."""
+    """Resident memory of this process, after it has returned free memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
@@ -60,7 +60,7 @@ def _status(name: str) -> int:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 where there is none."""
+    """Bytes of a file, or of all files below a folder; 0 if it does not exist."""
     if path.is_dir():
         return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     return path.stat().st_size if path.exists() else 0

@@ -1,29 +1,29 @@
-"""Where a run is killed: a function, and at which of its calls."""
+"""Points at which a run is killed: a function, and which of its calls."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-# What the variable says: target, moment and call of a point, with `|` between them.
+# An environment variable with target, moment and call of a point, separated by `|`.
 VARIABLE = "SPIN_TEST_KILL_AT"
-# In which process alone, where a run has several.
+# The rank to harm, in a run of several processes.
 RANK = "SPIN_TEST_KILL_RANK"
-# What a call that raises says, and how long a slow one takes.
+# The message of a call that raises, and the delay of a slow one in seconds.
 BROKEN = "the disk is on fire"
 SLOW_SECONDS = 25
 
 
 @dataclass(frozen=True)
 class Point:
-    """Harm at the nth call of a function: SIGKILL before or after it, or with half a file written.
+    """A failure at the nth call of a function.
 
     Attributes:
-        stage: What the run does there.
+        stage: The stage of the run.
         target: The function, `module:name` or `module:Class.name`.
-        moment: before or after the call; torn: after it, with its file cut in half; raises: the
-            call fails; slow: it takes `SLOW_SECONDS` more.
-        call: Which of its calls, from 1.
+        moment: before, after: SIGKILL before or after the call; torn: SIGKILL after it, with its
+            file cut in half; raises: the call fails; slow: it takes `SLOW_SECONDS` longer.
+        call: The number of the call, from 1.
     """
 
     stage: str
@@ -56,8 +56,8 @@ _SAVE = "spin_lightning.callbacks.guard:RunGuard.save"
 _RENAME = "spin_lightning.callbacks.guard:replace_synced"
 _DUMP = "lightning.pytorch.trainer.trainer:Trainer.save_checkpoint"
 
-# A run of two iterates: a unit of held-out rows and four of training rows, then four steps with a
-# checkpoint after each second one, twice over; and at last a unit of held-out rows.
+# A run of two iterates. Each has one unit of held-out rows and four of training rows, then four
+# steps with a checkpoint after every second one. At the end comes a unit of held-out rows.
 POINTS = (
     Point("generation", _GENERATE, "before", 1),
     Point("generation", _GENERATE, "after", 3),

@@ -1,4 +1,4 @@
-"""A variant whose log-probs are no numbers for some examples while it is trained."""
+"""A variant whose log-probs are NaN or infinite for some examples during training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from spin_lightning.types import PairBatch, PairLogps
 
 
 class PoisonedSPIN(SelfPlayModule):
-    """SPIN that meets a number which is none.
+    """SPIN with factors on the log-probs of some examples.
 
     Args:
-        poison: example:value, such as `3:nan 5:inf`.
+        poison: Factors as example:value, such as `3:nan 5:inf`.
         kwargs: Settings of `SelfPlayModule`.
     """
 

@@ -1,4 +1,4 @@
-"""Two real processes through the command line, against one."""
+"""Two real processes through the command line, compared with one."""
 
 import csv
 import signal
@@ -73,7 +73,7 @@ def test_two_processes_killed_and_started_again_end_with_the_same_bytes(
     while not (tmp_path / wait_for).exists():
         assert process.poll() is None
         time.sleep(0.02)
-    # Rank 0 alone: what it started has to notice by itself.
+    # Rank 0 alone: the processes that it started have to notice by themselves.
     process.send_signal(signal.SIGKILL)
     process.wait()
     fit(tmp_path, tiny_model_dir, data, *TWO)
@@ -87,7 +87,7 @@ _STEP = "spin_lightning.modules.base:SelfPlayModule.training_step"
 @pytest.mark.parametrize(
     ("target", "call", "rank"), [(_GENERATE, 2, 1), (_STEP, 2, 1), (_STEP, 2, 0)]
 )
-def test_failure_on_one_rank_ends_all_with_its_message_and_the_next_start_goes_on(
+def test_failure_on_one_rank_ends_all_with_its_message_and_the_next_start_continues(
     target, call, rank, two, tiny_model_dir, data, tmp_path
 ):
     harm = {VARIABLE: Point("", target, "raises", call).value, RANK: str(rank)}
@@ -102,7 +102,7 @@ def test_failure_on_one_rank_ends_all_with_its_message_and_the_next_start_goes_o
     print(f"exit code {done.returncode} after {time.monotonic() - start:.0f} s\n{done.stderr}")
     assert done.returncode not in (0, 143)
     assert f"RuntimeError: {BROKEN}" in done.stderr
-    # That of the rank which failed; who lost it says so in a line, if it had the time.
+    # That of the rank that failed; another rank prints one line, if it has the time.
     assert done.stderr.count("Traceback (most recent call last)") == 1
     fit(tmp_path, tiny_model_dir, data, *TWO)
     assert contents(tmp_path) == contents(two)

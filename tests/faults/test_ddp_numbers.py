@@ -1,4 +1,4 @@
-"""Two processes, one of which meets a number that is none."""
+"""Two processes, one of which meets a non-finite log-prob."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def data(tmp_path_factory):
     return write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl")
 
 
-def test_both_processes_end_with_the_rows_of_one(tiny_model_dir, data, tmp_path):
+def test_both_processes_end_and_the_rows_of_one_are_reported(tiny_model_dir, data, tmp_path):
     command = fit_command(tmp_path, tiny_model_dir, data, *TWO, *POISON, *ONE_ITERATE)
     done = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=120, check=False
@@ -34,7 +34,7 @@ def test_both_processes_end_with_the_rows_of_one(tiny_model_dir, data, tmp_path)
     assert RunFolder(tmp_path).known_iterates() == [0]
 
 
-def test_batch_left_out_by_one_is_left_out_by_both(tiny_model_dir, data, tmp_path):
+def test_batch_skipped_by_one_process_is_skipped_by_both(tiny_model_dir, data, tmp_path):
     more = (*POISON, *ONE_ITERATE, "--model.max_skipped_batches", "1")
     fit(tmp_path / "two", tiny_model_dir, data, *TWO, *more)
     fit(tmp_path / "one", tiny_model_dir, data, *more, "--data.batch_size", "64")

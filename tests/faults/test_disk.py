@@ -1,4 +1,4 @@
-"""Disks that refuse and folders that belong to something else: one error that says how to go on."""
+"""Disk errors and foreign folders: one error message with a fix."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from spin_lightning import load_iterate
 from spin_lightning.callbacks.requirements import check_folder
 from spin_lightning.callbacks.run_files import RunCSVLogger
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError
 from spin_lightning.policies import lora
 from spin_lightning.run.files import append_line
@@ -38,7 +38,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def said(capsys, monkeypatch) -> CommandLine:
-    """What the command line says to arguments that end in an error."""
+    """The message of the command line for arguments that end in an error."""
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr("sys.argv", ["spin-lightning", *map(str, arguments)])
@@ -54,14 +54,14 @@ def said(capsys, monkeypatch) -> CommandLine:
 
 
 def start(arguments: list[object]) -> None:
-    """Run the command line to a good end."""
+    """Run the command line without an error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["spin-lightning", *map(str, arguments)])
         main()
 
 
 def refusing(number: int) -> Callable[..., Any]:
-    """Stands for a call that meets a disk which refuses."""
+    """Stands for a call that fails with a disk error."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -95,7 +95,7 @@ WRITERS = {
     ],
 )
 @pytest.mark.parametrize("writer", list(WRITERS))
-def test_disk_that_refuses_is_one_error_and_the_same_command_goes_on(
+def test_disk_error_is_one_message_and_the_same_command_continues(
     writer, number, advice, said, played, tiny_model_dir, data, tmp_path
 ):
     target, file = WRITERS[writer]
@@ -111,7 +111,7 @@ def test_disk_that_refuses_is_one_error_and_the_same_command_goes_on(
         assert contents(tmp_path / "run") == contents(played)
 
 
-def test_full_disk_at_an_adapter_as_safetensors_tells_it(said, tiny_model_dir, data, tmp_path):
+def test_full_disk_as_safetensors_reports_it_is_one_error(said, tiny_model_dir, data, tmp_path):
     arguments = fit_arguments(tmp_path / "run", tiny_model_dir, data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "save_file", full_for_safetensors)
@@ -121,7 +121,7 @@ def test_full_disk_at_an_adapter_as_safetensors_tells_it(said, tiny_model_dir, d
     assert RunFolder(tmp_path / "run").known_iterates() == [0]
 
 
-def test_read_only_folder_is_told_before_anything_is_made(said, tiny_model_dir, data, tmp_path):
+def test_read_only_folder_is_refused_before_anything_is_made(said, tiny_model_dir, data, tmp_path):
     arguments = fit_arguments(tmp_path / "run", tiny_model_dir, data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "mkdir", refusing(errno.EACCES))
@@ -131,7 +131,7 @@ def test_read_only_folder_is_told_before_anything_is_made(said, tiny_model_dir, 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into any folder")
-def test_folder_without_the_right_to_write_is_told(said, tiny_model_dir, data, tmp_path):
+def test_folder_without_write_permission_is_refused(said, tiny_model_dir, data, tmp_path):
     root = tmp_path / "run"
     root.mkdir(mode=0o555)
     assert "cannot be written" in said(*fit_arguments(root, tiny_model_dir, data))
@@ -148,7 +148,7 @@ def test_full_disk_at_a_judges_verdict_and_a_metric_name_the_file(tmp_path, monk
             logger.log_metrics({"a": 1.0}, step=0)
 
 
-# ------------------------------------------------------------------------ of another run
+# ------------------------------------------------------------------------ another run's files
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def moved(played: Path, root: Path, **trainer: Any) -> Path:
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("seed", [2, 1])
 def test_checkpoint_of_another_run_is_refused(seed, said, played, tiny_model_dir, data, tmp_path):
-    """Of the same model and adapter, of another seed or other examples."""
+    """It has the same model and adapter, and another seed or other examples."""
     other = tmp_path / "other"
     play(other, tiny_model_dir, data, epochs=2, seed=seed, data_settings={"val_examples": 8})
     config, before = moved(played, tmp_path / "run", max_epochs=3), contents(played)
@@ -213,14 +213,14 @@ def test_base_folder_that_was_edited_names_the_file(name, said, tiny_model_dir, 
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-    # (Another process would not have the config of before.)
+    # (A new process would not have the cached config.)
     message = said(*fit_arguments(tmp_path / "run", model, data), "--trainer.max_epochs=2")
     assert f"base_files.{name}: run has '" in message
     assert message.count("base_files.") == 1
     assert "Fix: set these back, or name a new folder" in message
 
 
-def test_differences_of_files_are_told_one_by_one():
+def test_differences_of_files_are_listed_one_by_one():
     run = {"base_files": {"a": "1", "b": "2"}, "seed": 1}
     given = {"base_files": {"a": "1", "b": "3", "c": "4"}, "seed": 1}
     assert differences(run, given) == [

@@ -1,4 +1,4 @@
-"""SIGKILL at twenty points of a run: the same command ends it with the same bytes."""
+"""SIGKILL at twenty points of a run: the same command then finishes it with the same bytes."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tiny_model_dir, data, tmp_path_factory) -> dict[str, str]:
-    """The bytes of the run that nobody kills."""
+    """The bytes of a run without interruption."""
     root = tmp_path_factory.mktemp("whole")
     fit(root, tiny_model_dir, data)
     files = contents(root)
@@ -39,7 +39,7 @@ def test_killed_run_ends_with_the_same_bytes(point: Point, whole, tiny_model_dir
     assert run.known_iterates() == [0, 1, 2]
     assert not list(tmp_path.rglob("*.tmp"))
     assert "Traceback" not in resumed.stderr
-    print(f"{point.name}: {kept} of {len(whole)} files were there, all are the same after resume")
+    print(f"{point.name}: {kept} of {len(whole)} files existed, all are the same after resume")
 
 
 def test_points_are_twenty_and_all_different():

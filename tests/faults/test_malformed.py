@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from spin_lightning import SPIN, load_iterate
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.data.formats import read_conversations
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import DataError, SettingError, SpinError

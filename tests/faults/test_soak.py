@@ -1,4 +1,4 @@
-"""Fifty iterates through the command line: nothing piles up in memory, open files or on disk."""
+"""Fifty iterates through the command line: memory, open files and disk usage do not grow."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tests.toys.runs import write_examples
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
 
 KIB, MIB = 1 << 10, 1 << 20
-# By then everything that is built once has been.
+# By then everything that is built once exists.
 SETTLED = 5
-# An adapter of a megabyte, so that one that stays in memory for each iterate would show.
+# An adapter of a megabyte, so that a leak of one per iterate would show.
 SETTINGS = (
     *("--model.lora_r", "256"),
     *("--data.val_examples", "6"),
     *("--data.batch_size", "20"),
     *("--model.generation.unit_size", "20"),
 )
-# oneDNN compiles a kernel of half a megabyte for each size of product that it meets for the first
-# time (`products._rounded_up`): most in the first iterates, a few later.
+# oneDNN compiles a kernel of half a megabyte for each new size of product
+# (`frozen_linear._rounded_up`): most in the first iterates, a few later.
 KERNELS = 32 * MIB
-# What Python holds around an iterate's weights while it is in memory, whatever their size.
+# Python objects around an iterate's weights in memory, whatever the size of the weights.
 LAYERS = 400 * KIB
 MIXTURE = ("--model", "MixtureSPIN", "--model.history", "2")
 
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def soak(root: Path, model: Path, data: Path, iterates: int, *variant: str) -> list[dict[str, int]]:
-    """Play a run in a process of its own; what it measured at each iterate."""
+    """Play a run in a separate process; returns the measurements of each iterate."""
     measured = root.with_suffix(".jsonl")
     arguments = fit_arguments(
         root,
@@ -89,7 +89,7 @@ def show(variant: tuple[str, ...], at: list[dict[str, int]]) -> None:
         ),
     ],
 )
-def test_nothing_piles_up_over_the_iterates(variant, iterates, tiny_model_dir, data, tmp_path):
+def test_resources_do_not_grow_over_the_iterates(variant, iterates, tiny_model_dir, data, tmp_path):
     at = soak(tmp_path / "run", tiny_model_dir, data, iterates, *variant)
     show(variant, at)
     assert [line["iterate"] for line in at] == list(range(iterates + 1))
@@ -107,11 +107,11 @@ def test_nothing_piles_up_over_the_iterates(variant, iterates, tiny_model_dir, d
     assert {line["adapter"] for line in at[1:]} == {early["adapter"]}
     for before, now in zip(at[SETTLED:], at[SETTLED + 1 :], strict=False):
         logs = now["disk"] - before["disk"] - now["rows"] - now["adapter"]
-        # Curves, the record of the iterate; the last one also draws its picture.
+        # Logs and the record of the iterate; at the last iterate also the picture.
         assert logs < 32 * KIB
     if "FictitiousSPIN" in variant:
-        # All iterates act in turn, 16 of them in one batch, with their adapters side by side.
-        # In 45 iterates the adapters outweigh the kernels, in four they do not.
+        # All iterates generate and score, 16 of them in one batch, with all adapters in memory.
+        # Over 45 iterates the adapters outweigh the kernels, over four they do not.
         kernels = KERNELS if passed < 10 else 0
         assert more["resident"] < passed * early["adapter"] + kernels
         assert more["peak"] < (passed + 16) * (early["adapter"] + LAYERS) + KERNELS

@@ -1,7 +1,7 @@
 """Decoding of each kind of model, against full passes without a cache by transformers and peft.
 
 Every id has to be the inverse CDF of its row's uniform number, given the ids before it, up to 1e-5
-of a boundary of the cumulative distribution: whatever the order, the batches and who shares them.
+of a boundary of the cumulative distribution, whatever the order and the batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator
@@ -22,10 +21,12 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import FrozenBase, load_config
+from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.types import PolicyId
 from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.models import family_config, write_model
 
-# PEFT sees for itself that GPT-2's layers are transposed, and says so.
+# PEFT detects by itself that GPT-2's layers are transposed, and warns.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 WORDS, STOP, PAD = 23, 2, 0
@@ -46,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 128},
 }
-# Convolutions beside attention; experts, which are given tokens of all rows together.
+# Convolutions beside attention; experts, which receive the tokens of all rows together.
 OTHERS: dict[str, dict[str, Any]] = {
     "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
     "qwen2_moe": {
@@ -63,7 +64,9 @@ class Player:
     """A policy with iterates 0 to 3, and the same iterates by transformers and peft alone."""
 
     def __init__(self, root: Path, family: str, *, initial: bool, nf4: bool = False) -> None:
-        model_dir = _write_model(family, root / "model")
+        model_dir = write_model(
+            family_config(family, WORDS, **{**FAMILIES, **OTHERS}[family]), root / "model"
+        )
         shape: dict[str, Any] = {"fan_in_fan_out": family == "gpt2"}
         narrow = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}.get(family, "all-linear")
         shapes: dict[int, dict[str, Any]] = {
@@ -88,45 +91,25 @@ class Player:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(9)
             for _, parameter in self.policy.trainable():
-                parameter.normal_(std=0.2)  # the trained adapter is none of the iterates
-        self.config = load_config(base)
+                parameter.normal_(std=0.2)  # the trained adapter differs from all iterates
         quantization = "nf4" if nf4 else "none"
         self.models = {t: plain_model(model_dir, folders[t], quantization) for t in range(4)}
 
     def generate(self, requests: list[Request], **settings: Any) -> list[Response]:
-        generator = LocalGenerator(self.config, (STOP,), PAD, GenerationSettings(**settings))
+        generator = LocalGenerator((STOP,), PAD, GenerationSettings(**settings))
         return generator.generate(self.policy, requests)
 
     def next_token_logps(self, request: Request, ids: tuple[int, ...]) -> Tensor:
         """log of the distribution that each of `ids` is drawn from, [ids, words], float64."""
         tokens = torch.tensor([request.prompt_ids + ids])
         with torch.no_grad():
-            acting, base = (
+            own, base = (
                 self.models[t](tokens, use_cache=False).logits[0].double().log_softmax(-1)
                 for t in (request.opponent, 0)
             )
         alpha = request.token_alpha
-        mixed = ((1 - alpha) * acting + alpha * base).log_softmax(-1)
+        mixed = ((1 - alpha) * own + alpha * base).log_softmax(-1)
         return mixed[len(request.prompt_ids) - 1 : -1]
-
-
-def _write_model(family: str, folder: Path) -> Path:
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=WORDS,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=STOP,
-        **{"initializer_range": 0.2, **{**FAMILIES, **OTHERS}[family]},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def some_requests(count: int = 48) -> list[Request]:
@@ -212,8 +195,8 @@ def test_ids_do_not_depend_on_batches_order_and_company(rows, player):
     back = [shuffled[order.index(i)] for i in range(len(requests))]
     assert_same_but_at_boundaries(player, requests, everything, back)
 
-    for actor in {request.actor for request in requests}:
-        alone = [i for i, request in enumerate(requests) if request.actor == actor]
+    for policy_id in {request.policy for request in requests}:
+        alone = [i for i, request in enumerate(requests) if request.policy == policy_id]
         found = player.generate([requests[i] for i in alone], batch_tokens=tokens)
         assert_same_but_at_boundaries(
             player, [requests[i] for i in alone], [everything[i] for i in alone], found
@@ -224,18 +207,18 @@ def test_ids_do_not_depend_on_batches_order_and_company(rows, player):
 def test_ids_of_a_base_in_nf4_are_those_of_the_dequantized_one(initial, tmp_path):
     player = Player(tmp_path, "llama", initial=initial, nf4=True)
     requests = some_requests()
-    assert len(player.policy.teams({request.actor for request in requests})) == 1
+    assert len(player.policy.batch_groups({request.policy for request in requests})) == 1
     assert_drawn(player, requests, player.generate(requests))
 
 
 @pytest.mark.parametrize(
     ("family", "slow"), [("lfm2", True), ("qwen2_moe", False), ("gpt2", False)]
 )
-def test_models_that_are_not_known_are_decoded_the_slow_way_which_is_said_once(
+def test_models_that_cache_more_than_keys_and_values_are_decoded_by_length_and_logged_once(
     family, slow, tmp_path, caplog
 ):
     player = Player(tmp_path, family, initial=False)
-    generator = LocalGenerator(player.config, (STOP,), PAD, GenerationSettings())
+    generator = LocalGenerator((STOP,), PAD, GenerationSettings())
     requests = some_requests()
     if family == "qwen2_moe":  # PEFT cannot tell two members apart in it
         requests = [request for request in requests if not request.token_alpha]
@@ -246,20 +229,29 @@ def test_models_that_are_not_known_are_decoded_the_slow_way_which_is_said_once(
     assert_drawn(player, requests, responses)
 
 
+def test_one_generator_reads_the_config_of_each_policy_it_is_given(tmp_path):
+    generator = LocalGenerator((STOP,), PAD, GenerationSettings())
+    requests = some_requests(16)
+    for family in ("lfm2", "llama", "gpt2"):
+        player = Player(tmp_path / family, family, initial=False)
+        found = generator.generate(player.policy, requests)
+        assert found == player.generate(requests), family
+
+
 def test_iterates_share_batches_unless_a_layer_mixes_the_rows(tmp_path):
-    actors = {(t, alpha) for t in range(4) for alpha in (0.0, 0.5)}
+    ids = {PolicyId(t, alpha) for t in range(4) for alpha in (0.0, 0.5)}
     for family, together in (("llama", True), ("lfm2", True), ("qwen2_moe", False)):
         policy = Player(tmp_path / family, family, initial=False).policy
-        teams = policy.teams(actors)
-        assert sorted(actor for team in teams for actor in team) == sorted(actors)
-        assert len(teams) == (1 if together else len(actors)), family
+        groups = policy.batch_groups(ids)
+        assert sorted(policy_id for group in groups for policy_id in group) == sorted(ids)
+        assert len(groups) == (1 if together else len(ids)), family
 
 
 def embeddings(model: nn.Module) -> nn.Module:
     return model.get_input_embeddings()
 
 
-def test_prompts_that_are_the_same_are_read_once_for_each_actor(tmp_path):
+def test_prompts_that_are_the_same_are_read_once_for_each_policy(tmp_path):
     player = Player(tmp_path, "llama", initial=False)
     requests = [
         Request((1, 5, 9, 4), opponent=1 + i % 2, key=i, cap=1, token_alpha=0.0) for i in range(40)

@@ -1,11 +1,10 @@
-"""Decoding in this process, against one row at a time by transformers' own `generate`."""
+"""Decoding in this process, against transformers' own `generate` one row at a time."""
 
 import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from spin_lightning.keyed import position_uniforms
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import load_config
-from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model
 from tests.toys.chi_square import chi_square
 
 STOPS = (2, 5)
@@ -30,30 +29,23 @@ WORDS = 24
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {t: write_adapter(tiny_model_dir, root / str(t), seed=t) for t in (1, 2)}
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_base, adapters, tmp_path_factory) -> LoraPolicy:
+def policy(tiny_base, tiny_adapters, tmp_path_factory) -> LoraPolicy:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
-    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **adapters})
+    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **tiny_adapters})
     return policy
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model_dir, adapters) -> dict[int, nn.Module]:
+def models(tiny_model_dir, tiny_adapters) -> dict[int, nn.Module]:
     """The iterates without our code."""
-    return {t: plain_model(tiny_model_dir, adapters.get(t)) for t in (0, 1, 2)}
+    return {t: plain_model(tiny_model_dir, tiny_adapters.get(t)) for t in (0, 1, 2)}
 
 
 @pytest.fixture
-def generate(policy, tiny_base):
+def generate(policy):
     def run(requests: list[Request], **settings) -> list[Response]:
-        return LocalGenerator(
-            load_config(tiny_base), STOPS, pad_id=0, settings=GenerationSettings(**settings)
-        ).generate(policy, requests)
+        generator = LocalGenerator(STOPS, pad_id=0, settings=GenerationSettings(**settings))
+        return generator.generate(policy, requests)
 
     return run
 
@@ -175,7 +167,7 @@ def test_ids_of_the_most_extreme_uniforms_have_probability(uniform, generate, mo
 
 
 def test_generate_leaves_the_global_random_state(policy, generate):
-    policy.evict()  # so that adapters are loaded
+    policy.evict()  # so that tiny_adapters are loaded
     state = torch.get_rng_state()
     generate(some_requests(5))
     assert torch.equal(torch.get_rng_state(), state)
@@ -238,10 +230,10 @@ def memory_for(rows: int, policy: LoraPolicy, error: BaseException) -> Iterator[
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_batches_that_memory_does_not_suffice_for_are_halved_and_it_is_said(
-    kind, policy, tiny_base, plain, caplog
+def test_batches_that_memory_does_not_suffice_for_are_halved_and_the_log_says_so(
+    kind, policy, plain, caplog
 ):
-    generator = LocalGenerator(load_config(tiny_base), STOPS, 0, GenerationSettings())
+    generator = LocalGenerator(STOPS, 0, GenerationSettings())
     requests = some_requests()
     assert generator.deviations == {}
     with memory_for(20, policy, ERRORS[kind]) as sizes, caplog.at_level(logging.INFO):
@@ -256,10 +248,10 @@ def test_batches_that_memory_does_not_suffice_for_are_halved_and_it_is_said(
     tokens = generator.deviations["batch_tokens"]
     assert 0 < tokens < 60 * (9 + 12)
     assert f"generation.batch_tokens {tokens}" in caplog.text
-    assert max(sizes[first:]) < 60, "it did not try the whole again"
-    # A run that starts with this number makes the same bytes.
+    assert max(sizes[first:]) < 60, "it did not try the whole batch again"
+    # A run that starts with this value makes the same bytes.
     fresh = GenerationSettings(batch_tokens=tokens)
-    generator = LocalGenerator(load_config(tiny_base), STOPS, 0, fresh)
+    generator = LocalGenerator(STOPS, 0, fresh)
     assert generator.generate(policy, requests) == again
     assert generator.deviations == {}
 
@@ -269,7 +261,7 @@ def test_a_single_response_that_memory_does_not_suffice_for_is_an_error(policy, 
         generate([replace(request, cap=12) for request in some_requests()])
 
 
-def test_other_errors_are_not_taken_for_want_of_memory(policy, generate):
+def test_other_errors_are_not_mistaken_for_a_lack_of_memory(policy, generate):
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with memory_for(20, policy, error) as sizes, pytest.raises(RuntimeError, match="mat1 and mat2"):
         generate(some_requests())
@@ -279,7 +271,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(policy, generate):
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
 def test_nucleus_is_that_of_transformers(top_p, spread):
-    """Also where more tokens belong to it than are looked at first."""
+    """Also if it has more tokens than are sorted at first."""
     logits = spread * torch.randn(7, 3000, generator=torch.Generator().manual_seed(0))
     wanted = TopPLogitsWarper(top_p)(torch.empty(0), logits).isfinite()
     probabilities = logits.softmax(-1)

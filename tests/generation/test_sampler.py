@@ -13,7 +13,7 @@ BELOW_ONE = 1 - 2.0**-53
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 512, 1000])
 @pytest.mark.parametrize("spread", [0.1, 8.0])
-def test_the_same_token_but_at_a_boundary(vocabulary, spread):
+def test_tokens_are_the_same_except_at_a_boundary(vocabulary, spread):
     source = torch.Generator().manual_seed(vocabulary)
     n = 400
     logits = torch.randn(n, vocabulary, generator=source) * spread
@@ -28,7 +28,7 @@ def test_the_same_token_but_at_a_boundary(vocabulary, spread):
             assert token == np.searchsorted(cumulative, u, side="right")
 
 
-def test_by_hand():
+def test_tokens_equal_those_by_hand():
     """Weights 1/8, 0, 1/2, 3/8: shares [0, 1/8), none, [1/8, 5/8), [5/8, 1)."""
     row = torch.tensor([0.125, 0.0, 0.5, 0.375])
     uniforms = torch.tensor([0.0, 0.12, 0.125, 0.6, 0.625, BELOW_ONE], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_a_token_of_probability_0_is_never_drawn(uniform, place):
     assert inverse_cdf(probabilities, torch.tensor([uniform], dtype=torch.float64)) == place
 
 
-def test_every_boundary_lies_where_it_should():
+def test_boundaries_of_equal_tokens_are_evenly_spaced():
     """Six hundred equal tokens: the i-th has [i / 600, (i + 1) / 600)."""
     probabilities = torch.full((600, 600), 1 / 600)
     middles = (torch.arange(600, dtype=torch.float64) + 0.5) / 600
@@ -53,7 +53,7 @@ def test_every_boundary_lies_where_it_should():
 
 
 @pytest.mark.parametrize("vocabulary", [1, 24, 256, 300])
-def test_a_row_that_is_not_finite_gives_some_token_and_no_error(vocabulary):
+def test_a_non_finite_row_gives_some_token_and_no_error(vocabulary):
     rows = torch.full((2, vocabulary), torch.nan)
     tokens = inverse_cdf(rows, torch.tensor([0.0, 0.9], dtype=torch.float64))
     assert ((tokens >= 0) & (tokens < vocabulary)).all()

@@ -1,4 +1,4 @@
-"""A variant's answers that cannot be played are refused before anything is made."""
+"""Opponents and references that cannot be played are refused before rows are made."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.toys.runs import play, write_examples
 
 
 class Answers(SelfPlayModule):
-    """A user's variant that says what a test wants it to say."""
+    """A user's variant with the opponents and references of a test."""
 
     opponents = staticmethod(latest)
     references = staticmethod(latest)
@@ -29,17 +29,17 @@ NONSENSE = {
     "an opponent beyond t": (
         lambda t: latest(t + 1),
         latest,
-        r"opponent\(0\)='p1': iterate 1 .* does not exist yet",
+        r"opponent\(0\)='p1': iterate 1 does not exist yet",
     ),
     "an opponent beyond t, later on": (
         lambda t: uniform([0, 3]) if t == 2 else latest(t),
         latest,
-        r"opponent\(2\)='0.5·p0\+0.5·p3': iterate 3 .* does not exist yet",
+        r"opponent\(2\)='0.5·p0\+0.5·p3': iterate 3 does not exist yet",
     ),
     "a reference beyond t": (
         latest,
         lambda t: uniform(range(t + 2)),
-        r"reference\(0\)='p0..p1': iterate 1 .* does not exist yet",
+        r"reference\(0\)='p0..p1': iterate 1 does not exist yet",
     ),
     "a geometric mixture as opponent": (
         lambda t: Geometric(latest(t), 0.5),

@@ -14,7 +14,8 @@ from spin_lightning.policies.loading import load_base
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
-from tests.toys.adapters import IDS, write_adapter, write_wide_model
+from tests.toys.adapters import IDS, write_adapter
+from tests.toys.models import write_wide_model
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def wide(tiny_model_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> Path:
-    """Layers with a bias, held the other way round."""
+    """Layers with a bias, whose weights are stored transposed."""
     folder = tmp_path_factory.mktemp("gpt2")
     config = GPT2Config(
         vocab_size=24,
@@ -57,7 +58,7 @@ def with_adapters(base: FrozenBase, *, fused: bool, dropout: float = 0.0) -> Pef
         model = get_peft_model(model, config, adapter_name="one")
         if fused:
             fused_lora.fuse(model, in_4_bits=base.quantization == "nf4")
-        model.add_adapter("two", config)  # after the fusing, as iterates come
+        model.add_adapter("two", config)  # after `fuse`, as for iterates
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data.normal_(0, 0.2)
@@ -66,7 +67,7 @@ def with_adapters(base: FrozenBase, *, fused: bool, dropout: float = 0.0) -> Pef
 
 @contextmanager
 def counting(calls: list[int]):
-    """Count the layers that take the fused pass."""
+    """Count the layers that use the fused pass."""
     apply = fused_lora._LoraLinear.apply
 
     def counted(*args):
@@ -182,11 +183,11 @@ def test_fused_policy_snapshots_what_an_unfused_one_does(wide, tmp_path):
 
 def test_fused_policy_acts_as_iterates_that_are_loaded_later(wide, tmp_path):
     base = FrozenBase(str(wide), compute_dtype="float32")
-    bank = {0: tmp_path, 1: write_adapter(wide, tmp_path / "1", seed=1)}
+    folders = {0: tmp_path, 1: write_adapter(wide, tmp_path / "1", seed=1)}
     found = []
     for fused in (True, False):
         policy = LoraPolicy(base, LoraSettings(r=2), fused=fused)
-        policy.use_iterates(bank)
+        policy.use_iterates(folders)
         with policy.at(1):
             found.append(policy.model(IDS).logits)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)

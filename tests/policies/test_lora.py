@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config
 
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.packing import pack_padded
@@ -24,8 +24,8 @@ from tests.toys.adapters import (
     plain_logits,
     plain_model,
     write_adapter,
-    write_wide_model,
 )
+from tests.toys.models import write_model, write_wide_model
 
 QUANTIZED = ["nf4", "int8"]
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -42,9 +42,9 @@ def base(model_dir) -> FrozenBase:
 
 
 @pytest.fixture(scope="module")
-def bank(model_dir, tmp_path_factory) -> dict[int, Path]:
+def folders(model_dir, tmp_path_factory) -> dict[int, Path]:
     """Iterate 0, the bare base, and two adapters that differ in shape."""
-    root = tmp_path_factory.mktemp("bank")
+    root = tmp_path_factory.mktemp("iterates")
     (root / "iterate_000").mkdir()
     return {
         0: root / "iterate_000",
@@ -53,10 +53,10 @@ def bank(model_dir, tmp_path_factory) -> dict[int, Path]:
     }
 
 
-def make_policy(base: FrozenBase, bank: dict[int, Path], **settings) -> LoraPolicy:
-    """A policy whose trained adapter is neither the base nor any of the bank."""
+def make_policy(base: FrozenBase, folders: dict[int, Path], **settings) -> LoraPolicy:
+    """A policy whose trained adapter differs from the base and from all iterates."""
     policy = LoraPolicy(base, LoraSettings(r=4, alpha=8), **settings)
-    policy.use_iterates(bank)
+    policy.use_iterates(folders)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(9)
         for _, parameter in policy.trainable():
@@ -65,12 +65,12 @@ def make_policy(base: FrozenBase, bank: dict[int, Path], **settings) -> LoraPoli
 
 
 @pytest.fixture
-def policy(base, bank) -> LoraPolicy:
-    return make_policy(base, bank)
+def policy(base, folders) -> LoraPolicy:
+    return make_policy(base, folders)
 
 
-def adapter_of(bank: dict[int, Path], t: int) -> Path | None:
-    return bank[t] if t else None
+def adapter_of(folders: dict[int, Path], t: int) -> Path | None:
+    return folders[t] if t else None
 
 
 def state_of(policy: LoraPolicy) -> dict:
@@ -86,8 +86,8 @@ def state_of(policy: LoraPolicy) -> dict:
 
 
 @pytest.mark.parametrize("t", [0, 1, 2])
-def test_at_iterate_has_the_logits_of_transformers_and_peft_alone(t, policy, bank, model_dir):
-    wanted = plain_logits(model_dir, adapter_of(bank, t))
+def test_at_iterate_has_the_logits_of_transformers_and_peft_alone(t, policy, folders, model_dir):
+    wanted = plain_logits(model_dir, adapter_of(folders, t))
     assert not torch.allclose(logits(policy.model), wanted, atol=0.1)
     for _ in range(2):  # from disk, then from memory
         policy.train()
@@ -97,7 +97,7 @@ def test_at_iterate_has_the_logits_of_transformers_and_peft_alone(t, policy, ban
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
 
-def test_logps_are_sums_over_the_response_of_whoever_acts(policy, bank, model_dir):
+def test_logps_are_sums_over_the_response_under_the_active_policy(policy, folders, model_dir):
     batch = pack_padded([[1, 5, 9], [1]], [[14, 2], [6, 23, 2]], pad_id=0)
 
     def by_hand(model: nn.Module, prompt: list[int], response: list[int]) -> float:
@@ -107,7 +107,7 @@ def test_logps_are_sums_over_the_response_of_whoever_acts(policy, bank, model_di
 
     with policy.at(1):
         found = policy.logps(batch)
-    plain = plain_model(model_dir, bank[1])
+    plain = plain_model(model_dir, folders[1])
     wanted = [by_hand(plain, [1, 5, 9], [14, 2]), by_hand(plain, [1], [6, 23, 2])]
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(wanted, abs=1e-5)
@@ -116,8 +116,8 @@ def test_logps_are_sums_over_the_response_of_whoever_acts(policy, bank, model_di
 
 @pytest.mark.parametrize("t", [0, 1, 7])
 @pytest.mark.parametrize("fails", [False, True])
-def test_at_left_normally_or_by_an_exception_puts_everything_back(t, fails, policy):
-    policy.model.base_model.model.lm_head.eval()  # no mode and no flag is just the default
+def test_at_left_normally_or_by_an_exception_restores_everything(t, fails, policy):
+    policy.model.base_model.model.lm_head.eval()  # not the default mode
     next(p for _, p in policy.trainable()).requires_grad_(False)
     before = state_of(policy)
     try:
@@ -132,24 +132,29 @@ def test_at_left_normally_or_by_an_exception_puts_everything_back(t, fails, poli
         pass
 
 
-def test_at_inside_another_block_is_refused_and_the_outer_one_goes_on(policy, bank, model_dir):
+def test_at_inside_another_block_is_refused_and_the_outer_one_continues(policy, folders, model_dir):
     before = state_of(policy)
     with policy.at(1):
         with pytest.raises(RuntimeError, match="already acting as iterate 1"), policy.at(2):
             pass
-        wanted = plain_logits(model_dir, bank[1])
+        wanted = plain_logits(model_dir, folders[1])
         torch.testing.assert_close(logits(policy.model), wanted, atol=1e-6, rtol=0)
     assert state_of(policy) == before
 
 
 @pytest.mark.parametrize("folders", [{}, {7: Path("/nowhere/iterate_007")}])
-def test_at_iterate_that_is_not_there_is_named(folders, policy):
+def test_at_iterate_that_is_missing_is_named(folders, policy):
     policy.use_iterates(folders)
-    with pytest.raises(RunFolderError, match=r"iterate 7 is not there.*Fix:"), policy.at(7):
+    with pytest.raises(RunFolderError, match=r"iterate 7 is missing.*Fix:"), policy.at(7):
         pass
 
 
-def test_evict_frees_the_adapter_and_it_comes_back_from_disk(policy, bank, model_dir):
+@pytest.mark.parametrize("t", [0, 1, 2])
+def test_iterate_folder_is_that_of_its_adapter(t, folders, policy):
+    assert policy.iterate_folder(t) == adapter_of(folders, t)
+
+
+def test_evict_frees_the_adapter_and_it_comes_back_from_disk(policy, folders, model_dir):
     before = state_of(policy)
     sizes = []
     for t in (1, 2):
@@ -164,7 +169,7 @@ def test_evict_frees_the_adapter_and_it_comes_back_from_disk(policy, bank, model
     assert smallest < sizes[0] < sizes[1]
     assert state_of(policy) == before
     with policy.at(1):
-        wanted = plain_logits(model_dir, bank[1])
+        wanted = plain_logits(model_dir, folders[1])
         torch.testing.assert_close(logits(policy.model), wanted, atol=1e-6, rtol=0)
     assert state_of(policy) == before
 
@@ -176,7 +181,7 @@ def test_snapshot_is_a_peft_adapter_with_the_bytes_of_the_trained_one(policy, mo
     hashes = policy.snapshot(tmp_path / "ours")
     files = {p.name: p.read_bytes() for p in (tmp_path / "ours").iterdir()}
     assert hashes == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    # PEFT's own writer, which puts a named adapter one folder down.
+    # PEFT's own writer saves a named adapter one folder down.
     policy.model.save_pretrained(tmp_path / "theirs", selected_adapters=["policy"])
     theirs = tmp_path / "theirs" / "policy"
     ours, wanted = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "ours", theirs))
@@ -192,14 +197,14 @@ def test_snapshot_is_a_peft_adapter_with_the_bytes_of_the_trained_one(policy, mo
     torch.testing.assert_close(found, trained, atol=1e-6, rtol=0)
 
 
-def test_snapshot_of_the_same_adapter_has_the_same_bytes(base, bank, tmp_path):
-    policy = make_policy(base, bank)
+def test_snapshot_of_the_same_adapter_has_the_same_bytes(base, folders, tmp_path):
+    policy = make_policy(base, folders)
     first = policy.snapshot(tmp_path / "first")
     with policy.at(1):
         acting = policy.snapshot(tmp_path / "acting")
-    other = make_policy(base, bank).snapshot(tmp_path / "other")
+    other = make_policy(base, folders).snapshot(tmp_path / "other")
     assert first == acting == other
-    # PEFT keeps them in a set, which has another order in every process.
+    # PEFT keeps them in a set, whose order differs between processes.
     targets = json.loads((tmp_path / "first" / "adapter_config.json").read_text())["target_modules"]
     assert len(targets) == 2 * 7
     assert targets == sorted(targets)
@@ -250,7 +255,7 @@ def test_initial_adapter_is_iterate_zero_and_its_config_replaces_the_settings(
         (("v_proj", "q_prj"), "q_prj"),
         (("proj",), "proj"),
         (("layers.q_proj",), "layers.q_proj"),
-        ("q_proj", "q_proj"),  # PEFT takes text for a pattern of the whole name
+        ("q_proj", "q_proj"),  # PEFT treats a string as a pattern for the whole name
     ],
 )
 def test_check_adapter_target_that_matches_no_layer_is_refused(targets, named, base):
@@ -268,16 +273,16 @@ def test_check_adapter_lists_the_layers_that_an_adapter_can_be_put_on(base):
 @pytest.mark.parametrize(
     "targets", ["all-linear", r".*\.(q|v)_proj", ("q_proj", "self_attn.v_proj", "lm_head")]
 )
-def test_check_adapter_targets_that_it_lets_through_train(targets, base):
+def test_check_adapter_targets_that_it_accepts_train(targets, base):
     lora = LoraSettings(target_modules=targets)
     check_adapter(base, lora, None)
     assert any(True for _ in LoraPolicy(base, lora).trainable())
 
 
-def test_check_adapter_initial_adapter_without_a_config_is_refused(base, bank):
-    check_adapter(base, LoraSettings(), str(bank[1]))
+def test_check_adapter_initial_adapter_without_a_config_is_refused(base, folders):
+    check_adapter(base, LoraSettings(), str(folders[1]))
     with pytest.raises(SettingError, match=r"initial_adapter=.*no adapter_config\.json"):
-        check_adapter(base, LoraSettings(), str(bank[0]))
+        check_adapter(base, LoraSettings(), str(folders[0]))
 
 
 # --------------------------------------------------------------------------------- quantized bases
@@ -320,14 +325,14 @@ def test_load_base_int8_holds_every_layer_in_eight_bits(base):
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_load_base_gpt2_holds_its_transposed_layers_quantized_too(quantization, tmp_path):
     config = GPT2Config(vocab_size=24, n_positions=32, n_embd=64, n_layer=1, n_head=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    write_model(config, tmp_path)
     base = FrozenBase(str(tmp_path), quantization=quantization, compute_dtype="float32")
     kind = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}[quantization]
     assert sum(isinstance(m, kind) for m in load_base(base).modules()) == 4
 
 
-def test_quantized_base_is_near_the_unquantized_one(quantized, bank, model_dir):
-    policy = make_policy(quantized, bank)
+def test_quantized_base_is_near_the_unquantized_one(quantized, folders, model_dir):
+    policy = make_policy(quantized, folders)
     with policy.at(0):
         found = logits(policy.model)
     plain = plain_logits(model_dir)
@@ -336,11 +341,11 @@ def test_quantized_base_is_near_the_unquantized_one(quantized, bank, model_dir):
     assert float(similarity) > {"nf4": 0.95, "int8": 0.999}[quantized.quantization]
 
 
-def test_nf4_policy_in_training_is_its_dequantized_base_with_the_adapter(bank, base, tmp_path):
+def test_nf4_policy_in_training_is_its_dequantized_base_with_the_adapter(folders, base, tmp_path):
     """Logits and gradients, before it has acted as an iterate and after it."""
-    policy = make_policy(replace(base, quantization="nf4"), bank)
+    policy = make_policy(replace(base, quantization="nf4"), folders)
     plain_model(base.name, quantization="nf4").save_pretrained(tmp_path)
-    rounded = make_policy(FrozenBase(str(tmp_path), compute_dtype="float32"), bank)
+    rounded = make_policy(FrozenBase(str(tmp_path), compute_dtype="float32"), folders)
     for acted in (None, 0, 1):
         if acted is not None:
             with policy.at(acted):
@@ -349,8 +354,8 @@ def test_nf4_policy_in_training_is_its_dequantized_base_with_the_adapter(bank, b
         torch.testing.assert_close(gradients(policy), gradients(rounded), atol=1e-4, rtol=1e-3)
 
 
-def test_quantized_policy_learns_and_its_snapshot_acts_as_it_did(quantized, bank, tmp_path):
-    policy = make_policy(quantized, bank)
+def test_quantized_policy_learns_and_its_snapshot_acts_as_it_did(quantized, folders, tmp_path):
+    policy = make_policy(quantized, folders)
     frozen = {n: p.clone() for n, p in policy.named_parameters() if "lora_" not in n}
     optimizer = torch.optim.SGD([p for _, p in policy.trainable()], lr=0.1)
     losses = []
@@ -378,32 +383,32 @@ def test_quantized_policy_learns_and_its_snapshot_acts_as_it_did(quantized, bank
 
 
 @pytest.mark.parametrize("t", [0, 1, 2])
-def test_merge_adapter_plain_is_the_adapter_model_without_peft(t, bank, base, model_dir):
-    merged = merge_adapter(base, adapter_of(bank, t))
+def test_merge_adapter_plain_is_the_adapter_model_without_peft(t, folders, base, model_dir):
+    merged = merge_adapter(base, adapter_of(folders, t))
     assert not any("lora" in name for name, _ in merged.named_modules())
     with torch.no_grad():
         found = logits(merged.eval())
-    wanted = plain_logits(model_dir, adapter_of(bank, t))
+    wanted = plain_logits(model_dir, adapter_of(folders, t))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("t", [0, 1])
-def test_merge_adapter_nf4_is_the_dequantized_adapter_model_in_full_precision(t, bank, base):
+def test_merge_adapter_nf4_is_the_dequantized_adapter_model_in_full_precision(t, folders, base):
     nf4 = replace(base, quantization="nf4")
-    merged = merge_adapter(nf4, adapter_of(bank, t))
+    merged = merge_adapter(nf4, adapter_of(folders, t))
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     with torch.no_grad():
         found = logits(merged.eval())
-        quantized = logits(load_with_adapter(nf4, adapter_of(bank, t)))
-    wanted = plain_logits(base.name, adapter_of(bank, t), "nf4")
+        quantized = logits(load_with_adapter(nf4, adapter_of(folders, t)))
+    wanted = plain_logits(base.name, adapter_of(folders, t), "nf4")
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     torch.testing.assert_close(found, quantized, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("t", [0, 1])
-def test_load_with_adapter_is_in_eval_mode_and_has_its_logits(t, bank, base, model_dir):
-    model = load_with_adapter(base, adapter_of(bank, t))
+def test_load_with_adapter_is_in_eval_mode_and_has_its_logits(t, folders, base, model_dir):
+    model = load_with_adapter(base, adapter_of(folders, t))
     assert not any(module.training for module in model.modules())
-    wanted = plain_logits(model_dir, adapter_of(bank, t))
+    wanted = plain_logits(model_dir, adapter_of(folders, t))
     torch.testing.assert_close(logits(model).detach(), wanted, atol=1e-6, rtol=0)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
-from tests.toys.adapters import plain_model, write_adapter, write_wide_model
+from spin_lightning.types import PolicyId
+from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.models import write_wide_model
 
 IDS = torch.tensor([[1, 5, 9, 14, 6, 23, 11], [1, 20, 20, 4, 7, 8, 13]])
-# Rank, scaling and layers of their own.
+# Each with its own rank, scaling and layers.
 SHAPES: dict[int, dict[str, Any]] = {
     1: {},
     2: {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]},
@@ -61,45 +63,54 @@ def plain_policy(model_dir, tmp_path_factory) -> tuple[LoraPolicy, dict[int, nn.
     return make_policy(model_dir, tmp_path_factory.mktemp("adapters"))
 
 
-def wanted(models: dict[int, nn.Module], actors: list[tuple[int, float]], ids: Tensor) -> Tensor:
-    """Next-token log-probs of each row under whoever acts in it, float64."""
+def wanted(models: dict[int, nn.Module], policies: list[PolicyId], ids: Tensor) -> Tensor:
+    """Next-token log-probs of each row under its own policy, float64."""
     rows = []
-    for (t, alpha), row in zip(actors, ids, strict=True):
+    for (t, alpha), row in zip(policies, ids, strict=True):
         with torch.no_grad():
-            acting, base = (models[i](row[None]).logits.double().log_softmax(-1) for i in (t, 0))
-        rows.append(((1 - alpha) * acting + alpha * base).log_softmax(-1)[0])
+            own, base = (models[i](row[None]).logits.double().log_softmax(-1) for i in (t, 0))
+        rows.append(((1 - alpha) * own + alpha * base).log_softmax(-1)[0])
     return torch.stack(rows)
 
 
-ACTORS = [(1, 0.0), (0, 0.0), (3, 0.4), (2, 0.0), (0, 0.5), (2, 0.7), (3, 0.0), (1, 0.4)]
+POLICIES = [
+    PolicyId(1),
+    PolicyId(0),
+    PolicyId(3, 0.4),
+    PolicyId(2),
+    PolicyId(0, 0.5),
+    PolicyId(2, 0.7),
+    PolicyId(3),
+    PolicyId(1, 0.4),
+]
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize(("quantization", "atol"), [("none", 1e-5), ("nf4", 1e-4)])
-def test_rows_of_a_batch_are_those_of_whoever_acts_in_them(
+def test_rows_of_a_batch_are_those_of_their_policies(
     one_by_one, initial, quantization, atol, model_dir, tmp_path, monkeypatch
 ):
     tokens = 1 if one_by_one else 1000
     monkeypatch.setattr("spin_lightning.policies.many_adapters._TOKENS_OF_ONE", tokens)
     policy, models = make_policy(model_dir, tmp_path, initial=initial, quantization=quantization)
-    (team,) = policy.teams(ACTORS)
+    (group,) = policy.batch_groups(POLICIES)
     ids = IDS.repeat(4, 1)
-    with policy.at_rows(team) as seats:
-        lanes = seats.take(ACTORS)
-        # The base's, then those of iterates 1, 2 and 3; rows 2, 5 and 7 are mixed.
-        assert lanes.rows.tolist() == [1, 4, 2, 5, 7, 0, 7, 3, 5, 2, 6]
-        assert lanes.seconds.nonzero().squeeze(-1).tolist() == [2, 3, 4]
+    with policy.at_rows(group) as routing:
+        slots = routing.assign(POLICIES)
+        # Slots of the base, then of iterates 1, 2 and 3; rows 2, 5 and 7 are mixed.
+        assert slots.rows.tolist() == [1, 4, 2, 5, 7, 0, 7, 3, 5, 2, 6]
+        assert slots.is_base.nonzero().squeeze(-1).tolist() == [2, 3, 4]
         found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
-    torch.testing.assert_close(found, wanted(models, ACTORS, ids), atol=atol, rtol=0)
+    torch.testing.assert_close(found, wanted(models, POLICIES, ids), atol=atol, rtol=0)
 
 
-def test_rows_that_are_left_go_on_as_they_were(plain_policy):
-    """The lane of each row in the cache is where the seats say that it is."""
+def test_rows_that_stay_keep_their_policies(plain_policy):
+    """`keep` returns the slot of each row in the cache."""
     policy, models = plain_policy
-    actors, ids = ACTORS, IDS.repeat(4, 1)
-    with policy.at_rows(policy.teams(ACTORS)[0]) as seats:
-        rows = seats.take(actors).rows
+    policies, ids = POLICIES, IDS.repeat(4, 1)
+    with policy.at_rows(policy.batch_groups(POLICIES)[0]) as routing:
+        rows = routing.assign(policies).rows
         for staying in (
             [True, False, True, True, True, True, False, True],
             [True, True, False, True, False, True],
@@ -107,20 +118,20 @@ def test_rows_that_are_left_go_on_as_they_were(plain_policy):
             [True, False],
         ):
             stays = torch.tensor(staying)
-            order = seats.keep(stays)
-            kept = sorted(lane for lane, row in enumerate(rows.tolist()) if stays[row])
+            order = routing.keep(stays)
+            kept = sorted(slot for slot, row in enumerate(rows.tolist()) if stays[row])
             assert sorted(order.tolist()) == kept
             moves = (order != torch.arange(len(order))).sum()
-            assert moves <= 4 * (len(rows) - len(order)), "each free lane, in each of four groups"
+            assert moves <= 4 * (len(rows) - len(order)), "each free slot, per adapter"
             rows = (stays.cumsum(0) - 1)[rows[order]]
-            actors = [actor for actor, stay in zip(actors, staying, strict=True) if stay]
+            policies = [own for own, stay in zip(policies, staying, strict=True) if stay]
             ids = ids[stays]
             found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
-            torch.testing.assert_close(found, wanted(models, actors, ids), atol=1e-5, rtol=0)
+            torch.testing.assert_close(found, wanted(models, policies, ids), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_leaving_puts_back_whatever_forwards_the_layers_had(fails, plain_policy):
+def test_leaving_restores_the_forward_of_each_layer(fails, plain_policy):
     policy, _ = plain_policy
     layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
     own: Any = layers[0]
@@ -135,8 +146,8 @@ def test_leaving_puts_back_whatever_forwards_the_layers_had(fails, plain_policy)
     before = policy.model(input_ids=IDS).logits
     grads = [parameter.requires_grad for parameter in policy.parameters()]
     try:
-        with policy.at_rows([(1, 0.0), (2, 0.5)]) as seats:
-            seats.take([(1, 0.0), (2, 0.5)])
+        with policy.at_rows([PolicyId(1), PolicyId(2, 0.5)]) as routing:
+            routing.assign([PolicyId(1), PolicyId(2, 0.5)])
             assert not policy.training
             policy.model(input_ids=IDS)
             if fails:
@@ -153,29 +164,29 @@ def test_leaving_puts_back_whatever_forwards_the_layers_had(fails, plain_policy)
     assert torch.equal(policy.model(input_ids=IDS).logits, before)
 
 
-def test_at_rows_inside_another_block_is_refused(plain_policy):
+def test_batch_groups_inside_a_block_is_refused(plain_policy):
     policy, _ = plain_policy
     with policy.at(1), pytest.raises(RuntimeError, match="already acting"):
-        policy.teams([(1, 0.0)])
+        policy.batch_groups([PolicyId(1)])
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize("kind", ODD)
-def test_adapters_that_are_not_plain_act_alone_and_right(kind, model_dir, tmp_path):
+def test_adapters_that_are_not_plain_get_batches_of_their_own(kind, model_dir, tmp_path):
     policy, models = make_policy(model_dir, tmp_path)
     odd = write_adapter(model_dir, tmp_path / "4", seed=4, **ODD[kind])
     policy.use_iterates({**{t: tmp_path / str(t) for t in range(4)}, 4: odd})
     models[4] = plain_model(model_dir, odd)
-    assert policy.teams([(4, 0.0), (1, 0.0)]) == [[(1, 0.0)], [(4, 0.0)]]
-    for actor in ((4, 0.0), (1, 0.0)):
-        with policy.at_rows([actor]) as seats:
-            assert seats.take([actor, actor]).rows.tolist() == [0, 1]
+    assert policy.batch_groups([PolicyId(4), PolicyId(1)]) == [[PolicyId(1)], [PolicyId(4)]]
+    for policy_id in (PolicyId(4), PolicyId(1)):
+        with policy.at_rows([policy_id]) as routing:
+            assert routing.assign([policy_id, policy_id]).rows.tolist() == [0, 1]
             found = policy.model(input_ids=IDS).logits.double().log_softmax(-1)
-        torch.testing.assert_close(found, wanted(models, [actor] * 2, IDS), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, wanted(models, [policy_id] * 2, IDS), atol=1e-5, rtol=0)
 
 
-def test_teams_are_of_sixteen_at_most(plain_policy):
+def test_batch_groups_have_at_most_sixteen_policies(plain_policy):
     policy, _ = plain_policy
-    actors = [(t, alpha / 10) for t in range(4) for alpha in range(5)]
-    assert [len(team) for team in policy.teams(actors)] == [16, 4]
-    assert [actor for team in policy.teams(actors[::-1]) for actor in team] == actors
+    ids = [PolicyId(t, alpha / 10) for t in range(4) for alpha in range(5)]
+    assert [len(group) for group in policy.batch_groups(ids)] == [16, 4]
+    assert [policy_id for group in policy.batch_groups(ids[::-1]) for policy_id in group] == ids

@@ -9,7 +9,10 @@ from scipy import stats
 from spin_lightning import load_iterate, load_mixture
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.logps import response_logps
+from spin_lightning.mixtures import Mixture, uniform
 from spin_lightning.packing import pack_padded
+from spin_lightning.policies.mixture_model import MixtureModel
+from spin_lightning.policies.saved import load_policy
 from tests.toys.runs import play, write_examples
 
 BATCH = pack_padded([(1, 5), (1, 6, 7)], [(8, 9, 2), (4, 2)], 0)
@@ -71,3 +74,42 @@ def test_mixture_of_an_iterate_that_is_not_there_is_refused(run):
         load_mixture(run, {7: 1.0})
     with pytest.raises(SettingError, match=r"sum to 0\.5"):
         load_mixture(run, {0: 0.5})
+
+
+def test_mixture_of_token_level_mixtures_is_refused(run):
+    with pytest.raises(SettingError, match=r"mixture=.*at every token.*Fix: give a mixture"):
+        MixtureModel(Mixture({0: 0.5, 1: 0.5}, token_alpha=0.3), load_policy(run))
+
+
+@pytest.mark.parametrize("call", ["generate", "response_logps"])
+def test_mixture_leaves_the_policy_as_it_was_also_by_an_exception(call, run):
+    policy = load_policy(run)
+    mixture = MixtureModel(uniform(range(3)), policy)
+    prompts = torch.ones(8, 2, dtype=torch.long)
+
+    def state() -> tuple[list[str], list[bool], list[bool]]:
+        # Without the iterates' adapters, which stay loaded.
+        own = [p for name, p in policy.named_parameters() if ".iterate_" not in name]
+        modes = [m.training for name, m in policy.named_modules() if "iterate_" not in name]
+        return policy.model.active_adapters, [p.requires_grad for p in own], modes
+
+    def compute() -> torch.Tensor:
+        torch.manual_seed(0)
+        if call == "generate":
+            return mixture.generate(prompts, max_new_tokens=1)
+        return mixture.response_logps(BATCH)
+
+    def fail(*args: object) -> None:
+        if policy.model.active_adapters == ["iterate_002"]:
+            raise KeyError("stop here")
+
+    before, trained = state(), policy.logps(BATCH)
+    wanted = compute()
+    assert state() == before
+    hook = policy.model.get_input_embeddings().register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="stop here"):
+        compute()
+    assert state() == before
+    hook.remove()
+    assert torch.equal(policy.logps(BATCH), trained)
+    assert torch.equal(compute(), wanted)

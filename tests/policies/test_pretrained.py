@@ -1,4 +1,4 @@
-"""What is read of a base model before, and instead of, its weights."""
+"""Reading a base model without its weights."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ from spin_lightning.policies.pretrained import (
 SMALL = {"vocab_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, **SMALL)
 NARROW = LlamaConfig(hidden_size=32, intermediate_size=64, **SMALL)
-# Its experts' weights are stacked in one tensor each, which is no linear layer.
+# Its experts' weights are stacked in one tensor each, which is not a linear layer.
 MIXTRAL = MixtralConfig(
     vocab_size=24,
     hidden_size=32,
@@ -48,7 +48,7 @@ NARROW_GPT2 = GPT2Config(vocab_size=24, n_positions=48, n_embd=32, n_layer=1, n_
 
 @pytest.fixture
 def saved(tmp_path):
-    """Turns a configuration into the base that stands in a folder."""
+    """Turns a configuration into a base in a folder."""
 
     def save(config: PretrainedConfig, **settings) -> FrozenBase:
         config.save_pretrained(tmp_path)
@@ -66,7 +66,7 @@ def saved(tmp_path):
         ("float16", False, torch.float16),
     ],
 )
-def test_base_model_dtype_auto_is_bfloat16_on_a_gpu_only(compute_dtype, gpu, dtype, monkeypatch):
+def test_frozen_base_dtype_auto_is_bfloat16_on_a_gpu_only(compute_dtype, gpu, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert FrozenBase("any", compute_dtype=compute_dtype).dtype == dtype
 
@@ -78,14 +78,14 @@ def test_load_config_switches_every_dropout_of_the_base_off(saved):
 
 
 @pytest.mark.parametrize("content", [None, "{}", "no json"])
-def test_load_config_of_what_is_no_language_model_says_so(content, tmp_path):
+def test_load_config_of_a_folder_without_a_language_model_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SettingError, match=r"model=.*no causal language model can be read"):
         load_config(FrozenBase(str(tmp_path)))
 
 
-def test_load_tokenizer_of_a_folder_without_one_says_so(saved, tiny_base):
+def test_load_tokenizer_of_a_folder_without_one_is_refused(saved, tiny_base):
     assert load_tokenizer(tiny_base)("w3 w4")["input_ids"] == [1, 7, 8]
     with pytest.raises(SettingError, match=r"tokenizer cannot be read.*save_pretrained"):
         load_tokenizer(saved(LLAMA))
@@ -126,7 +126,7 @@ def test_skeleton_has_names_and_shapes_of_the_model_and_no_memory(tiny_base):
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("config", [LLAMA, GPT2])
-def test_check_quantizable_lets_models_of_mostly_linear_layers_through(config, quantization, saved):
+def test_check_quantizable_accepts_models_of_mostly_linear_layers(config, quantization, saved):
     check_quantizable(saved(config, quantization=quantization))
 
 

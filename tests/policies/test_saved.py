@@ -13,7 +13,8 @@ from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.saved import export_iterate, load_iterate
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import IterateRecord
-from tests.toys.adapters import logits, plain_logits, write_adapter, write_wide_model
+from tests.toys.adapters import logits, plain_logits, write_adapter
+from tests.toys.models import write_wide_model
 
 
 def write_run(root: Path, model: Path, quantization: str) -> RunFolder:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -31,6 +30,7 @@ from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import ARCHITECTURES, shares_prefixes
 from spin_lightning.types import PromptBatch
+from tests.toys.models import write_model
 
 SIZES = {
     "vocab_size": 96,
@@ -83,11 +83,7 @@ NF4 = ("llama", "mistral_window", "qwen3", "gemma2", "gpt_neox")
 def folder_of(tmp_path_factory):
     @cache
     def write(name: str) -> str:
-        folder = tmp_path_factory.mktemp(name)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder)
-        return str(folder)
+        return str(write_model(CONFIGS[name], tmp_path_factory.mktemp(name)))
 
     return write
 
@@ -178,7 +174,7 @@ def test_step_equals_the_padded_one_in_4_bits(name, folder_of):
 
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
 def test_step_in_bfloat16_is_as_near_to_the_exact_one_as_the_padded_is(name, folder_of):
-    """The same rounded weights in float32 are the measure."""
+    """Compared with the same rounded weights in float32."""
     batch, found = some_pairs(seed=3), {}
     for kind, dtype, settings in [
         ("exact", torch.float32, {"packing": "padded", "fused": False}),
@@ -215,7 +211,7 @@ def test_recomputed_activations_save_memory(folder_of):
 
 
 def test_memory_of_a_step_grows_with_the_number_of_pairs_alone(folder_of):
-    """What the backward pass needs at 4, 8, 16 and 32 pairs: the slopes are those of 4 to 8."""
+    """Memory of the backward pass at 4, 8, 16 and 32 pairs: all slopes equal that of 4 to 8."""
     policy = build(FrozenBase(folder_of("mistral_window"), compute_dtype="float32"))
     prompt, real, generated = ([5] * n for n in (20, 12, 9))
     kept = [
@@ -227,7 +223,7 @@ def test_memory_of_a_step_grows_with_the_number_of_pairs_alone(folder_of):
 
 
 def saved_bytes(policy: LoraPolicy, batch: PromptBatch) -> int:
-    """Bytes that wait for the backward pass, each storage counted once, parameters left out."""
+    """Bytes saved for the backward pass, each storage counted once, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     sizes: dict[int, int] = {}
     alive = []  # so that no address is used twice
@@ -244,16 +240,16 @@ def saved_bytes(policy: LoraPolicy, batch: PromptBatch) -> int:
     return sum(sizes.values())
 
 
-# torch 2.13 warns of its own doing while it traces: it makes an instance of the autograd function,
-# and looks at .grad after a graph break.
+# torch 2.13 warns about its own tracing: it makes an instance of the autograd function, and reads
+# .grad after a graph break.
 # https://github.com/pytorch/pytorch/tree/v2.13.0/torch/_dynamo/variables
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
-def test_step_of_compiled_layers_is_the_same_and_iterates_act_uncompiled(folder_of, tmp_path):
+def test_step_of_compiled_layers_is_the_same_and_iterates_run_uncompiled(folder_of, tmp_path):
     base = FrozenBase(folder_of("llama"), compute_dtype="float32")
     plain, compiled = build(base), build(base, compiled=True)
-    for seed in (3, 4, 5):  # other lengths need no other code
+    for seed in (3, 4, 5):  # other lengths need no recompilation
         assert_same_step(compiled, plain, some_pairs(seed), within=1e-5)
         for policy in (plain, compiled):
             policy.zero_grad()
@@ -268,7 +264,7 @@ def test_step_of_compiled_layers_is_the_same_and_iterates_act_uncompiled(folder_
 
 
 def varlen_by_loops(q, k, v, query_starts, key_starts, most_queries, most_keys, **settings):
-    """torch's kernel, which runs on a GPU only, as its documentation has it."""
+    """torch's kernel, which runs on a GPU only, as documented."""
     left, right = settings["window_size"]
     assert right == 0
     attended = []
@@ -377,14 +373,13 @@ def test_head_that_is_not_frozen_gets_its_gradient(head, folder_of):
 
 @pytest.fixture(scope="module")
 def unknown(tmp_path_factory) -> FrozenBase:
-    """A model whose attention knows of no positions to restart."""
-    folder = tmp_path_factory.mktemp("bloom")
+    """A model whose attention does not support positions that restart."""
     config = BloomConfig(vocab_size=96, hidden_size=64, n_layer=1, n_head=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    folder = write_model(config, tmp_path_factory.mktemp("bloom"))
     return FrozenBase(str(folder), compute_dtype="float32")
 
 
-def test_packing_auto_pads_for_an_architecture_that_is_not_known(unknown):
+def test_packing_auto_pads_for_an_untested_architecture(unknown):
     policy = build(unknown, LoraSettings(r=2, target_modules=("query_key_value",)))
     assert not policy.shares_prompts
     batch = some_pairs(3)
@@ -393,7 +388,7 @@ def test_packing_auto_pads_for_an_architecture_that_is_not_known(unknown):
     )
 
 
-def test_packing_shared_is_refused_for_an_architecture_that_is_not_known(unknown):
+def test_packing_shared_is_refused_for_an_untested_architecture(unknown):
     with pytest.raises(SettingError, match=r"packing='shared'.*'bloom'.*Fix: set packing: auto"):
         shares_prefixes(unknown, "shared")
 
@@ -401,5 +396,5 @@ def test_packing_shared_is_refused_for_an_architecture_that_is_not_known(unknown
 @pytest.mark.parametrize(
     ("packing", "shared"), [("auto", True), ("shared", True), ("padded", False)]
 )
-def test_packing_of_a_known_architecture_is_as_it_is_set(packing, shared, folder_of):
+def test_packing_of_a_tested_architecture_is_as_set(packing, shared, folder_of):
     assert shares_prefixes(FrozenBase(folder_of("gpt2")), packing) == shared

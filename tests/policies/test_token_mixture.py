@@ -1,4 +1,4 @@
-"""Acting as an iterate pulled towards the base at every token, against two models held apart."""
+"""Token-level mixtures of an iterate with the base, against two separate models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.kv_cache import PreallocatedCache
@@ -22,11 +21,11 @@ from spin_lightning.keyed import position_uniforms
 from spin_lightning.packing import pack_padded, pad_left
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
-from spin_lightning.policies.pretrained import FrozenBase, load_config
+from spin_lightning.policies.pretrained import FrozenBase
 from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.models import family_config, write_model
 
-# PEFT sees for itself that GPT-2's layers are transposed, and which adapters are on a head to save
-# it with them, and says so.
+# PEFT warns that it detects GPT-2's transposed layers, and that it saves a head with an adapter.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
@@ -47,7 +46,7 @@ FAMILIES = {"llama": GROUPED, "gpt2": {}, "qwen2": GROUPED, "gemma2": {**GROUPED
 
 @dataclass(frozen=True)
 class Players:
-    """A policy and the folders that its iterates are in, None for the bare base."""
+    """A policy and the folders of its iterates, None for the bare base."""
 
     policy: LoraPolicy
     model_dir: Path
@@ -59,36 +58,16 @@ class Players:
         return plain_model(self.model_dir, self.adapters[t], self.quantization)
 
     def mixed(self, t: int, alpha: float, ids: Tensor) -> Tensor:
-        """Next-token log-probs of two models held apart, nats, float64, [n, length, words]."""
+        """Next-token log-probs from two separate models, nats, float64, [n, length, words]."""
         with torch.no_grad():
-            acting, base = (self.plain(i)(ids).logits.double().log_softmax(-1) for i in (t, 0))
-        mixed = (1 - alpha) * acting + alpha * base
+            own, base = (self.plain(i)(ids).logits.double().log_softmax(-1) for i in (t, 0))
+        mixed = (1 - alpha) * own + alpha * base
         return mixed - mixed.logsumexp(-1, keepdim=True)
 
     def found(self, t: int, alpha: float, ids: Tensor) -> Tensor:
-        """The same from the policy."""
+        """The same, from the policy."""
         with self.policy.at(t, alpha):
             return self.policy.model(input_ids=ids).logits.double().log_softmax(-1)
-
-
-def write_model(family: str, folder: Path) -> Path:
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=WORDS,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=STOP,
-        **FAMILIES[family],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def make_players(
@@ -96,9 +75,9 @@ def make_players(
 ) -> Players:
     """Iterates 0 to 2; 0 is the bare base or, with `initial`, an adapter; 2 has a shape of its own.
 
-    The trained adapter is none of them.
+    The trained adapter differs from all of them.
     """
-    model_dir = write_model(family, root / "model")
+    model_dir = write_model(family_config(family, WORDS, **FAMILIES[family]), root / "model")
     shape |= {"fan_in_fan_out": True} if family == "gpt2" else {}
     narrow = {"r": 2, "target_modules": ["c_attn"] if family == "gpt2" else ["q_proj", "down_proj"]}
     adapters: dict[int, Path | None] = {
@@ -235,7 +214,7 @@ def some_requests(count: int = 60) -> list[Request]:
 
 
 def test_decoding_step_by_step_samples_the_mixture_of_whole_sequences(players, monkeypatch):
-    """Every id is the inverse CDF of its uniform given the ids before it, computed anew."""
+    """Every id is the inverse CDF of its uniform given the ids before it, computed from scratch."""
     compactions = []
     select = PreallocatedCache.batch_select_indices
 
@@ -244,8 +223,7 @@ def test_decoding_step_by_step_samples_the_mixture_of_whole_sequences(players, m
         select(cache, indices)
 
     monkeypatch.setattr(PreallocatedCache, "batch_select_indices", spy)
-    config = load_config(players.policy.base)
-    generator = LocalGenerator(config, (STOP,), PAD, GenerationSettings(batch_tokens=300))
+    generator = LocalGenerator((STOP,), PAD, GenerationSettings(batch_tokens=300))
     requests = some_requests()
     responses = generator.generate(players.policy, requests)
     assert len(compactions) > 5
@@ -258,10 +236,10 @@ def test_decoding_step_by_step_samples_the_mixture_of_whole_sequences(players, m
         assert response.finished or len(response.ids) == request.cap
         ids = torch.tensor([request.prompt_ids + response.ids])
         with torch.no_grad():
-            acting, base = (
+            own, base = (
                 models[t](ids).logits[0].double().log_softmax(-1) for t in (request.opponent, 0)
             )
-        mixed = (1 - request.token_alpha) * acting + request.token_alpha * base
+        mixed = (1 - request.token_alpha) * own + request.token_alpha * base
         edges = mixed.softmax(-1).cumsum(-1)[len(request.prompt_ids) - 1 : -1]
         uniforms = torch.from_numpy(position_uniforms(request.key, request.cap))
         for token, edge, uniform in zip(response.ids, edges, uniforms, strict=False):
@@ -320,7 +298,7 @@ def test_hooks_are_gone_after_the_block_also_by_an_exception(fails, players):
     assert torch.equal(policy.model(input_ids=IDS).logits, logits)
 
 
-def test_alphas_in_turn_leave_nothing_of_each_other(llama):
+def test_successive_alphas_do_not_affect_each_other(llama):
     for t, alpha in ((1, 0.5), (2, 0.0), (0, 0.5), (1, 0.2), (2, 0.9)):
         wanted = llama.mixed(t, alpha if t else 0.0, IDS)
         torch.testing.assert_close(llama.found(t, alpha, IDS), wanted, atol=1e-5, rtol=0)

@@ -8,7 +8,7 @@ from statistics import fmean, median
 import pytest
 import yaml
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError
 from spin_lightning.report.study import draw_study, study_curves, study_table
 from spin_lightning.run.folder import RunFolder

@@ -19,7 +19,7 @@ from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
 from spin_lightning.rows.manifest import Manifest, read_manifest
 from spin_lightning.rows.store import read_rows
 from spin_lightning.types import Example
-from tests.toys.adapters import plain_model, write_adapter
+from tests.toys.adapters import plain_model
 from tests.toys.plans import PLAN, STOP, draw_row, key_by_hand, some_examples
 from tests.toys.policy import EveryResponse
 
@@ -27,14 +27,8 @@ EXAMPLES = some_examples()
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_model_dir, tmp_path_factory) -> dict[int, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {t: write_adapter(tiny_model_dir, root / str(t), seed=t) for t in (1, 2)}
-
-
-@pytest.fixture(scope="module")
-def iterates(adapters, tmp_path_factory) -> dict[int, Path]:
-    return {0: tmp_path_factory.mktemp("iterate_000"), **adapters}
+def iterates(tiny_adapters, tmp_path_factory) -> dict[int, Path]:
+    return {0: tmp_path_factory.mktemp("iterate_000"), **tiny_adapters}
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +75,8 @@ def test_make_rows_say_where_they_come_from(whole):
     assert len({tuple(row["generated_ids"]) for row in rows}) > 50
 
 
-def test_make_scores_are_those_of_transformers_and_peft_alone(whole, tiny_model_dir, adapters):
-    models = {t: plain_model(tiny_model_dir, adapters[t]) for t in PLAN.members}
+def test_make_scores_are_those_of_transformers_and_peft_alone(whole, tiny_model_dir, tiny_adapters):
+    models = {t: plain_model(tiny_model_dir, tiny_adapters[t]) for t in PLAN.members}
     for row in rows_in(whole):
         for side in ("real", "generated"):
             ids = row["prompt_ids"] + row[f"{side}_ids"]

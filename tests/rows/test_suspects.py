@@ -1,4 +1,4 @@
-"""Numbers that are none: the rows are named and kept, and nothing goes on by accident."""
+"""Non-finite numbers: the rows are named and written down, and no run continues unnoticed."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from spin_lightning import SPIN
 from spin_lightning.rows.store import read_rows
-from spin_lightning.rows.suspects import NotFiniteError, check_rows, listed
+from spin_lightning.rows.suspects import NonFiniteError, check_rows, listed
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import Row
 from tests.faults.poisoned import PoisonedSPIN
@@ -68,10 +68,10 @@ def kept(root: Path, t: int = 0) -> list[dict]:
 
 
 @pytest.mark.parametrize(("poison", "said"), [("11:nan", "nan"), ("11:inf", "inf")])
-def test_training_stops_with_the_row_that_brought_no_number(
+def test_training_stops_and_names_the_row_with_a_non_finite_log_prob(
     poison, said, tiny_model_dir, data, tmp_path
 ):
-    with pytest.raises(NotFiniteError) as error:
+    with pytest.raises(NonFiniteError) as error:
         poisoned(tmp_path, tiny_model_dir, data, poison)
     message = str(error.value)
     assert "in the rows example 11 sample 0;" in message
@@ -95,31 +95,29 @@ def test_training_stops_with_the_row_that_brought_no_number(
     assert RunFolder(tmp_path).known_iterates() == [0]
 
 
-def test_training_names_all_rows_of_a_batch_at_fault(tiny_model_dir, data, tmp_path):
+def test_training_names_all_suspect_rows_of_a_batch(tiny_model_dir, data, tmp_path):
     everyone = " ".join(f"{i}:nan" for i in range(40))
-    with pytest.raises(NotFiniteError):
+    with pytest.raises(NonFiniteError):
         poisoned(tmp_path, tiny_model_dir, data, everyone)
     assert len(kept(tmp_path)[0]["rows"]) == 8
 
 
-def test_batches_are_left_out_up_to_the_number_allowed_and_counted(
-    tiny_model_dir, data, tmp_path, capsys
-):
+def test_batches_are_skipped_and_counted_up_to_the_limit(tiny_model_dir, data, tmp_path, capsys):
     settings = {"settings": {"max_skipped_batches": 2}}
     module, _, trainer = poisoned(tmp_path, tiny_model_dir, data, "11:nan", 2, **settings)
-    assert module.skipped_batches == 2
+    assert module.skipped_batches.count == 2
     assert float(trainer.callback_metrics["train/skipped_batches"]) in (1, 2)
     assert math.isfinite(float(trainer.callback_metrics["train/loss_epoch"]))
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("WARNING: training iterate") == 2
-    assert "left out: 2 of at most 2 (max_skipped_batches)" in said
+    assert "skipped: 2 of at most 2 (max_skipped_batches)" in said
     assert [len(kept(tmp_path, t)) for t in (0, 1)] == [1, 1]
     weights = load_file(RunFolder(tmp_path).iterate(2) / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_batch_left_out_adds_no_gradient(tiny_model_dir, data, tmp_path):
-    """Of one batch in all, RMSprop without a gradient leaves the adapter where it began."""
+def test_skipped_batch_adds_no_gradient(tiny_model_dir, data, tmp_path):
+    """With a single batch in all and no gradient, RMSprop leaves the adapter as it was."""
     module, _, _ = play(
         tmp_path,
         tiny_model_dir,
@@ -135,7 +133,7 @@ def test_batch_left_out_adds_no_gradient(tiny_model_dir, data, tmp_path):
     assert all(torch.equal(after[name], p) for name, p in module.policy.trainable())
 
 
-def test_count_of_batches_left_out_survives_a_resume(tiny_model_dir, data, tmp_path):
+def test_count_of_skipped_batches_survives_a_resume(tiny_model_dir, data, tmp_path):
     def go_on(most: int, epochs: int):
         last = RunFolder(tmp_path).last_checkpoint
         return poisoned(
@@ -149,12 +147,12 @@ def test_count_of_batches_left_out_survives_a_resume(tiny_model_dir, data, tmp_p
         )
 
     module, _, _ = go_on(1, epochs=1)
-    assert module.skipped_batches == 1
-    with pytest.raises(NotFiniteError, match="training iterate 2"):
+    assert module.skipped_batches.count == 1
+    with pytest.raises(NonFiniteError, match="training iterate 2"):
         go_on(1, epochs=2)
     # The limit may be raised within the run.
     module, _, _ = go_on(2, epochs=2)
-    assert module.skipped_batches == 2
+    assert module.skipped_batches.count == 2
 
 
 class Spoil(Callback):
@@ -166,8 +164,8 @@ class Spoil(Callback):
             weight.data.view(-1)[0] = math.inf
 
 
-def test_adapter_with_a_weight_that_is_no_number_is_not_kept(tiny_model_dir, data, tmp_path):
-    with pytest.raises(NotFiniteError, match="the adapter has weights that are nan or infinite, 1"):
+def test_adapter_with_a_non_finite_weight_is_not_kept(tiny_model_dir, data, tmp_path):
+    with pytest.raises(NonFiniteError, match="the adapter has weights that are NaN or infinite, 1"):
         poisoned(tmp_path, tiny_model_dir, data, "", epochs=2, callbacks=[Spoil()])
     run = RunFolder(tmp_path)
     assert run.known_iterates() == [0, 1]
@@ -201,7 +199,7 @@ def test_scoring_that_overflows_stops_with_the_rows_and_writes_no_part(
     weights = load_file(model / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] * 1e7
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NotFiniteError) as error:
+    with pytest.raises(NonFiniteError) as error:
         play(tmp_path / "run", model, data, settings={"compute_dtype": "float16"})
     message = str(error.value)
     assert "scoring rows of iterate 0, work unit 0" in message
@@ -212,12 +210,12 @@ def test_scoring_that_overflows_stops_with_the_rows_and_writes_no_part(
     assert not list((tmp_path / "run").rglob("*manifest.json"))
 
 
-def test_check_rows_names_those_at_fault_alone(tmp_path):
+def test_check_rows_names_only_rows_with_non_finite_log_probs(tmp_path):
     bad = replace(ROW, example_id=8, member_generated_logps=(-3.0, -math.inf))
     path = tmp_path / "found.json"
     check_rows([ROW], path, "scoring")
     assert not path.exists()
-    with pytest.raises(NotFiniteError, match="scoring: the log-probs of example 8 sample 1 are"):
+    with pytest.raises(NonFiniteError, match="scoring: the log-probs of example 8 sample 1 are"):
         check_rows([ROW, bad], path, "scoring")
     (row,) = json.loads(path.read_text())["rows"]
     assert row == {

@@ -63,7 +63,7 @@ def test_ensure_same_seed_gives_same_bytes_whatever_the_threads(quick_base, tmp_
     assert (first.model / "model.safetensors").is_file()
 
 
-def test_ensure_that_another_process_overtakes_keeps_its_folder(tmp_path, monkeypatch):
+def test_ensure_keeps_the_folder_of_a_faster_process(tmp_path, monkeypatch):
     def overtaken(folder: Path, seed: int) -> None:
         folder.mkdir()
         (tmp_path / folder.name).mkdir()
@@ -86,7 +86,7 @@ def test_ensure_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ensure_in_a_place_that_cannot_be_written_names_the_variable(tmp_path):
+def test_ensure_in_an_unwritable_folder_names_the_variable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match="Fix: set SPIN_LIGHTNING_CACHE"):
         build.ensure(cache_dir=tmp_path / "file")
@@ -139,14 +139,14 @@ def test_train_base_does_not_write_into_a_folder_of_something_else(sums, tmp_pat
     assert contents(out) == {"thesis.txt": b"years of work"}
 
 
-def test_train_base_without_a_fitting_example_says_so(sums, tmp_path):
+def test_train_base_without_a_fitting_example_is_refused(sums, tmp_path):
     with pytest.raises(DataError, match="no example that fits into 4 tokens"):
         build.train_base(sums, tmp_path / "base", **SMALL, context=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_ensure_base_has_a_known_way_to_go(seed, tmp_path):
+def test_ensure_base_is_a_known_distance_from_the_data(seed, tmp_path):
     paths = build.ensure(seed=seed, cache_dir=tmp_path)
     language = Language.load(paths.language)
     model = AutoModelForCausalLM.from_pretrained(paths.model)

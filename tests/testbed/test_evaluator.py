@@ -10,9 +10,9 @@ from spin_lightning.testbed.language import Language
 
 
 class Module:
-    """Iterates that say u and v with known probabilities."""
+    """Iterates that answer u and v with known probabilities."""
 
-    says = ([0.5, 0.5], [0.25, 0.75], [0.9, 0.1])
+    probabilities = ([0.5, 0.5], [0.25, 0.75], [0.9, 0.1])
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def evaluator(monkeypatch):
 
     def score(module, t):
         scored.append(t)
-        return torch.tensor([module.says[t]], dtype=torch.float64).log()
+        return torch.tensor([module.probabilities[t]], dtype=torch.float64).log()
 
     monkeypatch.setattr(evaluator, "_score", score)
     return evaluator, scored

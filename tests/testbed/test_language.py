@@ -87,7 +87,7 @@ def test_save_and_load_keep_every_bit(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "no json", '{"prompts": []}'])
-def test_load_of_something_else_says_what_to_give(tmp_path, content):
+def test_load_of_another_file_is_refused_with_a_fix(tmp_path, content):
     path = tmp_path / "language.json"
     if content is not None:
         path.write_text(content)

@@ -1,4 +1,4 @@
-"""Adapters on the tiny model, and what transformers and peft alone say about them."""
+"""Adapters with random weights, and their logits by transformers and peft alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 # Two unpadded sequences of the tiny model's words.
 IDS = torch.tensor([[1, 5, 9, 14, 6, 23, 11], [1, 20, 20, 4, 7, 8, 13]])
@@ -22,17 +22,9 @@ _QUANTIZATION = {
 }
 
 
-def write_wide_model(tiny: Path, folder: Path) -> Path:
-    """The tiny model and its tokenizer again, as wide as NF4 needs.
-
-    bitsandbytes 0.50 mixes up the blocks of 64 of a layer whose input is no multiple of 64 wide
-    when it de-quantizes on a CPU.
-    """
-    config = AutoConfig.from_pretrained(tiny, hidden_size=64, intermediate_size=128, head_dim=16)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+def save_adapter(model: nn.Module, config: PeftConfig, folder: Path) -> Path:
+    """A fresh adapter on a model, saved as a PEFT folder."""
+    get_peft_model(model, config).save_pretrained(folder)
     return folder
 
 
@@ -42,14 +34,11 @@ def write_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     Its dropout is large: logits are only reproduced where it is off.
     """
     config = {"r": 4, "lora_alpha": 4, "lora_dropout": 0.5, "target_modules": "all-linear"}
+    lora = LoraConfig(**{**config, **settings}, task_type="CAUSAL_LM", init_lora_weights=False)
     model = AutoModelForCausalLM.from_pretrained(base)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        get_peft_model(
-            model,
-            LoraConfig(**{**config, **settings}, task_type="CAUSAL_LM", init_lora_weights=False),
-        ).save_pretrained(folder)
-    return folder
+        return save_adapter(model, lora, folder)
 
 
 def plain_model(base: Path, adapter: Path | None = None, quantization: str = "none") -> nn.Module:

@@ -30,7 +30,7 @@ ZEPHYR = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
-# Qwen2.5's: it puts a system turn in front where there is none.
+# Qwen2.5's: it adds a system turn if there is none.
 CHATML = """{%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
@@ -62,7 +62,7 @@ GEMMA = (
     "{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 
-# In the manner of Qwen3's thinking models: they open a thought where they are to answer.
+# Like Qwen3's thinking models, which open a thought in the generation prompt.
 THINKING = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
 {%- endfor -%}
@@ -76,9 +76,9 @@ class Family:
     Attributes:
         template: Its chat template.
         special: The special tokens that the template writes, `bos` and `eos` among them.
-        bos: Its beginning of sequence, which its tokenizer adds; None without one.
-        eos: Its end of sequence.
-        end_of_turn: What ends an assistant turn.
+        bos: Its beginning-of-sequence token, which its tokenizer adds; None without one.
+        eos: Its end-of-sequence token.
+        end_of_turn: Token that ends an assistant turn.
         pieces: Whether its tokenizer is of the SentencePiece kind.
     """
 
@@ -123,7 +123,7 @@ FAMILIES = {
 
 
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of this family, of single characters with a few merges."""
+    """A tokenizer of this family: single characters with a few merges."""
     family = FAMILIES[name]
     inner = _pieces() if family.pieces else byte_level()
     tokenizer = wrap(inner, family.special, bos=family.bos, eos=family.eos)
@@ -167,7 +167,7 @@ def byte_level() -> Tokenizer:
 
 
 def _pieces() -> Tokenizer:
-    """Llama 2's kind: a space goes before a text that stands alone, bytes for what is unknown."""
+    """Llama 2's kind: a space before each separate text, bytes for unknown characters."""
     characters = "▁" + "".join(chr(i) for i in range(33, 127))
     words = [*(f"<0x{i:02X}>" for i in range(256)), *characters, "▁t", "▁th"]
     merges = [("▁", "t"), ("▁t", "h")]

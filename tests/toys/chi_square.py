@@ -1,4 +1,4 @@
-"""Are these samples from that distribution?"""
+"""Pearson's chi-square test for samples of responses."""
 
 from scipy import stats
 from torch import Tensor
@@ -7,16 +7,16 @@ from torch import Tensor
 def chi_square(
     counts: Tensor, outside: Tensor, log_probs: Tensor, min_expected: float = 10.0
 ) -> float:
-    """Pearson's test of samples against exact probabilities, prompts tested together.
+    """Test samples against exact probabilities, all prompts together.
 
     Args:
         counts: How often each response was drawn, [prompts, responses].
-        outside: How often something that is no response was drawn, [prompts].
-        log_probs: log p(y|x), nats, [prompts, responses]; what is missing to 1 lies outside.
+        outside: How often something other than these responses was drawn, [prompts].
+        log_probs: log p(y|x), nats, [prompts, responses]; the mass missing to 1 lies outside.
         min_expected: Cells are pooled, the rarest first, until each expects as many draws.
 
     Returns:
-        The p-value: uniform on [0, 1] if the samples are from the distribution.
+        The p-value: uniform on [0, 1] if the samples come from the distribution.
     """
     statistic, freedom = 0.0, 0
     for observed, other, log_p in zip(counts.double(), outside.double(), log_probs, strict=True):
@@ -27,7 +27,7 @@ def chi_square(
             return 0.0
         if n * missing >= min_expected:
             cells.append((float(other), float(n * missing)))
-        else:  # too rare for a cell of its own: goes with the rarest responses
+        else:  # too rare for its own cell: pooled with the rarest responses
             cells[0] = (cells[0][0] + float(other), cells[0][1] + float(n * missing))
         statistic += sum((seen - expected) ** 2 / expected for seen, expected in cells)
         freedom += len(cells) - 1
@@ -35,7 +35,7 @@ def chi_square(
 
 
 def _pooled(observed: Tensor, expected: Tensor, least: float) -> list[tuple[float, float]]:
-    """Cells (seen, expected), rarest first; what is left over at the end joins the last one."""
+    """Cells (seen, expected), rarest first; the remainder joins the last one."""
     cells: list[tuple[float, float]] = []
     seen = total = 0.0
     for i in expected.argsort().tolist():

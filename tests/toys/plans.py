@@ -1,4 +1,4 @@
-"""A plan of rows, examples for it, and rows of it without a model."""
+"""A row plan, examples for it, and its rows without a model."""
 
 from __future__ import annotations
 

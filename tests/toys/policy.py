@@ -94,7 +94,7 @@ class ToyPolicy(Policy):
         return self.logits.device
 
     def logps(self, batch: SequenceBatch) -> Tensor:
-        """Look every sequence up."""
+        """Look up every sequence."""
         table = self.logits if self._acting is None else self._acting
         whole = language(table.log_softmax(-1))
         places = [_place(*ids) for ids in sequences(batch)]
@@ -119,12 +119,15 @@ class ToyPolicy(Policy):
     def use_iterates(self, folders: Mapping[int, Path]) -> None:
         raise NotImplementedError
 
+    def iterate_folder(self, iterate: int) -> Path | None:
+        raise NotImplementedError
+
     def evict(self, keep: Collection[int] = ()) -> None:
         raise NotImplementedError
 
 
 class EveryResponse(Generator):
-    """Answers with every response in turn, whoever is asked."""
+    """Answers with every response in turn, for any policy."""
 
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
         turns = itertools.cycle(RESPONSES)
@@ -170,10 +173,15 @@ def make_batch(module: SelfPlayModule, folder: Path) -> PairBatch:
 
 
 def over_language(values: Tensor, batch: PairBatch, side: int) -> Tensor:
-    """Values of the real (0) or generated (1) responses of a batch, shape [n], as those of all.
+    """Spread values of a batch's real (0) or generated (1) responses over the language.
+
+    Args:
+        values: One per pair, shape [n].
+        batch: The pairs.
+        side: 0 for real, 1 for generated.
 
     Returns:
-        Shape [prompts, responses].
+        Values by prompt and response, shape [prompts, responses]; NaN where the batch has none.
     """
     whole = torch.full((len(PROMPTS), len(RESPONSES)), torch.nan, dtype=torch.float64)
     for ids, value in zip(sequences(pad_prompts(batch.pairs))[side::2], values, strict=True):

@@ -28,7 +28,7 @@ ROW = Row(
     token_generated_logps=(),
     seed=-123_456_789_012_345_678,
 )
-# The fields of a row without an opponent.
+# Fields of a row of a method without opponents.
 REAL_ONLY = {
     "generated_ids": (),
     "opponent": None,

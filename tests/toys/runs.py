@@ -16,7 +16,7 @@ from spin_lightning import SPIN, SelfPlayDataModule, SelfPlayModule
 
 
 def write_examples(path: Path, count: int = 120, words: int = 10) -> Path:
-    """A jsonl file of short word salads, every prompt its own."""
+    """A jsonl file of short random texts with distinct prompts."""
     draw = random.Random(0)
     lines = []
     for i in range(count):
@@ -41,7 +41,7 @@ def play(
     trainer_settings: dict[str, Any] | None = None,
     seed: int = 1,
 ) -> tuple[SelfPlayModule, SelfPlayDataModule, L.Trainer]:
-    """Play a small run to its end in this process."""
+    """Play a small run to its end, in this process."""
     L.seed_everything(seed, verbose=False)
     module = variant(
         model=str(model),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spin_lightning.cli.fit import main
+from spin_lightning.cli.main import main
 from spin_lightning.evaluation.mt_bench.data import read_mt_bench
 from tests.evaluation.mt_bench.bench import CATEGORIES, rate
 from tests.evaluation.scripted_judge import scripted_judge

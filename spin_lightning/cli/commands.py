@@ -1,0 +1,245 @@
+"""The commands other than `fit` and `validate`.
+
+Each parses its arguments first and imports what it needs afterwards: a help page needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from spin_lightning.errors import SettingError, SpinError
+from spin_lightning.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from spin_lightning.evaluation.base import Benchmark
+
+
+def export(args: list[str]) -> None:
+    """Write an iterate as a PEFT adapter folder, or merged into a full model."""
+    parser = _parser("export", export)
+    parser.add_argument("run", help="The run folder.")
+    parser.add_argument("out", help="The folder to write; it must be new or empty.")
+    parser.add_argument(
+        "--iterate",
+        type=int | Literal["best"] | None,
+        help="Number of the iterate, or best; default: the last one.",
+    )
+    parser.add_argument(
+        "--merge",
+        type=bool,
+        default=False,
+        help="Merge the adapter into the base and write a full model.",
+    )
+    given = parser.parse_args(args)
+
+    from spin_lightning.callbacks.console import console, quiet_libraries
+    from spin_lightning.policies.saved import export_iterate
+
+    quiet_libraries()
+    run = RunFolder(Path(given.run))
+    if given.iterate is None:
+        t = max(run.known_iterates(), default=0)
+    else:
+        t = run.best() if given.iterate == "best" else given.iterate
+    console.print(f"Iterate {t}: {export_iterate(given.run, t, given.out, given.merge)}")
+
+
+def evaluate(args: list[str]) -> None:
+    """Score iterates of a run on lm-evaluation-harness tasks and on MT-Bench.
+
+    Results are cached in the run folder: a second call measures only what is missing.
+    """
+    from spin_lightning.evaluation.settings import Answering, HarnessSettings, JudgeSettings
+
+    parser = _parser("evaluate", evaluate)
+    parser.add_argument("run", help="The run folder.")
+    parser.add_argument(
+        "--iterates",
+        nargs="+",
+        default=["all"],
+        help="Numbers of iterates, best, last, all, or mixture (the mixture of all iterates).",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        help="Tasks, groups or presets of the harness, or folders of YAML tasks.",
+    )
+    parser.add_class_arguments(HarnessSettings, skip={"tasks"})
+    parser.add_argument(
+        "--mt_bench", "--mt-bench", help="Folder or hub id of MT-Bench's files; default: skip it."
+    )
+    parser.add_class_arguments(JudgeSettings, "judge")
+    parser.add_class_arguments(Answering, "answers")
+    parser.add_argument(
+        "--versus",
+        help="With --mt_bench: compare every iterate's answers with this iterate's; "
+        "default: grade each answer by itself.",
+    )
+    given = parser.parse_args(_run_first(args))
+
+    from spin_lightning.callbacks.console import console, quiet_libraries, show_table
+    from spin_lightning.evaluation.base import evaluate_run
+    from spin_lightning.evaluation.contestants import contestants
+    from spin_lightning.evaluation.lm_eval import Harness
+    from spin_lightning.evaluation.mt_bench.benchmark import MTBench, judge_lines
+    from spin_lightning.evaluation.results import read_results, score_table
+
+    quiet_libraries()
+    run = RunFolder(Path(given.run))
+    benchmarks: list[Benchmark] = []
+    if given.tasks:
+        names = [field.name for field in fields(HarnessSettings) if field.name != "tasks"]
+        chosen = {name: given[name] for name in names}
+        benchmarks.append(Harness(HarnessSettings(tuple(given.tasks), **chosen)))
+    if given.mt_bench:
+        (versus,) = contestants(run, [given.versus]) if given.versus else (None,)
+        judge, answering = JudgeSettings(**given.judge), Answering(**given.answers)
+        benchmarks.append(MTBench(given.mt_bench, judge, answering, versus))
+    if not benchmarks:
+        raise SpinError("nothing to evaluate", fix="give --tasks or --mt_bench")
+    for contestant, results in evaluate_run(run, [str(n) for n in given.iterates], benchmarks):
+        where = run.evaluation(contestant.name)
+        console.print(f"{contestant.label}: {len(results)} results in {where}")
+        for line in (line for result in results for line in judge_lines(result)):
+            console.print(f"  {line}")
+    show_table(score_table(read_results(run)))
+
+
+def report(args: list[str]) -> None:
+    """Compare runs: a table of every metric over the iterates, a figure and an HTML page."""
+    parser = _parser("report", report)
+    parser.add_argument("runs", nargs="+", help="The run folders.")
+    parser.add_argument("--out", help="Folder of the page; default: report/ in the first run.")
+    given = parser.parse_args(args)
+
+    from spin_lightning.callbacks.console import console, show_table
+    from spin_lightning.report.report import comparison_table, draw_iterates, write_report
+    from spin_lightning.report.run_view import read_runs
+
+    runs = [RunFolder(Path(folder)) for folder in given.runs]
+    views = read_runs(runs)
+    show_table(comparison_table(views))
+    folder = Path(given.out) if given.out else runs[0].report
+    name = "iterates.png" if len(runs) == 1 else "comparison.png"
+    histories = {view.name: view.records for view in views}
+    console.print(f"Picture: {draw_iterates(histories, folder / name)}")
+    console.print(f"Report: {write_report(views, folder)}")
+
+
+def study(args: list[str]) -> None:
+    """Run several variants of one config over several seeds: one table, one figure."""
+    from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
+
+    parser = _parser("study", study)
+    parser.add_argument(
+        "--config", required=True, help="A config of `fit`; each variant replaces its model class."
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(STABILITY_VARIANTS),
+        help="Variants, with their own settings as in 'AlphaSPIN(alpha=0.3)'.",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2],
+        help="Seeds; each variant is run once per seed.",
+    )
+    parser.add_argument("--out", help="Folder of the runs; default: runs/<name of the config>.")
+    given = parser.parse_args(args)
+    plays = [Play.of(variant, seed) for variant in given.variants for seed in given.seeds]
+
+    from spin_lightning.callbacks.console import console, quiet, quiet_libraries, show_table
+    from spin_lightning.cli.fit import SpinCLI, explained
+    from spin_lightning.report.study import draw_study, study_curves, study_table
+
+    quiet_libraries()
+    out = Path(given.out or Path("runs") / Path(given.config).stem)
+    with explained():
+        for number, play in enumerate(plays, start=1):
+            console.print(f"[{number}/{len(plays)}] {play.variant}, seed {play.seed}", markup=False)
+            with quiet(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+                SpinCLI(play.arguments(given.config, out))
+        groups = {
+            variant: [RunFolder(play.folder(out)) for play in plays if play.variant == variant]
+            for variant in given.variants
+        }
+        curves = study_curves(groups)
+        show_table(study_table(curves))
+        console.print(f"Picture: {draw_study(curves, out / 'study.png')}")
+
+
+def testbed(args: list[str]) -> None:
+    """Build the embedded testbed, or a small model of your own data, and print the paths."""
+    parser = _parser("testbed", testbed)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the testbed's language and base model."
+    )
+    parser.add_argument(
+        "--data",
+        help="A data file: train a tokenizer and a small Llama on it; default: build the testbed.",
+    )
+    parser.add_argument("--out", help="With --data: the model folder to write.")
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, help="With --data: how many minutes to train."
+    )
+    given = parser.parse_args(args)
+    if given.data is not None and given.out is None:
+        raise SettingError("out", None, "--data needs a model folder to write", fix="give --out")
+
+    from spin_lightning.callbacks.console import console
+    from spin_lightning.testbed import ensure, train_base
+
+    if given.data is None:
+        paths = ensure(given.seed)
+        console.print(f"model: {paths.model}\ndata:  {paths.data}")
+    else:
+        console.print(f"model: {train_base(given.data, Path(given.out), minutes=given.minutes)}")
+
+
+COMMANDS: Final[dict[str, Callable[[list[str]], None]]] = {
+    "export": export,
+    "evaluate": evaluate,
+    "report": report,
+    "study": study,
+    "testbed": testbed,
+}
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Shows defaults; where the help text itself names one, no `default: null` after it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text: str = super()._get_help_string(action)
+        if action.default is not None:
+            return text
+        return text.replace(", default: %(default)s", "").replace(" (default: %(default)s)", "")
+
+
+def _parser(name: str, command: Callable[[list[str]], None]) -> ArgumentParser:
+    return ArgumentParser(
+        prog=f"spin-lightning {name}",
+        description=inspect.getdoc(command),
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+    )
+
+
+def _run_first(args: list[str]) -> list[str]:
+    """Accept `--run RUN`, the older spelling of the first positional argument."""
+    older = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    older.add_argument("--run")
+    given, rest = older.parse_known_args(args)
+    return rest if given.run is None else [given.run, *rest]

@@ -1,0 +1,118 @@
+"""The entry point: the help page, the dispatch to a command, and how a mistake ends."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Final
+
+from spin_lightning.cli.commands import COMMANDS
+from spin_lightning.cli.mistakes import end, mistake_behind
+from spin_lightning.errors import SettingError
+
+# Lightning's own subcommands; the others are functions in `commands.py`.
+_LIGHTNING: Final = {
+    "fit": "Train a model by self-play, or resume a run.",
+    "validate": "Compute the held-out metrics of a run's current iterate.",
+}
+_HELP: Final = """\
+usage: spin-lightning COMMAND [ARGUMENTS]
+
+Fine-tune a language model by self-play (SPIN): at each iterate the model answers the prompts of a
+data set, and is trained to prefer the data's responses over its own.
+
+commands:
+{commands}
+
+Where to go next:
+  spin-lightning COMMAND --help             arguments of a command, with their defaults
+  spin-lightning fit --model.help SPIN      settings of a variant: SPIN, MixtureSPIN,
+                                            FictitiousSPIN, AlphaSPIN, SPACE, SFT
+  spin-lightning fit --data.help SelfPlayDataModule
+                                            settings of the data
+  spin-lightning fit --config configs/quickstart.yaml
+                                            a first run, minutes on a CPU
+  README.md and docs/                       what the variants compute, metrics, evaluation
+"""
+# Names that Lightning and PEFT use and that torch and transformers are about to rename.
+_NOT_THE_USERS: Final = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "`is_gradient_checkpointing` is deprecated",
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one message and exit code 2.
+
+    Where another process of a distributed run has failed, this one ends with one line and exit
+    code 1.
+
+    Args:
+        args: The arguments; default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else "--help"
+    for message in _NOT_THE_USERS:
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    # So that --model my_variants.MySPIN finds my_variants.py, as `python -m` would.
+    sys.path.insert(0, "")
+    try:
+        if command in ("-h", "--help"):
+            print(help_page(), end="")
+        elif command in COMMANDS:
+            COMMANDS[command](arguments[1:])
+        elif command in _LIGHTNING or command.startswith("-"):
+            _run_lightning(args)
+        else:
+            raise _unknown(command)
+    except (OSError, ValueError, ImportError, ArgumentError) as error:
+        mistake = mistake_behind(error, command if command in COMMANDS else "fit")
+        if mistake is None:
+            raise
+        end(mistake, 2)
+
+
+def help_page() -> str:
+    """One line per command, and where to read on."""
+    own = {name: inspect.getdoc(command) or "" for name, command in COMMANDS.items()}
+    lines = {**_LIGHTNING, **own}
+    listed = (f"  {name:<9} {text.splitlines()[0]}" for name, text in lines.items())
+    return _HELP.format(commands="\n".join(listed))
+
+
+def _run_lightning(args: Sequence[str] | None) -> None:
+    with _collector_paused():
+        from spin_lightning.cli.fit import run
+    run(args)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Import without garbage collection.
+
+    What torch, Lightning and transformers import stays for good. The collector would walk it again
+    and again, which takes a third of the time, and once more when the process ends.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _unknown(command: str) -> SettingError:
+    names = [*_LIGHTNING, *COMMANDS]
+    near = get_close_matches(command, names, n=1)
+    return SettingError(
+        "command",
+        command,
+        "there is no such command",
+        fix=f"run spin-lightning {near[0]}" if near else f"choose from {', '.join(names)}",
+    )

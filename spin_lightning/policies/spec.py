@@ -1,0 +1,122 @@
+"""A trainable policy as settings: checked, fingerprinted and built from one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from spin_lightning.policies import pretrained
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings, check_adapter
+from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.policies.shared_prefix import Packing, shares_prefixes
+from spin_lightning.run.fingerprint import folder_hashes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The base, the adapter and the way both are computed.
+
+    Attributes:
+        base: The frozen base.
+        lora: Shape of a fresh adapter.
+        initial_adapter: Folder of a LoRA adapter to start from, instead of a fresh one.
+        activation_checkpointing: Recompute activations in the backward pass to save memory.
+        packing: Whether a prompt is computed once for all its responses.
+        fused_lora: Whether LoRA layers use the fused pass.
+        torch_compile: Whether layers are compiled for training.
+    """
+
+    # Settings excluded from the fingerprint. The model is compared by content; the others change
+    # results by rounding alone.
+    not_compared: ClassVar[frozenset[str]] = frozenset(
+        {
+            "model",
+            "revision",
+            "activation_checkpointing",
+            "packing",
+            "fused_lora",
+            "torch_compile",
+        }
+    )
+
+    base: FrozenBase
+    lora: LoraSettings
+    initial_adapter: str | None = None
+    activation_checkpointing: bool = False
+    packing: Packing = "auto"
+    fused_lora: bool = True
+    torch_compile: bool = False
+
+    def check(self) -> None:
+        """Check all that can be checked before weights are read.
+
+        Raises:
+            SettingError: There is no such model, it cannot be quantized, `packing` does not support
+                its architecture, or the adapter does not fit.
+        """
+        pretrained.check_playable(self.base)
+        pretrained.check_quantizable(self.base)
+        shares_prefixes(self.base, self.packing)
+        check_adapter(self.base, self.lora, self.initial_adapter)
+
+    def build(self, device: torch.device | str, seed: int) -> LoraPolicy:
+        """Load the base onto `device` and add the trained adapter.
+
+        Args:
+            device: Where the policy runs.
+            seed: Seed of a fresh adapter's random half.
+        """
+        return LoraPolicy(
+            self.base,
+            self.lora,
+            self.initial_adapter,
+            self.activation_checkpointing,
+            device=device,
+            seed=seed,
+            packing=self.packing,
+            fused=self.fused_lora,
+            compiled=self.torch_compile,
+        )
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """What identifies the weights that a run starts from, and the precision they compute in."""
+        return {
+            "compute_dtype": str(self.base.dtype).removeprefix("torch."),
+            "base_files": pretrained.content_hashes(self.base),
+            "initial_adapter": self.initial_adapter
+            and folder_hashes(Path(self.initial_adapter), (".safetensors", ".json")),
+        }
+
+    @property
+    def packing_in_use(self) -> str:
+        """The packing that `packing` stands for with this architecture, with its reason."""
+        model_type = pretrained.load_config(self.base).model_type
+        shared = shares_prefixes(self.base, self.packing)
+        return f"{'shared' if shared else 'padded'} ({model_type!r}, packing={self.packing})"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, the same object at each access."""
+        return pretrained.load_tokenizer(self.base)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids that the model has embeddings for."""
+        return int(pretrained.load_config(self.base).get_text_config().vocab_size)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence that the model supports, in tokens."""
+        return pretrained.context_length(self.base)
+
+    @property
+    def generation_stop_ids(self) -> int | list[int] | None:
+        """The stop ids in the model's generation config."""
+        return pretrained.generation_stop_ids(self.base)

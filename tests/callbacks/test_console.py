@@ -1,0 +1,70 @@
+"""What a run prints: its own lines and warnings, without the noise of other libraries."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from transformers.utils.logging import set_tqdm_hook, tqdm
+
+from spin_lightning.callbacks.console import quiet_libraries, show_iterates
+from spin_lightning.run.records import IterateRecord, TrainingRecord
+from tests.cli.test_fit import fit_arguments
+from tests.faults.processes import environment
+from tests.toys.runs import write_examples
+
+
+def test_fit_prints_warnings_and_no_noise_of_other_libraries(tiny_model_dir, tmp_path):
+    data = write_examples(tmp_path / "examples.jsonl", count=30)
+    arguments = fit_arguments(tmp_path / "run", tiny_model_dir, data)
+    # Fewer batches than an interval of logging, which Lightning warns of.
+    more = ("--trainer.enable_model_summary", "true", "--trainer.log_every_n_steps", "50")
+    done = subprocess.run(
+        [sys.executable, "-m", "spin_lightning", *map(str, arguments), *more],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout + done.stderr
+    for noise in ("Loading weights", "Tip:", "in train mode", "in eval mode", "FLOPs"):
+        assert noise not in printed
+    assert "smaller than the logging interval" in done.stderr
+    assert "GPU available" in done.stderr
+    # Rank 16 times the sum of both widths: twice 2 · 64 + 2 · 48 + 3 · 96. Frozen are twice
+    # 2 · 32² + 2 · 16 · 32 + 3 · 32 · 64, embeddings and head of 24 · 32, and five norms of 32.
+    assert "Parameters: 16.4 K trained, 20.1 K frozen." in done.stdout
+
+
+@pytest.fixture
+def libraries():
+    """Undoes what a test does to other libraries."""
+    logger, hook = logging.getLogger("lightning.pytorch.utilities.rank_zero"), set_tqdm_hook(None)
+    filters = list(logger.filters)
+    yield logger
+    logger.filters = filters
+    set_tqdm_hook(hook)
+
+
+def test_quiet_libraries_keeps_other_bars_and_messages(libraries, capsys, caplog):
+    quiet_libraries()
+    quiet_libraries()
+    assert list(tqdm([1, 2], desc="Loading weights")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(tqdm([1, 2], desc="Downloading")) == [1, 2]
+    assert "Downloading" in capsys.readouterr().err
+    with caplog.at_level(logging.INFO):
+        libraries.info("💡 Tip: try another product.")
+        libraries.info("GPU available: False")
+        libraries.warning("Tip: this is a warning")
+    assert caplog.messages == ["GPU available: False", "Tip: this is a warning"]
+
+
+def test_iterates_are_shown_with_dashes_for_what_is_not_known(capsys):
+    training = TrainingRecord(opponent="p0", rows=40, loss=0.5, seconds={"training": 2.0})
+    show_iterates([IterateRecord(0), IterateRecord(1, training=training, metrics={})])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["iterate", "opponent", "rows"]
+    assert first.split() == ["0", *["-"] * 11]
+    assert second.split() == ["1", "p0", "40", "-", "0.5000", *["-"] * 6, "2.0"]
