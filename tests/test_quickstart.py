@@ -36,12 +36,12 @@ def fit(config: str, root: Path, seed: int, *more: str) -> RunFolder:
 
 
 def exact_kl(run: RunFolder) -> list[float]:
-    return [run.read_iterate(t)["metrics"]["exact/kl"] for t in run.known_iterates()]
+    return [record.measured["exact/kl"] for record in run.records()]
 
 
 def p_value(run: RunFolder, rows_of: int, policy: int, language: Language) -> float:
     """Chi-square of the rows drawn at an iterate against the enumerated policy of a SAVED one."""
-    base = run.read_iterate(0)["base"]["name"]
+    base = run.record(0).base["name"]
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     if policy:
@@ -64,7 +64,7 @@ def check(run: RunFolder, control: RunFolder, language: Language, factor: float)
     assert kl[-1] < kl[0] / factor, kl
     assert all(later <= 2 * min(kl) for later in kl[kl.index(min(kl)) :]), kl
     assert len(control_kl) == len(kl)
-    steps = [r.read_iterate(len(kl) - 1)["step"] for r in (run, control)]
+    steps = [r.record(len(kl) - 1).step for r in (run, control)]
     assert steps[0] == steps[1], "the control takes as many steps"
     for t in range(len(kl) - 1):
         assert p_value(run, t, t, language) > 1e-4, f"rows of iterate {t} are not drawn from it"

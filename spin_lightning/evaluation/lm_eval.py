@@ -87,12 +87,12 @@ class Harness:
         """
         results = {}
         for job in self._jobs:
-            asked = self._asked(job)
+            settings = self._settings_of(job)
             benchmark = f"{_BENCHMARK}/{job.task}"
-            found = cached_result(run.folder, contestant, benchmark, asked)
+            found = cached_result(run.folder, contestant, benchmark, settings)
             if found is None:
                 answer = self._call(run, contestant, job)
-                found = self._result(contestant, benchmark, asked, answer)
+                found = self._result(contestant, benchmark, settings, answer)
                 write_result(run.folder, found)
             results[benchmark] = found
         for name in self.settings.tasks:
@@ -123,7 +123,7 @@ class Harness:
         source = _folder_hash(Path(included)) if included is not None and mine else None
         return [_Job(name, settings.num_fewshot, source)]
 
-    def _asked(self, job: _Job) -> dict[str, Any]:
+    def _settings_of(self, job: _Job) -> dict[str, Any]:
         """Everything that a score depends on besides the weights."""
         settings = self.settings
         return {
@@ -169,17 +169,17 @@ class Harness:
         self,
         contestant: Contestant,
         benchmark: str,
-        asked: Mapping[str, Any],
+        settings: Mapping[str, Any],
         answer: Mapping[str, Any],
     ) -> Result:
         """The harness's scores, under names that loggers accept."""
-        scores, lower = _scores(answer, asked["task"])
+        scores, lower = _scores(answer, settings["task"])
         versions = {name: version(name) for name in ("torch", "transformers", "peft")}
         return Result(
             contestant=contestant.name,
             identity=contestant.identity,
             benchmark=benchmark,
-            settings=asked,
+            settings=settings,
             scores=scores,
             lower_is_better=lower,
             details={
@@ -223,9 +223,9 @@ def _tasks_in(folder: Path) -> list[str]:
 def _scores(answer: Mapping[str, Any], task: str) -> tuple[dict[str, float], tuple[str, ...]]:
     """The scores of a task or group, or of every task of a tag."""
     found = answer["results"]
-    asked = {task: found[task]} if task in found else found
+    wanted = {task: found[task]} if task in found else found
     scores, lower = {}, []
-    for name, figures in asked.items():
+    for name, figures in wanted.items():
         prefix = "" if name == task else f"{name}/"
         for key, value in figures.items():
             metric, _, chosen_by = key.partition(",")

@@ -104,8 +104,8 @@ class JudgeSettings:
         return cls(**values)
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """Everything that a verdict depends on besides the query."""
+    def request_fields(self) -> dict[str, Any]:
+        """The fields of a request that a verdict depends on besides the query."""
         return {
             "model": self.model,
             "temperature": self.temperature,

@@ -1,1 +1,1 @@
-"""What people look at: page, figures, tables, samples and studies of runs."""
+"""Reports of runs: page, figures, tables, samples and studies."""

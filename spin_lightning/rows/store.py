@@ -119,7 +119,7 @@ def part_path(folder: Path, unit: int) -> Path:
 def write_part(
     folder: Path, unit: int, rows: Sequence[Row], deviations: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the rows of one work unit, whole or not at all.
+    """Write the rows of one work unit atomically.
 
     Args:
         folder: The folder of the rows.

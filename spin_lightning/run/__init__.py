@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, its files, its lock and its fingerprint."""
+"""The run folder: paths, records, files, lock and fingerprint."""

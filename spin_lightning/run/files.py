@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all; damaged ones are refused in one way."""
+"""Files of a run: written atomically, and refused with one error where they are damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -83,7 +83,7 @@ def read_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")

@@ -1,4 +1,4 @@
-"""What makes two configurations the same run: canonical JSON and its SHA-256."""
+"""Fingerprints of configurations and files: canonical JSON and SHA-256."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
 
 
 def differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """One line `field: run has …, you gave …` for each field that differs, by field name."""
-    # A round trip through JSON makes tuples and lists, written and read back, compare equal.
+    """One line `field: run has …, you gave …` for each field that differs, sorted by field."""
+    # The run's fields were read from JSON, which turns tuples into lists.
     run, given = json.loads(json.dumps(run)), json.loads(json.dumps(given))
     lines = []
     for name in sorted({*run, *given}):
         had, has = run.get(name), given.get(name)
         if isinstance(had, dict) and isinstance(has, dict):
-            # Of the files of a model, say, only those that differ.
+            # Nested fields, such as the files of a model, are compared one by one.
             lines += [f"{name}.{line}" for line in differences(had, has)]
         elif had != has:
             lines.append(f"{name}: run has {had!r}, you gave {has!r}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from spin_lightning.errors import RunFolderError, is_whole
-from spin_lightning.run.files import read_json, reading, write_json
+from spin_lightning.errors import RunFolderError
+from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.fingerprint import file_hash, folder_hashes
 from spin_lightning.run.records import BestRecord, IterateRecord
 
@@ -19,17 +17,6 @@ ITERATE_FILE = "iterate.json"
 _ITERATE_NAME = re.compile(r"iterate_(\d{3,9})")
 _RESTORE = "restore it from a copy of the run, or start a new run in another folder"
 BEST_FILE = "best.json"
-
-
-_RECORD = {
-    "files": dict,
-    "base": dict,
-    "metrics": dict,
-    "rows": dict,
-    "fingerprint": str,
-    "fingerprint_fields": dict,
-    "tokenizer_files": dict,
-}
 
 
 @dataclass(frozen=True)
@@ -197,50 +184,6 @@ class RunFolder:
             )
         return file
 
-    # ---------------------------------------- raw dictionaries; records take their place
-
-    def read_iterate(self, t: int) -> dict[str, Any]:
-        """What is known of iterate t.
-
-        Raises:
-            RunFolderError: The run has no iterate t.
-        """
-        file = self._record_file(t)
-        with reading(file, _RESTORE):
-            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            _check_record(known, t)
-        return known
-
-    def field(self, t: int, name: str) -> Any:
-        """What iterate t's record says under `name`.
-
-        Raises:
-            RunFolderError: The run has no iterate t, or its record does not say.
-        """
-        record = self.read_iterate(t)
-        if name not in record:
-            raise RunFolderError(
-                f"{self.iterate(t) / ITERATE_FILE} does not say its {name}",
-                fix=_RESTORE,
-            )
-        return record[name]
-
-    def write_iterate(self, t: int, fields: Mapping[str, Any]) -> None:
-        """Write what is known of iterate t beside its adapter."""
-        write_json(self.iterate(t) / ITERATE_FILE, fields)
-
-    def known_best(self) -> dict[str, Any] | None:
-        """Index, metric and value of the best iterate; None where nobody said which it is."""
-        file = self.iterates / BEST_FILE
-        if not file.exists():
-            return None
-        fix = "delete it: the run writes it again; or name the iterate by its number"
-        with reading(file, fix):
-            best: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(best, dict) or not is_whole(best.get("index"), 0):
-                raise ValueError("it names no iterate")
-        return best
-
 
 def _check_hashes(folder: Path, hashes: Mapping[str, str], edited: str, fix: str) -> None:
     """Refuse a folder in which a file is missing or has another hash than it had."""
@@ -249,16 +192,3 @@ def _check_hashes(folder: Path, hashes: Mapping[str, str], edited: str, fix: str
         if not file.is_file() or file_hash(file) != digest:
             problem = edited if file.is_file() else "is missing"
             raise RunFolderError(f"{file} {problem}", fix=fix)
-
-
-def _check_record(record: Any, t: int) -> None:
-    """Refuse what is no record of iterate t, as far as it says anything."""
-    if not isinstance(record, dict) or record.get("index", t) != t:
-        raise ValueError("it is no record of this iterate")
-    for name, kind in _RECORD.items():
-        if not isinstance(record.get(name, kind()), kind):
-            raise ValueError(f"its {name!r} is no {kind.__name__}")
-    for file in record.get("files", {}):
-        # They are opened: none may lead out of the folder.
-        if Path(file).name != file:
-            raise ValueError(f"it names a file {file!r} elsewhere")

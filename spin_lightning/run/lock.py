@@ -1,4 +1,4 @@
-"""One writer at a time in a run folder, on one machine or several, whoever died before."""
+"""A lock that allows one writer at a time in a run folder, on one machine or several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spin_lightning.errors import RunFolderError
 from spin_lightning.run.files import writing
 
 LOCK_FILE = ".lock"
-# Workers of a process that was killed need a moment to notice it.
+# Workers of a killed process take a moment to exit.
 _PATIENCE_SECONDS = 8.0
 _POLL_SECONDS = 0.5
 
@@ -21,17 +21,17 @@ _POLL_SECONDS = 0.5
 class FolderLock:
     """Held by every process of a run while it writes into the folder.
 
-    The operating system drops the lock of a process that dies, however it died, so nothing has to
-    be cleaned up by hand. Rank 0 takes the whole file and then lets the other ranks have a byte
-    each: so a rank that outlived its run keeps the next run out, too.
+    The operating system releases the lock of a process that dies, so nothing has to be cleaned up
+    by hand. Rank 0 locks the whole file, then leaves one byte to each of the other ranks: a rank
+    that outlives its run also keeps the next run out.
 
     Args:
-        folder: The run folder; it is made.
-        rank: Which of the run's processes this is.
+        folder: The run folder; it is created if it does not exist.
+        rank: Rank of this process.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
-        """Name the lock; nothing is taken yet."""
+        """Name the lock file, without locking it."""
         self._path = folder / LOCK_FILE
         self._rank = rank
         self._file: IO[str] | None = None
@@ -40,17 +40,17 @@ class FolderLock:
         """Take the lock; rank 0 has to be first.
 
         Args:
-            patience: Seconds to wait for somebody who holds it.
+            patience: Seconds to wait while another process holds it.
 
         Raises:
-            RunFolderError: Another process writes into the folder, or it cannot be written.
+            RunFolderError: Another process writes into the folder, or the folder is not writable.
         """
         deadline = time.monotonic() + patience
         while not self._try():
             if time.monotonic() >= deadline:
                 raise RunFolderError(
                     f"{self._path.parent} is being written by another run ({self._holder()})",
-                    fix="wait until it ends, or end it; or name another folder with "
+                    fix="wait until it ends, or stop it; or name another folder with "
                     "--trainer.default_root_dir",
                 )
             time.sleep(_POLL_SECONDS)
@@ -59,11 +59,11 @@ class FolderLock:
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
-            # The first byte stays rank 0's.
+            # Rank 0 keeps the first byte.
             fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)
 
     def release(self) -> None:
-        """Let the lock go; the last of a run takes the file away. A second call does nothing."""
+        """Release the lock, and delete its file on rank 0. A second call does nothing."""
         if self._file is None:
             return
         if self._rank == 0:
@@ -77,7 +77,7 @@ class FolderLock:
             file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, int(self._rank > 0), self._rank)
-            # Whoever held it before may have taken the file away in the meantime.
+            # The process that held it before may have deleted the file in the meantime.
             is_there = os.fstat(file.fileno()).st_ino == self._path.stat().st_ino
         except OSError:
             is_there = False

@@ -53,7 +53,7 @@ def test_arguments_that_a_config_leaves_out_have_the_defaults_of_their_settings(
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"limt": 4}, {"limit": "few"}, {"batch_size": None}, {"seed": 0.5}]
+    "arguments", [{"limt": 4}, {"limit": "few"}, {"batch_size": "big"}, {"seed": 0.5}]
 )
 def test_argument_of_a_config_with_a_wrong_name_or_type_is_refused(arguments):
     with pytest.raises(ArgumentError, match=next(iter(arguments))):

@@ -159,7 +159,7 @@ def test_fit_without_a_folder_takes_the_next_one_and_the_users_callbacks_as_they
     spin(*arguments, *more)
     run = RunFolder(tmp_path / "runs" / "SPIN-1")
     assert run.known_iterates() == [0, 1]
-    assert run.known_best() is not None
+    assert run.best_record() is not None
     assert len(list(run.root.rglob("*.ckpt"))) == 2
     assert not (run.root / "metrics.csv").exists()
 

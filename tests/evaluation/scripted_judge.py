@@ -1,4 +1,4 @@
-"""A judge on this machine that says what a test wants, over the protocol of OpenAI's server."""
+"""A local judge with scripted replies, over the protocol of OpenAI's server."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# What a server answers: a status and, at 200, the judge's words.
+# A status and, at 200, the judge's reply.
 Reply = tuple[int, str]
 
 
 @dataclass
 class ScriptedJudge:
-    """What was asked, and where.
+    """The requests to a scripted judge.
 
     Attributes:
         base_url: For `JudgeSettings`.
@@ -77,7 +77,7 @@ def scripted_judge(reply: Callable[[str, str, int], Reply]) -> Iterator[Scripted
             self.wfile.write(data)
 
         def log_message(self, *arguments: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -49,9 +49,9 @@ def loads(monkeypatch) -> list[str]:
     return seen
 
 
-def evaluate(run: RunFolder, who: list[str], *tasks: object, **settings: object):
+def evaluate(run: RunFolder, names: list[str], *tasks: object, **settings: object):
     harness = Harness(HarnessSettings(tasks=tuple(map(str, tasks)), **settings))
-    return {one.name: results for one, results in evaluate_run(run, who, [harness])}
+    return {one.name: results for one, results in evaluate_run(run, names, [harness])}
 
 
 def by_hand(model: Path, tasks: Path) -> dict[str, dict[str, float]]:
@@ -254,11 +254,11 @@ def test_preset_tasks_are_known_to_the_harness():
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [("arc_chalenge", "no such task"), ("arc_chal", "arc_challenge"), ("{empty}", "no task")],
 )
-def test_task_that_is_not_there_is_refused(task, said, tmp_path):
-    with pytest.raises(SettingError, match=said):
+def test_task_that_is_not_there_is_refused(task, message, tmp_path):
+    with pytest.raises(SettingError, match=message):
         Harness(HarnessSettings(tasks=(task.format(empty=tmp_path),)))
 
 

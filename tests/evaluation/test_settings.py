@@ -11,14 +11,14 @@ from spin_lightning.evaluation.settings import JudgeSettings
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"concurrency": 0}, "judge.concurrency=0.*1 or more"),
         ({"requests_per_minute": 0}, "judge.requests_per_minute=0.*number > 0"),
     ],
 )
-def test_judge_setting_out_of_range_is_refused(settings, said):
-    with pytest.raises(SettingError, match=said):
+def test_judge_setting_out_of_range_is_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
         JudgeSettings(**settings)
 
 

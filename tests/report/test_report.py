@@ -21,7 +21,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def make_runs(finished_run: RunFolder, folder: Path) -> list[RunFolder]:
-    """Copies under one name in two places, with configurations and scores of their own."""
+    """Two copies of the same name, each with its own configuration and scores."""
     runs = []
     for place, rate, scores in (("a", 0.003, (0.2, 0.5, 0.4)), ("b", 0.001, (0.3, 0.1, 0.2))):
         run = RunFolder(folder / place / "run")

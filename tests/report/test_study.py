@@ -67,11 +67,11 @@ def test_study_plays_every_variant_and_seed_and_is_not_played_twice(
     arguments = ("--config", tmp_path / "cut.yaml", "--seeds", 0, "--out", tmp_path / "out")
     variants = ("--variants", "SPIN", "AlphaSPIN(alpha=0.3)")
     study(monkeypatch, *arguments, *variants)
-    said = capsys.readouterr().out
-    assert "[2/2] AlphaSPIN(alpha=0.3), seed 0" in said
-    assert "exact/mixture_kl" in said
-    assert "Picture:" in said
-    assert "Run folder" not in said, "runs are quiet"
+    output = capsys.readouterr().out
+    assert "[2/2] AlphaSPIN(alpha=0.3), seed 0" in output
+    assert "exact/mixture_kl" in output
+    assert "Picture:" in output
+    assert "Run folder" not in output, "runs are quiet"
     runs = sorted(folder.name for folder in (tmp_path / "out").iterdir() if folder.is_dir())
     assert runs == ["AlphaSPIN_alpha=0.3-seed0", "SPIN-seed0"]
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}

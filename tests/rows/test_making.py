@@ -27,9 +27,14 @@ EXAMPLES = some_examples()
 
 
 @pytest.fixture(scope="module")
-def synthesis(tiny_base, tiny_adapters, tmp_path_factory) -> Synthesis:
+def iterates(tiny_adapters, tmp_path_factory) -> dict[int, Path]:
+    return {0: tmp_path_factory.mktemp("iterate_000"), **tiny_adapters}
+
+
+@pytest.fixture(scope="module")
+def synthesis(tiny_base, iterates) -> Synthesis:
     policy = LoraPolicy(tiny_base, LoraSettings(r=2))
-    policy.use_iterates({0: tmp_path_factory.mktemp("iterate_000"), **tiny_adapters})
+    policy.use_iterates(iterates)
     generator = LocalGenerator((STOP,), 0, GenerationSettings())
     return Synthesis(policy, generator, vocabulary=24)
 
@@ -96,10 +101,10 @@ def test_make_scores_every_prompt_once_per_member(synthesis, tmp_path, monkeypat
 
 
 def test_make_scores_of_padded_sequences_are_the_same(
-    tiny_base, adapters, synthesis, whole, tmp_path
+    tiny_base, synthesis, iterates, whole, tmp_path
 ):
     policy = LoraPolicy(tiny_base, LoraSettings(r=2), packing="padded", fused=False)
-    policy.use_iterates({0: tmp_path, **adapters})
+    policy.use_iterates(iterates)
     list(replace(synthesis, policy=policy).make(PLAN, EXAMPLES, tmp_path, Timing()))
     for row, other in zip(rows_in(tmp_path), rows_in(whole), strict=True):
         for name in ("member_real_logps", "member_generated_logps"):
@@ -201,8 +206,8 @@ def test_finish_makes_the_rows_readable_and_says_what_they_are(synthesis, tmp_pa
     assert table.members == (1, 2)
 
 
-def test_units_decoded_otherwise_than_set_are_named_in_the_manifest(synthesis, tmp_path):
-    """Also after a crash: what was done is kept with the part."""
+def test_settings_overridden_at_run_time_are_named_in_the_manifest_by_unit(synthesis, tmp_path):
+    """Also after a crash, since deviations are stored with the part."""
 
     class Deviating(EveryResponse):
         deviations: ClassVar[dict[str, int]] = {}

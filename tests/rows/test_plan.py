@@ -140,7 +140,7 @@ def there_and_back(t: int) -> Mixture:
 
 
 def refresh(opponent: Callable[[int], Mixture], iterates: int) -> list[list[RowDraw]]:
-    """The draws of each iterate, rows kept where they can be."""
+    """The draws of each iterate, with as many rows kept as possible."""
     history: list[list[RowDraw]] = []
     earlier = EarlierRows()
     for t in range(iterates):
@@ -177,7 +177,7 @@ def test_reservoir_indices_follow_the_weights_at_every_iterate(opponent):
     [
         (lambda t: window(t, 1), [1, 1, 1, 1]),
         (lambda t: window(t, None), [1, 1 / 2, 1 / 3, 1 / 4]),
-        # Full from the third iterate on: then a third leaves, and comes from the newest.
+        # Full from the third iterate on: then the newest iterate replaces a third of the rows.
         (lambda t: window(t, 3), [1, 1 / 2, 1 / 3, 1 / 3]),
         # |w' - w| / 2: half of all moves to the newest iterate, then a little less than half.
         (decaying, [1, 2 / 3, 4 / 7, 8 / 15]),

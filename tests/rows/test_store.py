@@ -20,7 +20,7 @@ from spin_lightning.rows.store import (
 from spin_lightning.types import Row
 from tests.toys.rows import REAL_ONLY, ROW, write_rows
 
-# Word by word from the architecture's "Row schema".
+# The documented schema of rows.
 TYPES = {
     "example_id": "int64",
     "sample": "int32",
@@ -57,7 +57,7 @@ def keyed(*keys: int) -> list[Row]:
 
 
 def torn(path: Path, share: float) -> None:
-    """Cut a file off, as a full disk or a copy that was stopped does."""
+    """Truncate a file, as a full disk or an interrupted copy does."""
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
 

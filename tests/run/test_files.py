@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, damaged ones refused, lines appended."""
+"""Files of a run: written atomically, and refused with one error where they are damaged."""
 
 import json
 import os

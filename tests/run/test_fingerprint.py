@@ -1,4 +1,4 @@
-"""What makes two configurations the same run."""
+"""Fingerprints of configurations and files."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""The lock of a run folder: who holds it, who is kept out, who died."""
+"""The lock of a run folder: one writer at a time, released when its process dies."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_lock_held_by_another_process_names_it_and_goes_with_it(tmp_path):
     with holder(tmp_path, 0) as process:
         with pytest.raises(RunFolderError, match=rf"process {process.pid} on .*Fix: wait"):
             FolderLock(tmp_path).acquire(patience=0)
-        # Other ranks of the same run are let in.
+        # Other ranks of the same run get the lock, too.
         rank = FolderLock(tmp_path, rank=1)
         rank.acquire(patience=0)
         rank.release()

@@ -47,7 +47,7 @@ def draw_row(plan: RowPlan, example: Example, sample: int) -> RowDraw:
 
 
 def table_of(draws: Sequence[RowDraw], iterate: int) -> RowTable:
-    """The rows of some draws; a response is the iterate it was generated at, then its index."""
+    """The rows of some draws; a response is (iterate of generation, opponent, stop)."""
     responses = [d.kept.ids if d.kept else (iterate, d.opponent, STOP) for d in draws]
     return RowTable(
         example_id=np.array([d.example.example_id for d in draws]),

@@ -79,7 +79,7 @@ class MTBench:
     def _settings(self) -> dict[str, Any]:
         return {
             "questions": self.data.fingerprint,
-            "judge": self._judge.settings.asked,
+            "judge": self._judge.settings.request_fields,
             "max_new_tokens": self.answering.max_new_tokens,
             "seed": self.answering.seed,
             **({} if self.versus is None else {"versus": self.versus.identity}),
@@ -129,7 +129,10 @@ class MTBench:
     def _details(self, verdicts: Sequence[Verdict], answers: Collection[Answer]) -> dict[str, Any]:
         return {
             "verdicts": len(verdicts),
-            "judge": {"base_url": self._judge.settings.base_url, **self._judge.settings.asked},
+            "judge": {
+                "base_url": self._judge.settings.base_url,
+                **self._judge.settings.request_fields,
+            },
             "judge_prompt_tokens": sum(verdict.prompt_tokens for verdict in verdicts),
             "judge_completion_tokens": sum(verdict.completion_tokens for verdict in verdicts),
             "answers_cut_off": sum(answer.cut_off for answer in answers),
@@ -142,9 +145,9 @@ def judge_lines(result: Result) -> list[str]:
     details = result.details
     if "verdicts" not in details:
         return []
-    asked, lost = details["verdicts"], int(result.scores["unparsable"])
+    verdicts, lost = details["verdicts"], int(result.scores["unparsable"])
     what = "verdicts" if result.benchmark == _BENCHMARK else "pairs of verdicts"
-    total = asked if result.benchmark == _BENCHMARK else asked // 2
+    total = verdicts if result.benchmark == _BENCHMARK else verdicts // 2
     read, written = details["judge_prompt_tokens"], details["judge_completion_tokens"]
     parsed = f"{total - lost} of {total} {what} could be read ({(total - lost) / total:.1%})"
     cut_off, did_not_fit = details["answers_cut_off"], details["answers_that_did_not_fit"]

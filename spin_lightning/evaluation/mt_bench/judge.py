@@ -116,7 +116,9 @@ class Judge:
         return [known[key] for key in keys]
 
     def _key(self, query: Query) -> str:
-        return fingerprint({**self.settings.asked, "system": query.system, "user": query.user})
+        return fingerprint(
+            {**self.settings.request_fields, "system": query.system, "user": query.user}
+        )
 
     def _ask(self, query: Query) -> Verdict:
         self._rate.wait()
@@ -125,7 +127,7 @@ class Judge:
                 {"role": "system", "content": query.system},
                 {"role": "user", "content": query.user},
             ],
-            **self.settings.asked,
+            **self.settings.request_fields,
         )
         usage = reply.usage
         return Verdict(

@@ -4,10 +4,17 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.evaluation.base import EvaluatedRun
+from spin_lightning.evaluation.contestants import contestants
+from spin_lightning.evaluation.mt_bench.answers import Answer, answer_questions
 from spin_lightning.evaluation.mt_bench.data import read_mt_bench
+from spin_lightning.evaluation.settings import Answering
+from spin_lightning.generation.base import Generator, Response
 from spin_lightning.policies import lora
+from spin_lightning.policies.saved import load_policy
 from spin_lightning.run.folder import RunFolder
 from tests.evaluation.mt_bench.bench import rate
 from tests.evaluation.scripted_judge import scripted_judge
@@ -44,3 +51,60 @@ def test_model_without_a_chat_template_is_refused(finished_run, bench, tmp_path)
     shutil.copytree(finished_run.root, tmp_path / "plain")
     with pytest.raises(SettingError, match="no template to join them"):
         rate(RunFolder(tmp_path / "plain"), bench, "http://127.0.0.1:1/v1")
+
+
+class LastWords(Generator):
+    """Repeats the last two ids of each prompt."""
+
+    def __init__(self, stop_ids, pad_id, settings):
+        self.made_with.append((stop_ids, pad_id, settings.temperature, settings.top_k))
+
+    made_with: list = []  # noqa: RUF012 (read by the test)
+
+    def generate(self, policy, requests):
+        return [Response(request.prompt_ids[-2:], finished=True) for request in requests]
+
+
+def test_answers_come_from_the_engine_that_is_given(run, bench, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    policy = load_policy(run.root)
+    evaluated = EvaluatedRun(run, lambda: policy, tokenizer, LastWords)
+    (contestant,) = contestants(run, ["1"])
+    questions = read_mt_bench(str(bench)).questions
+    LastWords.made_with.clear()
+    path = tmp_path / "answers.jsonl"
+    found = answer_questions(questions, evaluated, contestant, Answering(max_new_tokens=3), path)
+    # The template ends a prompt with the user's last word and " w1 ".
+    assert found == {q.question_id: Answer(_last_words(q), 0, 0) for q in questions}
+    # One engine for each temperature; the most likely token has temperature 0.
+    assert sorted(sampling for _, _, *sampling in LastWords.made_with) == [
+        [0.1, 0],
+        [0.7, 0],
+        [1.0, 1],
+    ]
+    assert {made[:2] for made in LastWords.made_with} == {((2,), 0)}
+
+
+def _last_words(question):
+    return tuple(f"{turn.split()[-1]} w1" for turn in question.turns)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"choices": []},
+        {"choices": [{"turns": ["one"]}]},
+        {"choices": [{"turns": ["one", 2]}]},
+        {"choices": ["one"]},
+        {"cut_off": "no"},
+        {"did_not_fit": None},
+        {"key": 7},
+    ],
+)
+def test_damaged_answer_is_one_error_with_its_line(changes, run, bench):
+    path = run.evaluation("iterate_001") / "mt_bench" / "answers.jsonl"
+    path.parent.mkdir(parents=True)
+    row = {"key": "a", "choices": [{"turns": ["one", "two"]}], "cut_off": 0, "did_not_fit": 0}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, **changes}) + "\n")
+    with pytest.raises(RunFolderError, match=r"line 2 of .*answers.jsonl is damaged"):
+        rate(run, bench, "http://127.0.0.1:1/v1")

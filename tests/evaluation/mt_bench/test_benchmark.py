@@ -11,7 +11,7 @@ from tests.evaluation.scripted_judge import scripted_judge
 
 
 def test_known_ratings_give_the_means_worked_out_by_hand(run, bench):
-    """Category k has rating k + 1 in turn 1 and k + 3 in turn 2, so k + 2 on the mean.
+    """Category k has rating k + 1 in turn 1 and k + 3 in turn 2, so k + 2 on average.
 
     Turn 1: (1 + … + 8) / 8 = 4.5; turn 2: (3 + … + 10) / 8 = 6.5; all: 5.5. The two verdicts
     on turn 1 of math (k = 3, two questions) have no rating: turn 1 is then over 14 verdicts,
@@ -81,8 +81,8 @@ def test_command_shows_ratings_tokens_and_what_could_not_be_read(run, bench, mon
         ]
         monkeypatch.setattr("sys.argv", ["spin-lightning", *map(str, arguments)])
         main()
-    said = capsys.readouterr().out
-    assert "31 of 32 verdicts could be read (96.9%)" in said
-    assert "read 3,200 and wrote 224 tokens" in said
-    assert "mt_bench/overall" in said
-    assert "8.0000" in said
+    output = capsys.readouterr().out
+    assert "31 of 32 verdicts could be read (96.9%)" in output
+    assert "read 3,200 and wrote 224 tokens" in output
+    assert "mt_bench/overall" in output
+    assert "8.0000" in output

@@ -70,17 +70,17 @@ def test_pairwise_prompt_puts_the_answers_in_their_positions(bench):
 
 
 @pytest.mark.parametrize(
-    ("file", "said"),
+    ("file", "message"),
     [
         ("question.jsonl", "there is no question.jsonl"),
         ("judge_prompts.jsonl", "there is no judge_prompts.jsonl"),
         ("reference_answer_gpt-4.jsonl", "there is no reference_answer"),
     ],
 )
-def test_folder_without_a_file_is_refused(file, said, bench, tmp_path):
+def test_folder_without_a_file_is_refused(file, message, bench, tmp_path):
     shutil.copytree(bench, tmp_path / "bench")
     (tmp_path / "bench" / file).unlink()
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_mt_bench(str(tmp_path / "bench"))
 
 
@@ -93,7 +93,7 @@ def test_question_without_its_reference_answer_is_refused(bench, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "edit", "said"),
+    ("file", "edit", "message"),
     [
         (
             "judge_prompts.jsonl",
@@ -113,14 +113,14 @@ def test_question_without_its_reference_answer_is_refused(bench, tmp_path):
         ),
     ],
 )
-def test_file_of_another_form_is_refused(file, edit, said, bench, tmp_path):
+def test_file_of_another_form_is_refused(file, edit, message, bench, tmp_path):
     shutil.copytree(bench, tmp_path / "bench")
     path = tmp_path / "bench" / file
     path.write_text(edit(path.read_text()))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_mt_bench(str(tmp_path / "bench"))
 
 
 def test_bench_that_is_neither_folder_nor_on_the_hub_is_refused(tmp_path):
-    with pytest.raises(DataError, match="is no folder, and no data set that the hub gives"):
+    with pytest.raises(DataError, match="is neither a folder nor a data set that the hub provides"):
         read_mt_bench(str(tmp_path / "nowhere"))
