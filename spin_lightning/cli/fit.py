@@ -31,12 +31,31 @@ from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.testbed import ensure
 
-# A bare class name, as in `--model SPIN`, is found among the classes that are imported.
-for _name in spin_lightning.__all__:
-    getattr(spin_lightning, _name)
 # `--model.model testbed --data.data testbed` stand for the embedded language and its base model,
 # `testbed:3` for those of seed 3, `testbed:seed` for those of the run's own seed.
 _EMBEDDED = re.compile(r"testbed(?::(\d+|seed))?")
+
+
+def _import_exports() -> None:
+    """A bare class name, as in `--model SPIN`, is looked up among the classes that are imported."""
+    for name in spin_lightning.__all__:
+        getattr(spin_lightning, name)
+
+
+def _int_before_float() -> None:
+    """Read a whole number for the trainer as an int: `limit_val_batches: 1` is one batch, 1.0 all.
+
+    typing caches Union[int, float] and Union[float, int] as one, so that the order in Lightning's
+    signature depends on what was imported before it.
+    """
+    hints = L.Trainer.__init__.__annotations__
+    for name, hint in hints.items():
+        if hint == int | float | None:
+            hints[name] = int | float | None
+
+
+_import_exports()
+_int_before_float()
 
 
 class SpinCLI(LightningCLI):

@@ -1,71 +1,17 @@
-"""The command line, from its arguments to the files it leaves."""
+"""`fit` and `validate`, from their arguments to the files they leave."""
 
 import csv
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
-from spin_lightning import load_iterate
-from spin_lightning.cli.main import main
 from spin_lightning.run.folder import RunFolder
-from tests.toys.runs import contents, write_examples
-
-CommandLine = Callable[..., None]
-
-
-@pytest.fixture
-def spin(monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """Run the command line in this process, as if called with these arguments."""
-
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr("sys.argv", ["spin-lightning", *map(str, arguments)])
-        main()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl")
-
-
-def fit_arguments(root: Path, model: Path, data: Path, *more: object) -> list[object]:
-    settings = {
-        "trainer.default_root_dir": root,
-        "trainer.max_epochs": 2,
-        "trainer.accelerator": "cpu",
-        "trainer.enable_progress_bar": "false",
-        "trainer.enable_model_summary": "false",
-        "trainer.log_every_n_steps": 1,
-        "model.model": model,
-        "model.learning_rate": 3e-3,
-        "model.generation.unit_size": 32,
-        "data.data": data,
-        "data.batch_size": 32,
-        "data.max_response_tokens": 8,
-        "seed_everything": 1,
-    }
-    if "--model" not in more:
-        more = ("--model", "SPIN", *more)
-    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    # The classes come first: their settings are checked against them.
-    classes = [*more[:2], "--data", "SelfPlayDataModule"]
-    return ["fit", *classes, *flags, *more[2:]]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_model_dir, data, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("cli") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = fit_arguments(root, tiny_model_dir, data)
-        patch.setattr("sys.argv", ["spin-lightning", *map(str, arguments)])
-        main()
-    return root
+from tests.toys.command_line import fit_arguments
+from tests.toys.runs import contents
 
 
 def metrics_rows(root: Path) -> list[dict[str, str]]:
@@ -164,13 +110,6 @@ def test_fit_without_a_folder_takes_the_next_one_and_the_users_callbacks_as_they
     assert not (run.root / "metrics.csv").exists()
 
 
-def test_testbed_command_says_where_model_and_data_lie(spin, testbed_seed_0, capsys):
-    spin("testbed")
-    told = capsys.readouterr().out
-    assert f"model: {testbed_seed_0.model}" in told
-    assert f"data:  {testbed_seed_0.data}" in told
-
-
 def test_fit_other_settings_in_the_same_folder_lists_each_difference(finished, spin, capsys):
     before = contents(finished)
     with pytest.raises(SystemExit) as end:
@@ -254,47 +193,6 @@ def test_validate_finished_run_reports_the_held_out_metrics(finished, spin, caps
     assert "val/real_nll_per_token" in capsys.readouterr().out
 
 
-def test_export_adapter_and_merged_model_give_the_iterates_logits(finished, spin, tmp_path):
-    ids = torch.tensor([[1, 5, 6, 7, 8]])
-    model, _ = load_iterate(finished, 2)
-    with torch.no_grad():
-        wanted = model(ids).logits
-    spin("export", finished, tmp_path / "adapter", "--iterate", 2)
-    kept = RunFolder(finished).iterate(2) / "adapter_model.safetensors"
-    assert (tmp_path / "adapter" / kept.name).read_bytes() == kept.read_bytes()
-    spin("export", finished, tmp_path / "merged", "--merge", "true")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, wanted, atol=1e-5)
-    assert (tmp_path / "merged" / "tokenizer.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["export", "{run}", "{out}", "--iterate", "7"], "has no iterate 7"),
-        (["export", "{run}", "{out}", "--iterate", "0"], "is the base model"),
-        (["export", "{run}", "{run}"], "the folder is not empty"),
-        (["report", "{out}"], "holds no iterates"),
-        (["evaluate", "--run", "{run}"], "nothing to evaluate. Fix: give --tasks or --mt-bench"),
-    ],
-)
-def test_command_on_what_is_not_there_says_what_to_do(
-    arguments, message, finished, spin, tmp_path, capsys
-):
-    places = {"run": str(finished), "out": str(tmp_path / "out")}
-    with pytest.raises(SystemExit) as end:
-        spin(*(argument.format(**places) for argument in arguments))
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_report_of_two_runs_makes_a_table_and_a_picture(finished, spin, tmp_path, capsys):
-    spin("report", finished, finished, "--out", tmp_path)
-    assert "val/real_nll_per_token" in capsys.readouterr().out
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000
-
-
 def test_fit_that_lost_another_process_says_so_in_one_line(spin, monkeypatch, capsys):
     def lose(args):
         raise RuntimeError(
@@ -318,9 +216,21 @@ def test_fit_with_an_error_of_another_kind_keeps_its_traceback(spin, monkeypatch
         spin("fit")
 
 
-def test_help_lists_every_command(spin, capsys):
-    with pytest.raises(SystemExit):
-        spin("--help")
-    said = capsys.readouterr().out
-    for command in ("fit", "validate", "export", "report", "testbed"):
-        assert command in said
+def test_fit_a_whole_number_of_batches_stays_one_whatever_was_imported_before():
+    """`limit_val_batches: 1` is one batch, 1.0 all of them."""
+    config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    limits = {"train": "1", "val": "1.0"}
+    call = [sys.executable, "-m", "spin_lightning", "fit", "--config", config, "--print_config"]
+    for name, value in limits.items():
+        call += [f"--trainer.limit_{name}_batches", value]
+    printed = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    trainer = yaml.safe_load(printed)["trainer"]
+    assert {name: repr(trainer[f"limit_{name}_batches"]) for name in limits} == limits
+
+
+@pytest.mark.parametrize("name", ["SFT", "SPACE", "SPIN", "AlphaSPIN", "FictitiousSPIN"])
+def test_fit_help_of_a_variant_by_its_bare_name(name, spin, capsys):
+    with pytest.raises(SystemExit) as end:
+        spin("fit", "--model.help", name)
+    assert end.value.code == 0
+    assert f"Help for --model.help=spin_lightning.{name}" in capsys.readouterr().out

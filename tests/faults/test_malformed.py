@@ -236,7 +236,7 @@ def test_damaged_run_is_told_by_every_command(command, played, refused, tmp_path
     bench = tmp_path / "bench"
     bench.mkdir()
     write_bench(bench)
-    evaluate = ("--run", root, "--mt-bench", bench, "--judge.base_url", "http://localhost:9")
+    evaluate = (root, "--mt_bench", bench, "--judge.base_url", "http://localhost:9")
     said = refused(command, *more.get(command, evaluate))
     assert "iterate.json is damaged" in said
 

@@ -1,0 +1,115 @@
+"""The entry point: the help page, the dispatch, and how a mistake ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from spin_lightning.cli.commands import COMMANDS
+from spin_lightning.cli.main import main
+
+ALL = ("fit", "validate", *COMMANDS)
+HEAVY = {"bitsandbytes", "datasets", "lightning", "matplotlib", "peft", "torch", "transformers"}
+LIGHT_CALL = f"""
+import sys
+from spin_lightning.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = {HEAVY} & sys.modules.keys()
+assert not loaded, loaded
+"""
+
+
+def python(code: str, *arguments: str) -> str:
+    """What a fresh interpreter prints that runs this code."""
+    call = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(call, capture_output=True, text=True, check=True, timeout=200).stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)], ids=repr)
+def test_help_lists_every_command(arguments, spin, capsys):
+    spin(*arguments)
+    page = capsys.readouterr().out
+    assert [line.split()[0] for line in page.splitlines() if line.startswith("  ")][: len(ALL)] == [
+        *ALL
+    ]
+    for hint in ("fit --model.help SPIN", "fit --data.help SelfPlayDataModule", "docs/"):
+        assert hint in page
+    assert max(map(len, page.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_needs_no_heavy_import(command):
+    arguments = ["--help"] if command is None else [command, "--help"]
+    page = python(LIGHT_CALL, *arguments)
+    assert page.startswith(f"usage: spin-lightning {command or 'COMMAND'} ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_explains_every_option_and_shows_its_default(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    page = capsys.readouterr().out
+    assert COMMANDS[command].__doc__.splitlines()[0][:40] in page
+    assert "null)" not in page.replace("| null)", "").replace("'best'], null)", "")
+    assert "default" in page
+
+
+@pytest.mark.parametrize(
+    ("command", "fix"),
+    [
+        ("evalute", "run spin-lightning evaluate"),
+        ("fti", "run spin-lightning fit"),
+        ("exprot", "run spin-lightning export"),
+        ("xyz", f"choose from {', '.join(ALL)}"),
+    ],
+)
+def test_mistyped_command_ends_with_one_message_and_the_nearest(command, fix, spin, capsys):
+    with pytest.raises(SystemExit) as end:
+        spin(command, "--whatever")
+    assert end.value.code == 2
+    message = f"Error: command={command!r}: there is no such command. Fix: {fix}.\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_unknown_option_of_a_command_ends_with_one_message(command, spin, capsys):
+    with pytest.raises(SystemExit) as end:
+        spin(command, "--bogus", "1")
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: ")
+    assert line.endswith(f"Fix: see spin-lightning {command} --help.")
+
+
+def test_missing_package_ends_with_one_message_that_says_how_to_install_it(
+    spin, monkeypatch, capsys
+):
+    def fail(args):
+        raise ModuleNotFoundError("Requirement 'wandb>=0.12.10' not met. Try `pip install wandb`.")
+
+    monkeypatch.setattr("spin_lightning.cli.fit.SpinCLI", fail)
+    with pytest.raises(SystemExit) as end:
+        spin("fit")
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Requirement 'wandb>=0.12.10' not met" in line
+    assert "pip install 'spin-lightning[eval,wandb]'" in line
+
+
+def test_missing_module_of_the_package_itself_keeps_its_traceback(spin, monkeypatch):
+    def fail(args):
+        raise ModuleNotFoundError("No module named 'spin_lightning.x'", name="spin_lightning.x")
+
+    monkeypatch.setattr("spin_lightning.cli.fit.SpinCLI", fail)
+    with pytest.raises(ModuleNotFoundError):
+        spin("fit")
+
+
+def test_python_m_is_the_same_command_line():
+    call = [sys.executable, "-m", "spin_lightning"]
+    page = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert page.startswith("usage: spin-lightning COMMAND")
