@@ -91,8 +91,15 @@ coverage: $(INSTALLED_DEV) ## Run `make test` and runs of several processes with
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" --cov --cov-report= --cov-fail-under=0
 	$(PYTEST) -m slow tests/faults/test_ddp.py --cov --cov-append --cov-report=term
 
-mutation: $(INSTALLED_MUTATION) ## Change the pure layer in 300 places, one at a time: tests have to notice.
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation
+mutation: $(INSTALLED_MUTATION) ## Change the pure layer in one place at a time: tests must notice 90 % (hours).
+	@# cosmic-ray edits files in place, so it gets a clone of the last commit.
+	rm -rf runs/mutation && git clone -q . runs/mutation
+	cd runs/mutation && export PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 && ulimit -v 16000000 && \
+	cosmic-ray init tools/mutation.toml session.sqlite && \
+	cr-filter-operators session.sqlite tools/mutation.toml && \
+	cosmic-ray baseline tools/mutation.toml && \
+	cosmic-ray exec tools/mutation.toml session.sqlite && \
+	cr-html session.sqlite > report.html && cr-rate --fail-over 10 session.sqlite
 
 notebooks: $(INSTALLED_DEV) ## Execute the notebooks.
 	@test -d tests/notebooks || { echo "There are no notebooks yet." >&2; exit 1; }

@@ -19,7 +19,6 @@ from spin_lightning import SPIN, SelfPlayDataModule
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import Pair
 from spin_lightning.generation.base import Generator, Request, Response
-from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.mixtures import window
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.optimizers import make_optimizer
@@ -176,9 +175,9 @@ def synthesis_of(setup: Setup, policy: Policy, generator: Generator) -> Synthesi
     return Synthesis(policy, generator, setup.vocabulary)
 
 
-def decoder(module: SPIN) -> LocalGenerator:
+def decoder(module: SPIN) -> Generator:
     """The generation engine of a run."""
-    return LocalGenerator((STOP,), PAD, module.generation)
+    return module.make_generator((STOP,), PAD, module.generation)
 
 
 def play_iterate(setup: Setup, data: Path, cap: int, epochs: int) -> None:
