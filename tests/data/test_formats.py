@@ -422,7 +422,7 @@ def test_read_broken_file_names_it_and_the_cause(
     message = message_of(source)
     assert f"data={source!r} cannot be read (" in message
     assert cause in message
-    assert "Fix: check that the file is whole and of the kind its name says" in message
+    assert "Fix: check that the file is complete and in the format of its extension" in message
 
 
 def test_read_parquet_cut_short_names_it(write: Callable[..., str]) -> None:

@@ -137,8 +137,10 @@ REFUSED = [
     refused("list of lists", "data.json", b'[["w1", "w2"]]', "object 1 has no columns"),
     refused("list with a null", "data.json", b"[" + LINE + b", null]", "object 2 has no columns"),
     refused("rows below a key", "data.json", b'{"data": [' + LINE.strip() + b"]}", "it has data"),
-    refused("other columns", "data.jsonl", b'{"text": "w1"}', "no columns", "it has text"),
-    refused("no columns", "data.jsonl", b"{}\n{}\n", "has no columns"),
+    refused(
+        "other columns", "data.jsonl", b'{"text": "w1"}', "no recognized columns", "it has text"
+    ),
+    refused("no columns", "data.jsonl", b"{}\n{}\n", "has no recognized columns"),
     refused("half of a pair", "data.jsonl", b'{"prompt": "w1"}', "it has prompt"),
     refused("upper case", "data.jsonl", b'{"Prompt": "a", "Response": "b"}', "Prompt, Response"),
     refused("generated alone", "data.jsonl", b'{"generated": []}', "it has generated"),

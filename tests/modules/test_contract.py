@@ -15,9 +15,10 @@ from spin_lightning.packing import pack_prompts
 from spin_lightning.types import PairBatch
 from tests.toys.runs import play, write_examples
 
+EXPORTS = [getattr(spin_lightning, name) for name in spin_lightning.__all__]
 MODULES = [
     value
-    for value in vars(spin_lightning).values()
+    for value in EXPORTS
     if isinstance(value, type) and issubclass(value, SelfPlayModule) and value is not SelfPlayModule
 ]
 
