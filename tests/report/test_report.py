@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from spin_lightning.evaluation.contestants import iterate_contestant
-from spin_lightning.evaluation.results import Result, read_results, score_lines, write_result
-from spin_lightning.report.measures import MEASURES, best_of
+from spin_lightning.evaluation.results import Result, write_result
+from spin_lightning.report.measures import MEASURES
 from spin_lightning.report.report import write_report
 from spin_lightning.report.run_view import config_differences, read_runs
 from spin_lightning.rows.store import read_rows
@@ -53,10 +53,10 @@ def page(page_path) -> str:
     return page_path.read_text()
 
 
-def result_of(run: RunFolder, t: int, score: float, settings: dict, lower=()) -> Result:
+def result_of(run: RunFolder, t: int, score: float, settings: dict) -> Result:
     one = iterate_contestant(run, t)
     scores = {"acc": score, "acc_error": 0.01}
-    return Result(one.name, one.identity, "lm_eval/task", settings, scores, lower)
+    return Result(one.name, one.identity, "lm_eval/task", settings, scores)
 
 
 def test_page_needs_nothing_besides_itself(page):
@@ -85,25 +85,6 @@ def test_best_iterate_of_each_run_is_marked(page):
     card = page.split("<h3>lm_eval/task/acc</h3>")[1].split("</section>")[0]
     assert re.findall(r'class="best">([\d.]+)', card) == ["0.3000", "0.5000"]
     assert "lm_eval 1, num_fewshot 5" in card
-
-
-def test_scores_of_other_settings_are_not_put_side_by_side(two_runs):
-    run = two_runs[0]
-    write_result(run, result_of(run, 3, 0.9, {"harness": "lm_eval 2", "num_fewshot": 5}))
-    lines = score_lines(read_results(run))
-    assert sorted(sorted(line.scores) for line in lines) == [["p0", "p1", "p2"], ["p3"]]
-    alone = next(line for line in lines if "p3" in line.scores)
-    assert alone.best is None
-
-
-def test_metric_that_should_be_small_has_its_best_at_the_small_end(two_runs):
-    run = two_runs[0]
-    for t, score in enumerate((0.4, 0.1, 0.3)):
-        write_result(run, result_of(run, t, score, {"harness": "x"}, lower=("acc",)))
-    (line,) = (li for li in score_lines(read_results(run)) if li.settings == {"harness": "x"})
-    assert line.best == "p1"
-    nll = next(measure for measure in MEASURES if measure.name == "val/real_nll_per_token")
-    assert best_of(nll, {0: 3.0, 1: 2.0, 2: 2.5}) == 1
 
 
 def test_settings_that_differ_are_listed_and_no_others(two_runs):

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.validation import TEXT, WHOLE, check_fields
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import OpenAI, OpenAIError
 
 
 class JudgeError(SpinError):
@@ -75,34 +75,10 @@ class Judge:
         Raises:
             JudgeError: Some were refused, or failed after all retries; the others are stored.
         """
-        from openai import OpenAIError
-
         known = read_verdicts(path)
         keys = [self._key(query) for query in queries]
         missing = {key: q for key, q in zip(keys, queries, strict=True) if key not in known}
-        failures: list[OpenAIError] = []
-        pool = ThreadPoolExecutor(self.settings.concurrency)
-        futures = {pool.submit(self._ask, query): key for key, query in missing.items()}
-
-        def take(future: Future[Verdict]) -> None:
-            key = futures.pop(future)
-            try:
-                known[key] = future.result()
-            except OpenAIError as error:
-                failures.append(error)
-            else:
-                self._keep(path, key, missing[key], known[key])
-
-        try:
-            for future in as_completed(list(futures)):
-                take(future)
-                if failures and _is_hopeless(failures[-1]):
-                    break
-        finally:
-            # Requests in flight are paid for, so they are stored even if the run is interrupted.
-            pool.shutdown(wait=True, cancel_futures=True)
-            for future in [f for f in futures if not f.cancelled()]:
-                take(future)
+        failures = self._request(missing, known, path)
         if failures:
             there = sum(key in known for key in keys)
             raise JudgeError(
@@ -114,6 +90,37 @@ class Judge:
                 f"the verdicts in {path} are not requested again",
             )
         return [known[key] for key in keys]
+
+    def _request(
+        self, missing: Mapping[str, Query], known: dict[str, Verdict], path: Path
+    ) -> list[OpenAIError]:
+        """Request and store the missing verdicts; return the errors of those that failed."""
+        from openai import OpenAIError
+
+        failures: list[OpenAIError] = []
+        pool = ThreadPoolExecutor(self.settings.concurrency)
+        futures = {pool.submit(self._ask, query): key for key, query in missing.items()}
+
+        def take(future: Future[Verdict]) -> None:
+            key = futures.pop(future)
+            try:
+                known[key] = future.result()
+            except OpenAIError as error:
+                failures.append(error)
+            else:
+                self._store(path, key, missing[key], known[key])
+
+        try:
+            for future in as_completed(list(futures)):
+                take(future)
+                if failures and _is_hopeless(failures[-1]):
+                    break
+        finally:
+            # Requests in flight are paid for, so they are stored even if the run is interrupted.
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future in [f for f in futures if not f.cancelled()]:
+                take(future)
+        return failures
 
     def _key(self, query: Query) -> str:
         return fingerprint(
@@ -136,7 +143,7 @@ class Judge:
             completion_tokens=usage.completion_tokens if usage else 0,
         )
 
-    def _keep(self, path: Path, key: str, query: Query, verdict: Verdict) -> None:
+    def _store(self, path: Path, key: str, query: Query, verdict: Verdict) -> None:
         row = {
             "key": key,
             "question_id": query.question_id,
