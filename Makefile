@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/python -m pytest
 
-# What is done is remembered by a stamp, so that a second call goes straight to the work.
+# Stamps record what is installed, so that a second call starts at once.
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_MUTATION := $(VENV)/.installed-mutation
-# In an environment of its own: what it needs is no dependency of ours.
+# pip-audit has its own environment: its requirements are not ours.
 AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
@@ -55,20 +55,20 @@ $(INSTALLED_MUTATION): pyproject.toml constraints.txt | $(CREATED)
 	@$(PIP) install -c constraints.txt -e '.[dev,mutation]'
 	@touch $(INSTALLED) $(INSTALLED_DEV) $@
 
-quickstart: $(INSTALLED) ## Play SPIN, and a supervised control, on the embedded data; draw both.
+quickstart: $(INSTALLED) ## Run SPIN and a supervised control on the embedded data, and plot both.
 	$(BIN)/spin-lightning fit --config configs/quickstart.yaml
 	$(BIN)/spin-lightning fit --config configs/quickstart_sft.yaml
 	$(BIN)/spin-lightning report runs/quickstart runs/quickstart_sft
 
-test: $(INSTALLED_DEV) ## Run the tests, but for the slow ones and those that need a GPU.
+test: $(INSTALLED_DEV) ## Run the tests, except those that are slow or need a GPU.
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
 
 test-slow: $(INSTALLED_DEV) ## Run the slow tests.
 	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
 
-check: lint types test audit ## All that a change must pass: lint, types, test and audit.
+check: lint types test audit ## Everything that a change must pass: lint, types, test and audit.
 
-lint: $(INSTALLED_DEV) ## Check style, format and who may import whom.
+lint: $(INSTALLED_DEV) ## Check style, format and the import contract.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
@@ -76,7 +76,7 @@ lint: $(INSTALLED_DEV) ## Check style, format and who may import whom.
 types: $(INSTALLED_DEV) ## Check the types.
 	$(BIN)/mypy
 
-audit: | $(CREATED) ## Look the pinned versions up among known vulnerabilities, if a network allows.
+audit: | $(CREATED) ## Check the pinned versions for known vulnerabilities (needs a network).
 	@test -x $(AUDIT)/bin/pip-audit || { \
 		$(BIN)/python -m venv $(AUDIT) && \
 		$(AUDIT)/bin/python -m pip -qq --disable-pip-version-check install 'pip-audit>=2.9,<3'; \
@@ -87,7 +87,7 @@ fmt: $(INSTALLED_DEV) ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-coverage: $(INSTALLED_DEV) ## Run `make test` and runs of several processes with line and branch coverage.
+coverage: $(INSTALLED_DEV) ## Measure line and branch coverage of `make test` and the multi-process tests.
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" --cov --cov-report= --cov-fail-under=0
 	$(PYTEST) -m slow tests/faults/test_ddp.py --cov --cov-append --cov-report=term
 

@@ -114,7 +114,7 @@ def test_documents_every_make_command_exists(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_every_config_and_notebook_exists(name):
-    mentioned = set(re.findall(r"(?:configs|notebooks)/\w+\.\w+", document(name)))
+    mentioned = set(re.findall(r"(?:configs|notebooks)/[\w/]+\.\w+", document(name)))
     assert {path for path in mentioned if not (ROOT / path).exists()} == set()
 
 

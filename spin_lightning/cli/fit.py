@@ -59,10 +59,10 @@ _int_before_float()
 
 
 class SpinCLI(LightningCLI):
-    """LightningCLI for self-play: a run folder, the loggers in it, and `resume: auto`."""
+    """LightningCLI for self-play: a run folder with its loggers, and `resume: auto`."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        """Parse `args` (the command line's when None) and run the subcommand they name."""
+        """Run the subcommand that `args` name; default: the arguments of the process."""
         super().__init__(
             SelfPlayModule,
             SelfPlayDataModule,
@@ -87,7 +87,7 @@ class SpinCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """`fit` and `validate`, less what the command line fills in itself."""
+        """`fit` and `validate`, each with the arguments that are not settings."""
         filled = {"model", "datamodule", "weights_only"}
         return {
             "fit": filled | {"train_dataloaders", "val_dataloaders"},
@@ -100,7 +100,7 @@ class SpinCLI(LightningCLI):
             "--resume",
             type=Literal["auto", "never"],
             default="auto",
-            help="auto: go on with the run that is in the run folder; never: refuse to.",
+            help="auto: resume the run in the run folder, if there is one; never: refuse to.",
         )
         parser.add_argument(
             "--dry_run",
@@ -112,14 +112,14 @@ class SpinCLI(LightningCLI):
             "--checkpoint_minutes",
             type=float | None,
             default=10.0,
-            help="Write checkpoints/last.ckpt when this long has gone by in an epoch; null: only "
-            "after each epoch.",
+            help="Minutes between writes of checkpoints/last.ckpt within an epoch; null: write it "
+            "after each epoch only.",
         )
         parser.add_argument(
             "--checkpoint_steps",
             type=int | None,
             default=None,
-            help="Write it after this many optimizer steps, too.",
+            help="Also write it every so many optimizer steps.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -134,7 +134,7 @@ class SpinCLI(LightningCLI):
         given = self.config[self.config.subcommand]
         if not isinstance(given.trainer, Namespace):
             raise SettingError(
-                "trainer", given.trainer, "it is no group of settings", fix="give trainer.<name>"
+                "trainer", given.trainer, "it is not a group of settings", fix="give trainer.<name>"
             )
         seed = given.seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
@@ -143,10 +143,10 @@ class SpinCLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """The config given always counts; Lightning would put the checkpoint's values back."""
+        """Keep the given config; Lightning would restore the values in the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
-        """Resolve the embedded testbed, the run folder, and the checkpoint to resume from."""
+        """Fill in the paths of the testbed, the run folder, and the checkpoint to resume from."""
         config = self.config[self.config.subcommand]
         _resolve_testbed(config)
         if config.trainer.default_root_dir is None:
@@ -160,24 +160,16 @@ class SpinCLI(LightningCLI):
         config.ckpt_path = _checkpoint(run, config.ckpt_path, config.resume)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the trainer with the run folder's loggers and checkpoint and the self-play loop."""
+        """Build the trainer, with the self-play loop and loggers that write to the run folder."""
         settings = self._get(self.config_init, "trainer")
         check_strategy(settings.strategy)
         root = Path(settings.default_root_dir)
-        callbacks = list(settings.callbacks or [])
+        callbacks = self._callbacks(list(settings.callbacks or []))
         callbacks.append(ConfigFile(root, self._config_text))
-        if not any(isinstance(callback, SelfPlay) for callback in callbacks):
-            intervals = ("checkpoint_minutes", "checkpoint_steps")
-            callbacks.append(SelfPlay(**{n: self._get(self.config_init, n) for n in intervals}))
-        if not any(isinstance(callback, BestIterate) for callback in callbacks):
-            callbacks.append(BestIterate())
         summarized = any(isinstance(callback, ModelSummary) for callback in callbacks)
         if settings.enable_model_summary is not False and not summarized:
             callbacks.append(ParameterCount())
             kwargs["enable_model_summary"] = False
-        for callback in callbacks:
-            if isinstance(callback, SelfPlay):
-                callback.dry_run = self._get(self.config_init, "dry_run")
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             # SelfPlay writes checkpoints/last.ckpt; Lightning would add one of its own beside it.
             kwargs["enable_checkpointing"] = False
@@ -191,6 +183,18 @@ class SpinCLI(LightningCLI):
             return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise SpinError(f"trainer: {first_line(error)}", fix=FIT_HELP) from error
+
+    def _callbacks(self, callbacks: list[L.Callback]) -> list[L.Callback]:
+        """The user's callbacks, with the self-play loop and the search for the best iterate."""
+        if not any(isinstance(callback, SelfPlay) for callback in callbacks):
+            intervals = ("checkpoint_minutes", "checkpoint_steps")
+            callbacks.append(SelfPlay(**{n: self._get(self.config_init, n) for n in intervals}))
+        if not any(isinstance(callback, BestIterate) for callback in callbacks):
+            callbacks.append(BestIterate())
+        for callback in callbacks:
+            if isinstance(callback, SelfPlay):
+                callback.dry_run = self._get(self.config_init, "dry_run")
+        return callbacks
 
 
 def run(args: Sequence[str] | None = None) -> None:
@@ -232,7 +236,7 @@ def _refusal_behind(error: Exception) -> MisconfigurationException | None:
 
 
 def _resolve_testbed(config: Namespace) -> None:
-    """Put the folders of the embedded testbed in place of its name."""
+    """Replace the name of the embedded testbed by its paths."""
     for namespace, key in ((config.model.init_args, "model"), (config.data.init_args, "data")):
         if named := _EMBEDDED.fullmatch(namespace[key]):
             seed = config.seed_everything if named[1] == "seed" else named[1]
@@ -242,7 +246,7 @@ def _resolve_testbed(config: Namespace) -> None:
 def _is_file(path: str) -> bool:
     try:
         return Path(path).is_file()
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return False
 
 
@@ -250,8 +254,8 @@ def _checkpoint(run: RunFolder, given: str | None, resume: str) -> str | None:
     """The checkpoint to start from.
 
     Raises:
-        RunFolderError: One was asked for that is not there, or a run is there that may not be
-            resumed.
+        RunFolderError: The checkpoint does not exist, or the folder holds a run and resume is
+            never.
     """
     last = run.last_checkpoint
     if resume == "never" and run.known_iterates():
