@@ -531,12 +531,12 @@ def test_rows_of_another_alpha_are_not_used_after_a_resume(
         (
             AlphaSPIN,
             {"alpha": ALPHAS, "history": 2, "mixture": "token", "refresh": "reservoir"},
-            r"^refresh='reservoir': .*alpha that changes.* Fix: set refresh: all",
+            r"^refresh='reservoir': .*alpha changes.* Fix: set refresh: all",
         ),
         (
             SPACE,
             {"alpha": ALPHAS, "refresh": "reservoir"},
-            r"^refresh='reservoir': .*alpha that changes.* Fix: set refresh: all",
+            r"^refresh='reservoir': .*alpha changes.* Fix: set refresh: all",
         ),
         (AlphaSPIN, {"alpha": [0.1, 0.2]}, r"^alpha=.*2 values for 3 iterates.* Fix: "),
         (SPIN, {"beta": [0.1]}, r"^beta=.*1 values for 3 iterates.* Fix: "),
