@@ -56,14 +56,20 @@ def mistake_behind(error: Exception, command: str) -> SpinError | None:
             return unwritable(cause.filename or "a file", cause)
     if isinstance(error, ArgumentError):
         return _unread(error, command)
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(
-        "spin_lightning"
-    ):
+    missing = _missing_package(error)
+    if missing is not None:
         return SpinError(
-            f"a package is missing ({first_line(error)})",
+            f"a package is missing ({first_line(missing)})",
             fix="install it; optional ones: pip install 'spin-lightning[eval,wandb]'",
         )
     return None
+
+
+def _missing_package(error: BaseException | None) -> ModuleNotFoundError | None:
+    """A failed import that was reported on purpose, as loggers do; none of our own modules."""
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__
+    return None if error is None or (error.name or "").startswith("spin_lightning") else error
 
 
 def _unread(error: ArgumentError, command: str) -> SpinError:

@@ -1,5 +1,6 @@
 """The entry point: the help page, the dispatch, and how a mistake ends."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from spin_lightning.cli.commands import COMMANDS
 from spin_lightning.cli.main import main
+from tests.toys.command_line import fit_arguments
 
 ALL = ("fit", "validate", *COMMANDS)
 HEAVY = {"bitsandbytes", "datasets", "lightning", "matplotlib", "peft", "torch", "transformers"}
@@ -98,6 +100,17 @@ def test_missing_package_ends_with_one_message_that_says_how_to_install_it(
     (line,) = capsys.readouterr().err.splitlines()
     assert "Requirement 'wandb>=0.12.10' not met" in line
     assert "pip install 'spin-lightning[eval,wandb]'" in line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
+def test_logger_without_its_package_ends_with_one_message(
+    spin, tiny_model_dir, data, tmp_path, capsys
+):
+    arguments = fit_arguments(tmp_path, tiny_model_dir, data)
+    with pytest.raises(SystemExit) as end:
+        spin(*arguments, "--trainer.logger", "MLFlowLogger")
+    assert end.value.code == 2
+    assert "a package is missing (Requirement 'mlflow" in capsys.readouterr().err
 
 
 def test_missing_module_of_the_package_itself_keeps_its_traceback(spin, monkeypatch):
