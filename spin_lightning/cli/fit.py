@@ -39,7 +39,8 @@ _EMBEDDED = re.compile(r"testbed(?::(\d+|seed))?")
 def _import_exports() -> None:
     """A bare class name, as in `--model SPIN`, is looked up among the classes that are imported."""
     for name in spin_lightning.__all__:
-        getattr(spin_lightning, name)
+        if name[0].isupper():
+            getattr(spin_lightning, name)
 
 
 def _int_before_float() -> None:

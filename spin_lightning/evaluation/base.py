@@ -15,7 +15,6 @@ from spin_lightning.evaluation.results import Result
 from spin_lightning.generation.base import MakeGenerator
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.policies.base import Policy
-from spin_lightning.policies.saved import load_policy, load_tokenizer
 from spin_lightning.run.folder import RunFolder
 
 
@@ -65,6 +64,8 @@ def evaluate_run(
         RunFolderError: The run has no such iterate.
         SettingError: A name is not one of a contestant.
     """
+    from spin_lightning.policies.saved import load_policy, load_tokenizer
+
     chosen = contestants(run, names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,10 +6,8 @@ import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
-from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +20,10 @@ from spin_lightning.errors import (
     is_whole,
 )
 from spin_lightning.policies.pretrained import FrozenBase, skeleton
+
+# Importing peft takes more than a second, which a help text of the settings need not wait for.
+if TYPE_CHECKING:
+    import peft
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -70,6 +72,7 @@ class LoraSettings:
         return lora
 
     def _check(self) -> None:
+
         targets = self.target_modules
         check_settings(
             self,
@@ -112,6 +115,9 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
         SettingError: A target module matches no layer, or the initial adapter is missing, not a
             LoRA adapter, damaged, or made for another model.
     """
+    import peft
+    from peft.utils import get_peft_model_state_dict
+
     model = copy.deepcopy(skeleton(base))
     if initial_adapter is None:
         _check_targets(base, model, lora)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from spin_lightning.errors import SettingError
 
@@ -42,6 +41,8 @@ def make_schedule(
     name: ScheduleName, optimizer: Optimizer, total_steps: int, warmup_ratio: float
 ) -> LRScheduler:
     """Build a schedule: warm-up over `warmup_ratio` of `total_steps`, then as `name` says."""
+    from transformers import get_scheduler  # imports peft, which takes more than a second
+
     kind = "constant_with_warmup" if name == "constant" else name
     return get_scheduler(
         kind,

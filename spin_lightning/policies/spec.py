@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from spin_lightning.policies import pretrained
-from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings, check_adapter
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import Packing, shares_prefixes
@@ -17,6 +16,8 @@ from spin_lightning.run.fingerprint import folder_hashes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from spin_lightning.policies.lora import LoraPolicy
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class PolicySpec:
             device: Where the policy runs.
             seed: Seed of a fresh adapter's random half.
         """
+        from spin_lightning.policies.lora import LoraPolicy  # imports peft, see `lora_settings`
+
         return LoraPolicy(
             self.base,
             self.lora,

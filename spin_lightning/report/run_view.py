@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.results import Result, read_results
-from spin_lightning.policies.saved import load_tokenizer
 from spin_lightning.report.samples import PromptSamples, samples_of_prompts
 from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.store import RowTable, read_rows
@@ -54,6 +53,8 @@ class RunView:
         """The iterates' responses to the same prompts."""
         if not self.tables:
             return []
+        from spin_lightning.policies.saved import load_tokenizer
+
         return samples_of_prompts(self.tables, load_tokenizer(self.run.root), count)
 
     def lengths(self, t: int) -> tuple[NDArray[Any], NDArray[Any]]:

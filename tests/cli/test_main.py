@@ -49,6 +49,11 @@ def test_help_needs_no_heavy_import(command):
     assert page.startswith(f"usage: spin-lightning {command or 'COMMAND'} ")
 
 
+def test_signatures_of_fit_are_read_without_what_only_a_run_needs():
+    code = "import sys, spin_lightning.cli.fit; print({'peft', 'bitsandbytes'} & set(sys.modules))"
+    assert python(code).strip() == "set()"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_explains_every_option_and_shows_its_default(command, capsys):
     with pytest.raises(SystemExit) as end:
