@@ -94,6 +94,8 @@ class LoraSettings:
 
     def peft_config(self, base: FrozenBase) -> peft.LoraConfig:
         """The settings as a PEFT config."""
+        import peft
+
         targets = self.target_modules
         turned = any(isinstance(module, Conv1D) for module in skeleton(base).modules())
         return peft.LoraConfig(
