@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from spin_lightning.redaction import masked
 
-# Anything larger is a typing error: torch or parquet would overflow somewhere in a run.
+# Anything larger is a typo: torch or parquet would overflow somewhere in a run.
 MOST = 2**31 - 1
 MOST_REAL = 1e30
 

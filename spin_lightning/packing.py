@@ -97,7 +97,7 @@ def predictors(batch: PromptBatch) -> tuple[Tensor, Tensor]:
 
 
 def pad_prompts(batch: PromptBatch) -> SequenceBatch:
-    """Turn each response into a padded sequence of its own, with its prompt in front.
+    """Turn each response into a separate padded sequence, with its prompt in front.
 
     Returns:
         The sequences in the order of the responses, on the device of the batch.
@@ -153,7 +153,7 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
     """Split indices into batches of similar length and at most `max_tokens` padded tokens.
 
     The split depends on the lengths alone, longest first, so that the same sequences always share
-    the same batches. A sequence longer than `max_tokens` is a batch of its own.
+    the same batches. A sequence longer than `max_tokens` gets its own batch.
 
     Args:
         lengths: Number of tokens of each sequence.

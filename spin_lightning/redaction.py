@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection
 from typing import Final
 
-# (A plain word of YAML, which stars are not.)
+# (Valid as a plain YAML scalar, unlike asterisks.)
 MASK: Final = "<masked>"
-# What the common services' secrets look like: the hub, OpenAI and its likes, GitHub, W&B, AWS.
+# Secrets of common services: the hub, OpenAI and similar services, GitHub, W&B, AWS.
 _SECRETS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}"
     r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|wandb_v1_\w{16,}|AKIA[A-Z0-9]{16}"

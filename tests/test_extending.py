@@ -25,7 +25,7 @@ def blocks(text: str) -> list[str]:
 
 
 class Page(ModuleType):
-    """The blocks of the page in one namespace; those before the first room run at once."""
+    """The blocks of the page in one namespace; those before the first section run immediately."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__("extending")

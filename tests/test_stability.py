@@ -1,4 +1,4 @@
-"""theory.md's stability table: what exact best responses do to a small error, by simulation.
+"""docs/variants.md's stability table: what exact best responses do to a small error, by simulation.
 
 The minimizer of the pairwise logistic loss is p_{t+1} ∝ R_t (p_data / S_t)^{1/lambda}, with S_t
 who generates and R_t the reference. Both are the public modules' own, applied to a table of
@@ -136,7 +136,7 @@ def end_of_alpha(mixture: str, alpha: float, beta: float) -> Tensor:
 
 
 def fixed_point(mixture: str, alpha: float, beta: float) -> float:
-    """u* / u_0 of theory.md."""
+    """u* / u_0 of docs/variants.md."""
     c = 1 - 1 / beta
     if mixture == "sequence":
         return alpha * beta / (1 + alpha * beta)

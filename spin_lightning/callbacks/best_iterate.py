@@ -20,7 +20,7 @@ class BestIterate(IterateListener):
     """Keeps `iterates/best.json` ({index, metric, value}), and can stop a run that gets worse.
 
     Self-play need not improve with every iterate. The ranking depends only on the records of the
-    iterates, so a resumed run reaches the same verdict.
+    iterates, so a resumed run ranks them the same way.
 
     Args:
         metric: The metric to rank iterates by; default val/real_nll_per_token, which needs
@@ -77,6 +77,6 @@ class BestIterate(IterateListener):
                 "metric",
                 self.metric,
                 "the iterates have no such metric",
-                fix=f"choose from {', '.join(known) or 'none: hold examples out first'}",
+                fix=f"choose from {', '.join(known) or 'none (hold out examples first)'}",
             )
         return values

@@ -15,7 +15,7 @@ from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
 
 _LINEAGE = "run_lineage"
-# What every checkpoint of self-play holds, and what training needs besides.
+# Keys in every self-play checkpoint, and additional keys that training needs.
 _PARTS = {"state_dict": dict, "self_play": dict, "pytorch-lightning_version": str}
 _TRAINING_PARTS = {
     "callbacks": dict,
@@ -69,7 +69,7 @@ class RunCheckpointIO(TorchCheckpointIO):
 
 
 def read_safely(trainer: L.Trainer) -> None:
-    """Make a trainer read checkpoints by `RunCheckpointIO`, unless it has a plugin of its own."""
+    """Make a trainer read checkpoints by `RunCheckpointIO`, unless it has another plugin for them."""
     if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, RunCheckpointIO):
         trainer.strategy.checkpoint_io = RunCheckpointIO(trainer.state.fn == TrainerFn.FITTING)
 

@@ -37,7 +37,7 @@ class RankLost(RuntimeError):
     """Another process of the run has failed."""
 
     def __init__(self) -> None:
-        super().__init__("another process of this run has failed; its own message says why")
+        super().__init__("another process of this run failed; see its error message")
 
     @classmethod
     def is_cause_of(cls, error: BaseException) -> bool:
@@ -62,7 +62,7 @@ class StopSignals:
     def catch(self, trainer: L.Trainer) -> None:
         """Install the handler; call again after Lightning has installed its own over it.
 
-        Lightning's handler starts a collective at an arbitrary point of the program, and raises
+        Lightning's handler starts a collective at an arbitrary point in the program, and raises
         before anything is saved.
         """
         launcher = trainer.strategy.launcher
@@ -154,7 +154,7 @@ class RunGuard:
         self._saved_at = (trainer.global_step, time.monotonic())
 
     def wait(self, trainer: L.Trainer) -> None:
-        """Wait for all ranks, for as long as it takes.
+        """Wait for all ranks, without a timeout.
 
         Raises:
             Stopped: A signal came, and another rank has already stopped.
@@ -186,7 +186,7 @@ class RunGuard:
             Stopped: A signal came; the checkpoint is written.
         """
         if is_mid_step(trainer):
-            # Gradients of half a step are nothing to start from.
+            # A checkpoint in the middle of a step cannot be resumed.
             return
         # Ranks decide together: their clocks differ, and a signal reaches them at different times.
         stop = self._any_rank(trainer, self._signals.received)

@@ -16,7 +16,7 @@ def log_samples(
     """Log (prompt, real, generated) texts: as a table if the logger has tables, else as text.
 
     Args:
-        loggers: The trainer's. Loggers of numbers alone are left out.
+        loggers: The trainer's. Loggers that accept only numbers are skipped.
         pairs: The texts.
         step: The step at which the iterate was complete.
     """

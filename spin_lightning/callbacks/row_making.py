@@ -120,7 +120,7 @@ class RowMaker:
         estimate: bool = False,
     ) -> None:
         folder, trainer = folder_of(plan.iterate), self.session.trainer
-        # One rank decides: while another looks, parts may already be regenerated.
+        # Only one rank checks: another may already be regenerating parts.
         here = trainer.is_global_zero and is_finished(plan, examples, folder)
         if trainer.strategy.broadcast(here):
             return

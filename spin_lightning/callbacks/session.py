@@ -1,4 +1,4 @@
-"""What the self-play loop works with: the trainer, the module, the data and the run folder."""
+"""What the self-play loop uses: the trainer, the module, the data and the run folder."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class SpinCLI(LightningCLI):
             SelfPlayDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            # Lightning's own refuses an existing config.yaml, which a resume always meets.
+            # Lightning's own refuses an existing config.yaml, and on a resume there is one.
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -172,7 +172,7 @@ class SpinCLI(LightningCLI):
             callbacks.append(ParameterCount())
             kwargs["enable_model_summary"] = False
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
-            # SelfPlay writes checkpoints/last.ckpt; Lightning would add one of its own beside it.
+            # SelfPlay writes checkpoints/last.ckpt; Lightning would add another one.
             kwargs["enable_checkpointing"] = False
         logger = settings.logger
         if logger is None or logger is True:

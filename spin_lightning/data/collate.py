@@ -1,4 +1,4 @@
-"""Pairs in, one batch out."""
+"""Collating pairs into a batch."""
 
 from __future__ import annotations
 

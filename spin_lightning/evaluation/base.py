@@ -49,7 +49,7 @@ def evaluate_run(
     benchmarks: Sequence[Benchmark],
     make_generator: MakeGenerator = LocalGenerator,
 ) -> Iterator[tuple[Contestant, list[Result]]]:
-    """Measure iterates of a run, one after the other.
+    """Measure iterates of a run, one at a time.
 
     Args:
         run: The run folder.

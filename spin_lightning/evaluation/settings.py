@@ -20,7 +20,7 @@ class HarnessSettings:
     Attributes:
         tasks: Names of presets, tasks or groups, or folders with tasks as YAML files.
         num_fewshot: Examples in the prompt; default: the task's own number. Presets fix theirs.
-        limit: Use only the first so many documents of each task, for a quick look.
+        limit: Use only the first `limit` documents of each task, for a quick look.
         batch_size: Requests in a forward pass.
         apply_chat_template: Put the prompts into the chat template.
         include_path: A folder with more tasks, which `tasks` may name.

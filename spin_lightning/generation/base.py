@@ -55,7 +55,7 @@ class Response:
 class Generator(ABC):
     """A generation engine: samples responses from the frozen iterates of a policy.
 
-    To add an engine, subclass this class in a file of its own and implement `generate`. An engine
+    To add an engine, subclass this class in its own file and implement `generate`. An engine
     uses only these members of a policy:
 
     - `model` and `device`: the causal language model with its `config`, and where inputs go.
@@ -63,7 +63,7 @@ class Generator(ABC):
     - `at_rows(group)`: act as such a group inside a block, a policy per row of the batch.
     - `at(iterate, token_alpha)`: act as one frozen policy inside a block.
     - `iterate_folder(iterate)`: the PEFT adapter folder of an iterate, None for the bare base, for
-      engines that load adapters into a server or process of their own.
+      engines that load adapters into a separate server or process.
 
     `SelfPlayModule.make_generator` chooses the engine.
     """

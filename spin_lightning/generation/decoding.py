@@ -1,4 +1,4 @@
-"""Decoding one batch to its end, whatever the policies of its rows."""
+"""Decoding one batch to completion, with any mix of policies."""
 
 from __future__ import annotations
 

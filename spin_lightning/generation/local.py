@@ -26,7 +26,7 @@ _MAX_BATCH_TOKENS = 1 << 17
 
 @dataclass
 class LocalGenerator(Generator):
-    """Decodes in this process, one batch after the other.
+    """Decodes in this process, one batch at a time.
 
     Attributes:
         stop_ids: A response ends with the first of these.
@@ -96,7 +96,7 @@ class LocalGenerator(Generator):
                 raise
             if len(requests) == 1:
                 raise SpinError(
-                    f"memory does not suffice to generate one response ({error})",
+                    f"there is not enough memory to generate one response ({error})",
                     fix="set a smaller data.max_response_tokens, or quantization: nf4",
                 ) from error
         # Outside `except`, where the error and the tensors in its traceback have been freed.

@@ -133,7 +133,7 @@ def read_equal_lengths(
 
 
 def _unread(requests: Sequence[Request], routing: RowRouting, device: torch.device) -> Batch:
-    """A batch whose prompts have not been read."""
+    """A batch whose prompts are not in the cache yet."""
     lengths = torch.tensor([len(request.prompt_ids) for request in requests], device=device)
     columns = int(lengths.max())
     every = columns + max(request.cap for request in requests)

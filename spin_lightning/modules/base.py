@@ -83,7 +83,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         rows: draw: one row per sample, its opponent drawn from the mixture; union: one row per
             sample and member of the mixture.
         refresh: all: regenerate all rows for every iterate; reservoir: keep rows of the previous
-            iterate as far as the opponent's weights allow.
+            iterate where the opponent's weights allow.
         epochs_per_iterate: Passes over an iterate's rows.
         schedule_epochs: Length of the schedule in epochs; default epochs_per_iterate. SPIN's
             published "2 of 6 epochs" is 2 and 6.
@@ -338,7 +338,7 @@ class SelfPlayModule(L.LightningModule, ABC):
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch of held-out pairs to the validation metrics."""
         if not rank_share(self.trainer, self.iterate, batch_idx, held_out=True):
-            # The last batch had no rows left for this rank: it repeats a row of another rank.
+            # This rank had no rows left in the last batch: it repeats another rank's row.
             return
         logps = self.pair_logps(batch)
         self.val_metrics.update(logps, self.reward_scale, self.anchored_objective(logps))

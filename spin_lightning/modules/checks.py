@@ -29,7 +29,10 @@ def iterates_to_play(trainer: L.Trainer, epochs_per_iterate: int) -> int:
         "max_steps": (trainer.max_steps != -1, "an iterate could end unfinished"),
         "overfit_batches": (repeats_batches, "every epoch would use the same rows"),
         "limit_train_batches": (trainer.limit_train_batches == 0, "nothing would be trained"),
-        "accumulate_grad_batches": (trainer.accumulate_grad_batches < 1, "no step would be taken"),
+        "accumulate_grad_batches": (
+            trainer.accumulate_grad_batches < 1,
+            "no optimizer step would run",
+        ),
     }
     for name, (is_unwanted, problem) in unwanted.items():
         if is_unwanted:

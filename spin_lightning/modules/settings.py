@@ -29,7 +29,7 @@ def all_values(value: float | list[float] | None) -> list[float]:
 
 
 def check_choices(module: SelfPlayModule) -> None:
-    """Check the settings that have a fixed set of values, which in a notebook nothing else does.
+    """Check the settings that have a fixed set of values, which nothing else checks in a notebook.
 
     Args:
         module: A module that has saved its hyper-parameters. The annotations of its class and of

@@ -1,4 +1,4 @@
-"""SFT: the supervised control."""
+"""SFT: supervised fine-tuning, as a control."""
 
 from __future__ import annotations
 

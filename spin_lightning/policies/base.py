@@ -81,7 +81,7 @@ class Policy(nn.Module, ABC):
     def prompt_logps(self, batch: PromptBatch) -> Tensor:
         """log p(y|x) of each response under the active policy, nats, float64, shape [responses].
 
-        By default, every response is padded as a sequence of its own.
+        By default, every response is a separate padded sequence.
         """
         return self.logps(pad_prompts(batch))
 

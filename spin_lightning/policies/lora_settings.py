@@ -21,7 +21,7 @@ from spin_lightning.errors import (
 )
 from spin_lightning.policies.pretrained import FrozenBase, skeleton
 
-# Importing peft takes more than a second, which a help text of the settings need not wait for.
+# Importing peft takes more than a second, which a help text should not have to wait for.
 if TYPE_CHECKING:
     import peft
 

@@ -55,7 +55,7 @@ def write_by_member(
 class MixtureModel(nn.Module):
     """The policy mu(y|x) = sum_i w_i p_i(y|x) over whole responses.
 
-    It has no next-token distribution of its own. Each response is written by one iterate, drawn
+    It has no next-token distribution. Each response is written by one iterate, drawn
     separately for every row; its probability is the weighted mean of the iterates' probabilities.
 
     Args:

@@ -40,7 +40,7 @@ def make_optimizer(
 def make_schedule(
     name: ScheduleName, optimizer: Optimizer, total_steps: int, warmup_ratio: float
 ) -> LRScheduler:
-    """Build a schedule: warm-up over `warmup_ratio` of `total_steps`, then as `name` says."""
+    """Build a schedule: warm-up over `warmup_ratio` of `total_steps`, then schedule `name`."""
     from transformers import get_scheduler  # imports peft, which takes more than a second
 
     kind = "constant_with_warmup" if name == "constant" else name

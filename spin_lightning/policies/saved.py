@@ -153,7 +153,7 @@ def _tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:
     run.check_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(run.tokenizer)
-    # (Several libraries read its files, and each raises errors of its own.)
+    # (Several libraries read its files, each with its own error classes.)
     except Exception as error:
         raise RunFolderError(
             f"the tokenizer in {run.tokenizer} cannot be read ({first_line(error)})",

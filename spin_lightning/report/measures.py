@@ -129,7 +129,7 @@ def points(records: Records, name: str) -> dict[int, float]:
 
 
 def measures_of(histories: Iterable[Records]) -> list[Measure]:
-    """The measures that some run has, then metrics that a callback of its own has logged."""
+    """The measures that some run has, then metrics logged by the run's other callbacks."""
     names: dict[str, None] = {}
     for records in histories:
         for record in records:

@@ -1,1 +1,1 @@
-"""Synthetic rows: which there are to be, how they are made, stored and doubted."""
+"""Synthetic rows: planning, making, storing and checking them."""

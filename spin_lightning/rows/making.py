@@ -107,14 +107,14 @@ class Synthesis:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[int]:
-        """Make the parts that `folder` lacks; units k with k mod `world_size` = `rank` only.
+        """Make the missing parts of `folder`; units k with k mod `world_size` = `rank` only.
 
         Args:
             plan: The rows to make.
             examples: The examples to answer.
             folder: The folder of the parts.
             report: Receives the progress.
-            earlier: Rows of the iterate before, to be kept where the plan says so.
+            earlier: Rows of the iterate before, kept where the plan requires it.
             rank: Rank of this process.
             world_size: Number of processes that share the units.
 
@@ -260,7 +260,7 @@ def is_finished(plan: RowPlan, examples: Sequence[Example], folder: Path) -> boo
         return False
     found = damaged_parts(folder, manifest)
     for path in found:
-        warn_damaged(path, "its bytes are not those that were written")
+        warn_damaged(path, "its contents have changed")
         # It may still be a readable part.
         path.unlink(missing_ok=True)
     return not found

@@ -34,7 +34,7 @@ class Manifest:
         opponent: Weights of the iterates that generated the responses; None without responses.
         members: Iterates whose log-probs are stored, ascending.
         rows: Number of rows.
-        units: Number of work units, each with a part file of its own.
+        units: Number of work units, each with its own part file.
         unit_size: Rows of a work unit.
         cap: Most response tokens, including the stop id.
         token_alpha: Base weight of a token-level mixture; 0 without one.

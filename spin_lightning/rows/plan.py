@@ -67,7 +67,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The rows that one iterate is to have.
+    """The planned rows of one iterate.
 
     Attributes:
         iterate: The iterate t at which the rows are drawn.
@@ -148,7 +148,7 @@ def plan_rows(
     Args:
         iterate: The iterate t at which the rows are drawn.
         opponent: The mixture that generates y'; None without generated responses.
-        reference: What log-ratios are taken against; its members score the rows.
+        reference: The reference of the log-ratios; its members score the rows.
         settings: Settings that the rows of all iterates share.
         samples: Responses per prompt.
         union: A row per example and member of the opponent, instead of one with a drawn member.

@@ -165,7 +165,7 @@ def read_deviations(folder: Path, units: int) -> dict[str, dict[str, Any]]:
 
 def warn_damaged(path: Path, reason: object) -> None:
     """Log that a part is regenerated."""
-    _LOG.warning("%s is damaged (%s): it alone is regenerated.", path, reason)
+    _LOG.warning("%s is damaged (%s): only this part will be regenerated.", path, reason)
 
 
 def part_hashes(folder: Path, units: int) -> dict[str, str]:
@@ -195,12 +195,12 @@ def read_rows(folder: Path) -> RowTable:
             fix="start the run again in the same folder; it makes the missing rows",
         )
     for path in damaged_parts(folder, manifest):
-        raise damaged(path, "it is missing, or its bytes are not those that were written", _RESTORE)
+        raise damaged(path, "it is missing, or its contents have changed", _RESTORE)
     parts = [_read_part(part_path(folder, unit)) for unit in range(manifest.units)]
     table = pa.concat_tables(parts).combine_chunks()
     if len(table) != manifest.rows:
         raise RunFolderError(
-            f"{folder} has {len(table)} rows, its manifest says {manifest.rows}",
+            f"{folder} has {len(table)} rows, but its manifest lists {manifest.rows}",
             fix=f"delete {folder / MANIFEST} and start the run again",
         )
     # Values may be missing, or lists have other lengths than there are members.

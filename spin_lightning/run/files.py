@@ -20,8 +20,8 @@ _ADVICE = {
     errno.EROFS: f"mount it writable, {_ELSEWHERE}",
     errno.EACCES: f"make it writable, {_ELSEWHERE}",
     errno.EPERM: f"make it writable, {_ELSEWHERE}",
-    errno.ENOTDIR: f"move away the file that is in its place, {_ELSEWHERE}",
-    errno.EEXIST: f"move away the file that is in its place, {_ELSEWHERE}",
+    errno.ENOTDIR: f"move the file at that path elsewhere, {_ELSEWHERE}",
+    errno.EEXIST: f"move the file at that path elsewhere, {_ELSEWHERE}",
     errno.ENAMETOOLONG: f"shorten it, {_ELSEWHERE}",
 }
 T = TypeVar("T")

@@ -133,7 +133,7 @@ class RunFolder:
         _check_hashes(
             self.iterate(t),
             record.files,
-            edited="is not what was written",
+            edited="has changed since it was written",
             fix="restore it from a copy of the run and start the same command again, or "
             "start a new run in another folder",
         )
@@ -153,7 +153,7 @@ class RunFolder:
         _check_hashes(
             self.tokenizer,
             first.tokenizer_files or {},
-            edited="is not what the run wrote",
+            edited="has changed since the run wrote it",
             fix="restore it from a copy of the run, or save the tokenizer of the run's "
             "base model there again with save_pretrained",
         )
@@ -166,7 +166,7 @@ class RunFolder:
         return staged
 
     def discard_after(self, t: int) -> None:
-        """Delete iterates after t and rows from t on: they descend from another iterate t."""
+        """Delete iterates after t and rows from t on: they belong to a different iterate t."""
         for known in self.known_iterates():
             if known > t:
                 shutil.rmtree(self.iterate(known))
@@ -186,7 +186,7 @@ class RunFolder:
 
 
 def _check_hashes(folder: Path, hashes: Mapping[str, str], edited: str, fix: str) -> None:
-    """Refuse a folder in which a file is missing or has another hash than it had."""
+    """Refuse a folder in which a file is missing or whose hash has changed."""
     for name, digest in hashes.items():
         file = folder / name
         if not file.is_file() or file_hash(file) != digest:

@@ -25,8 +25,8 @@ class TrainingRecord:
     """How an iterate was trained.
 
     Attributes:
-        opponent: Who generated the responses, as tables show it; None without an opponent.
-        reference: What log-ratios were taken against.
+        opponent: The opponent, as shown in tables; None without an opponent.
+        reference: The reference of the log-ratios.
         rows: Training rows.
         loss: Mean loss of the last epoch; None where Lightning has no figure.
         margin: Mean reward margin of the held-out pairs, in units of beta times nats.
@@ -122,7 +122,7 @@ class IterateRecord:
 
     @property
     def measured(self) -> Mapping[str, float]:
-        """Its metrics and those of its rows, as far as there are any."""
+        """Its metrics and those of its rows, if any."""
         return {**(self.metrics or {}), **(self.rows or {})}
 
 

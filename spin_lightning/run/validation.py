@@ -12,7 +12,7 @@ from spin_lightning.errors import MOST_REAL, is_whole
 
 @dataclass(frozen=True)
 class Rule:
-    """What the value of a field has to be.
+    """A rule for the value of a field.
 
     Attributes:
         description: Completes "its 'rows' is not …".

@@ -195,7 +195,7 @@ def _publish(made: Path, folder: Path) -> None:
     try:
         made.rename(folder)
     except OSError:
-        # Another process was faster; it built the same testbed.
+        # Another process has already built the same testbed.
         if not folder.is_dir():
             raise
 

@@ -60,7 +60,7 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 def byte_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with a ChatML-like template.
 
-    Any string survives encoding and decoding unchanged. Every digit is a token of its own, which
+    Any string survives encoding and decoding unchanged. Every digit is a separate token, which
     makes sums easier to learn. `<|im_end|>` ends a turn, `<|endoftext|>` only pads.
 
     Args:

@@ -477,8 +477,8 @@ def test_resume_with_an_edited_iterate_is_refused_and_nothing_is_lost(
     weights = run.iterate(2) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     before = contents(root)
-    with pytest.raises(RunFolderError, match=r"iterate_002.*is not what was written"):
+    with pytest.raises(RunFolderError, match=r"iterate_002.*has changed since it was written"):
         play(root, tiny_model_dir, data, epochs=4, ckpt_path=run.last_checkpoint)
     assert contents(root) == before
-    with pytest.raises(RunFolderError, match="is not what was written"):
+    with pytest.raises(RunFolderError, match="has changed since it was written"):
         load_iterate(root, 2)

@@ -204,7 +204,7 @@ def test_fit_that_lost_another_process_says_so_in_one_line(spin, monkeypatch, ca
         spin("fit")
     assert end.value.code == 1
     told = capsys.readouterr().err
-    assert told == "Error: another process of this run has failed; its own message says why\n"
+    assert told == "Error: another process of this run failed; see its error message\n"
 
 
 def test_fit_with_an_error_of_another_kind_keeps_its_traceback(spin, monkeypatch):

@@ -193,7 +193,7 @@ RUNS = [
     *cases(
         "tokenizer/tokenizer_config.json",
         "load",
-        ("is not what the run wrote",),
+        ("has changed since the run wrote it",),
         edited=edited(eos_token="w1"),
     ),
     *cases(
@@ -259,7 +259,7 @@ RUNS = [
         ("iterate.json is damaged (its 'fingerprint_fields' is missing)", "restore it"),
         no_fields=edited(fingerprint_fields=None),
     ),
-    *cases(ADAPTER, "fit", ("is not what was written",), a_flipped_bit=flipped),
+    *cases(ADAPTER, "fit", ("has changed since it was written",), a_flipped_bit=flipped),
     *cases("tokenizer/tokenizer.json", "fit", ("tokenizer.json is missing",), gone=gone),
     *cases("checkpoints", "fit", ("already holds iterates 0 to 2",), gone=gone),
 ]

@@ -235,10 +235,10 @@ def test_tokenizer_that_is_not_the_runs_is_refused(said, played, tiny_model_dir,
     tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
     tokenizer.add_tokens(["w99"])
     tokenizer.save_pretrained(root / "tokenizer")
-    with pytest.raises(RunFolderError, match=r"tokenizer.json is not what the run wrote"):
+    with pytest.raises(RunFolderError, match=r"tokenizer.json has changed since the run wrote it"):
         load_iterate(root, 1)
     message = said("fit", "--config", config)
-    assert "tokenizer.json is not what the run wrote" in message
+    assert "tokenizer.json has changed since the run wrote it" in message
     assert "Fix: restore it from a copy of the run" in message
 
 

@@ -1,4 +1,4 @@
-"""The exact identities of theory.md, for the public modules on an enumerated language.
+"""The exact identities of docs/variants.md, for the public modules on an enumerated language.
 
 A module gets a table of probabilities for a policy; its rows are made, stored, read and packed as
 in a run, and its own objective is evaluated and differentiated.

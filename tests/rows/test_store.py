@@ -177,7 +177,7 @@ def test_read_rows_without_manifest_says_that_rows_are_missing(tmp_path):
 
 def test_read_rows_of_another_number_than_the_manifest_says_is_refused(tmp_path):
     write_rows(tmp_path, [ROW], rows=2)
-    with pytest.raises(RunFolderError, match=r"has 1 rows, its manifest says 2. Fix: delete"):
+    with pytest.raises(RunFolderError, match=r"has 1 rows, but its manifest lists 2. Fix: delete"):
         read_rows(tmp_path)
 
 

@@ -51,7 +51,7 @@ def answer_questions(
     Args:
         questions: The questions.
         run: The run.
-        contestant: Who answers; a mixture draws a member for each conversation.
+        contestant: The policy that answers; for a mixture, one member is drawn per conversation.
         how: Length limit and seed.
         path: JSON lines in FastChat's format; the questions of one temperature are added together.
 

@@ -97,7 +97,7 @@ class MTBenchData:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every word of them."""
+        """A hash of all their text."""
         return fingerprint(asdict(self))
 
     def single(self, question: Question, turn: int, answers: tuple[str, str]) -> Query:
