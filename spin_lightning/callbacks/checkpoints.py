@@ -69,7 +69,7 @@ class RunCheckpointIO(TorchCheckpointIO):
 
 
 def read_safely(trainer: L.Trainer) -> None:
-    """Make a trainer read checkpoints by `RunCheckpointIO`, unless it has another plugin for them."""
+    """Make a trainer read checkpoints by `RunCheckpointIO`, unless it has another plugin."""
     if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, RunCheckpointIO):
         trainer.strategy.checkpoint_io = RunCheckpointIO(trainer.state.fn == TrainerFn.FITTING)
 

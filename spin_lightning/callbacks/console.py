@@ -77,7 +77,7 @@ def quiet() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Silence output of other libraries that does not concern a run; warnings still show.
 
-    Silenced are transformers' bars for loading weights, which take a moment, and Lightning's tips
+    Silenced are transformers' bars for reading and writing weights, and Lightning's tips
     for other products. Bars of downloads stay. Calling this twice is harmless.
     """
     set_tqdm_hook(_without_weight_bars)
@@ -167,8 +167,8 @@ class _Rate(ProgressColumn):
 def _without_weight_bars(
     make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Make one of transformers' progress bars; those for loading weights are disabled."""
-    hidden = kwargs.get("desc") == "Loading weights"
+    """Make one of transformers' progress bars; those for weights are disabled."""
+    hidden = kwargs.get("desc") in ("Loading weights", "Writing model shards")
     return make(*args, **(kwargs | {"disable": True} if hidden else kwargs))
 
 
