@@ -231,4 +231,3 @@ def test_many_rows_are_fast():
     find_tells(table, {2})
     # Generous: 0.3 s on one core of a shared machine.
     assert time.process_time() - start < 2.0
-
