@@ -134,7 +134,8 @@ def _separable(history: _History, t: int) -> str | None:
         return None
     if cue is not None:
         words = (history.records[t].cues or {}).get(cue)
-        rule = f" ({words})" if words else ", which does not explain it"
+        unclear = ", which does not explain it" if early_is_high else ""
+        rule = f" ({words})" if words else unclear
         parts.append(f"best single cue: {CUE_NAMES[cue]}, {known[cue]:.2f}{rule}")
     return "; ".join(parts)
 

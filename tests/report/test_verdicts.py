@@ -85,6 +85,15 @@ def test_pairs_won_in_the_first_tenth_name_the_best_cue_and_its_rule():
     assert verdict.entry == "docs/troubleshooting.md#separable-pairs"
 
 
+def test_pairs_won_in_the_first_tenth_for_no_single_reason():
+    early = {"accuracy": 1.0, "loss": 0.1, "pairs": 64}
+    records = trained(history({}, {}), 1, early=early)
+    (verdict,) = find_verdicts([replace(records[0], cues={}), records[1]])
+    assert verdict.measured.endswith("first token, 0.70, which does not explain it")
+    (verdict,) = find_verdicts([replace(records[0], rows={}, cues={}), records[1]])
+    assert verdict.measured == "reward accuracy 1.00 in the first tenth of training p1"
+
+
 @pytest.mark.parametrize(("accuracy", "expected"), [(0.98, True), (0.97, False)])
 def test_single_cue_separates_the_rows_of_the_newest_iterate(accuracy, expected):
     records = history({}, {})
