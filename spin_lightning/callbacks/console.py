@@ -20,6 +20,7 @@ from rich.text import Text
 from transformers.utils.logging import set_tqdm_hook
 
 from spin_lightning.callbacks.speed import speed_line
+from spin_lightning.report.verdicts import Verdict
 from spin_lightning.run.records import IterateRecord, TrainingRecord
 
 _LINES_SHOWN = 8
@@ -116,6 +117,14 @@ def show_samples(pairs: Sequence[tuple[str, str, str]]) -> None:
         for label, text in (("prompt", prompt), ("real", real), ("generated", generated)):
             console.print(Text(f"  {label:>9}  {_shorten(text)}", style="dim"))
         console.print()
+
+
+def show_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Show known states of the run, with what to do."""
+    for v in verdicts:
+        style = "yellow" if v.level == "warning" else "dim"
+        text = f"{v.level.upper()}: {v.state} ({v.where}). Measured: {v.measured}. {v.cause} "
+        console.print(Text(f"{text}{v.advice} See {v.entry}.", style=style))
 
 
 class RowProgress:

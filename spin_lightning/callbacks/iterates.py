@@ -5,17 +5,26 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 
-from spin_lightning.callbacks.console import console, show_iterates, show_samples
+from spin_lightning.callbacks.console import (
+    console,
+    show_iterates,
+    show_samples,
+    show_verdicts,
+)
+from spin_lightning.callbacks.early import EarlySteps
 from spin_lightning.callbacks.interfaces import IterateEvaluator, IterateListener
-from spin_lightning.callbacks.log_samples import log_samples
+from spin_lightning.callbacks.log_samples import log_samples, log_tells
 from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows, peak_memory
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.speed import Trained, measure_speed
+from spin_lightning.report.cue_words import best_cue_line, clear_cues, special_ids
 from spin_lightning.report.report import draw_iterates
 from spin_lightning.report.samples import sample_pairs
+from spin_lightning.report.verdicts import find_verdicts
 from spin_lightning.rows.making import Timing
 from spin_lightning.rows.plan import RowPlan, redrawn
 from spin_lightning.rows.store import read_rows
+from spin_lightning.rows.tells import find_tells
 from spin_lightning.run.files import replace_synced, write_json, writing
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import ITERATE_FILE
@@ -95,7 +104,8 @@ def measure(session: Session, pairs_shown: int) -> None:
     record = run.record(t)
     table = read_rows(run.val_rows(t)) if session.data.val else None
     if record.metrics is None:
-        metrics = {} if table is None else measure_iterate(table, t)
+        exact = module.generation.is_exact
+        metrics = {} if table is None else measure_iterate(table, t, is_exact=exact)
         for callback in session.callbacks:
             if isinstance(callback, IterateEvaluator):
                 metrics |= callback.evaluate_iterate(module, t)
@@ -116,10 +126,15 @@ def measure_training_rows(session: Session, plan: RowPlan) -> None:
     record = run.record(t)
     if record.rows is not None:
         return
-    table = read_rows(run.rows(t))
-    rows = measure_rows(table, redrawn(plan, table))
-    run.write_record(replace(record, rows=rows))
+    table, tokenizer = read_rows(run.rows(t)), session.module.tokenizer
+    tells = find_tells(table, special_ids(tokenizer))
+    rows = measure_rows(table, redrawn(plan, table), tells)
+    cues = None if tells is None else clear_cues(tells, tokenizer)
+    run.write_record(replace(record, rows=rows, cues=cues))
     session.log(rows, record.step)
+    if tells is not None:
+        log_tells(session.trainer.loggers, tells, tokenizer, record.step)
+        console.print(best_cue_line(tells, tokenizer))
 
 
 def notify_listeners(session: Session) -> None:
@@ -130,13 +145,24 @@ def notify_listeners(session: Session) -> None:
             callback.on_iterate_measured(session.trainer, session.run, records)
 
 
-def training_record(session: Session, timing: Timing, clock: TrainingClock) -> TrainingRecord:
+def name_states(session: Session, named: set[str]) -> None:
+    """Print each known state of the run that is not yet among those named, and add it to them."""
+    run = session.run
+    new = [v for v in find_verdicts(run.records(), run.best_record()) if v.name not in named]
+    show_verdicts(new)
+    named |= {verdict.name for verdict in new}
+
+
+def training_record(
+    session: Session, timing: Timing, clock: TrainingClock, early: EarlySteps
+) -> TrainingRecord:
     """Describe how the iterate that just ended was trained.
 
     Args:
         session: The session.
         timing: What this process generated and scored for it.
         clock: When this process started to train it.
+        early: What its first tenth was like.
     """
     module, trainer = session.module, session.trainer
     opponent = module.opponent(module.iterate)
@@ -160,6 +186,7 @@ def training_record(session: Session, timing: Timing, clock: TrainingClock) -> T
         },
         speed=measure_speed(timing, trained, module.policy_spec.base, trainer.strategy.root_device),
         peak_memory=peak_memory(),
+        early=early.means(),
     )
 
 

@@ -1,12 +1,15 @@
-"""Sample pairs for loggers that can show them."""
+"""Sample pairs, and what tells them apart, for loggers that can show tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from transformers import PreTrainedTokenizerBase
 
-_KEY = "samples"
+from spin_lightning.report.cue_words import TELL_COLUMNS, tell_rows
+from spin_lightning.rows.tells import Tells
+
 _COLUMNS = ["prompt", "real", "generated"]
 
 
@@ -20,19 +23,37 @@ def log_samples(
         pairs: The texts.
         step: The step at which the iterate was complete.
     """
+    _log_table(loggers, "samples", _COLUMNS, pairs, step)
+
+
+def log_tells(
+    loggers: Iterable[Logger], tells: Tells, tokenizer: PreTrainedTokenizerBase, step: int
+) -> None:
+    """Log the tokens and pairs that tell real from generated responses, likewise as `tells`."""
+    rows = tell_rows([*tells.tokens, *tells.pairs], tokenizer)
+    _log_table(loggers, "tells", TELL_COLUMNS, rows, step)
+
+
+def _log_table(
+    loggers: Iterable[Logger],
+    key: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    step: int,
+) -> None:
     for logger in loggers:
         # The name of the method in Lightning's logger for W&B; other loggers may have it too.
         table = getattr(logger, "log_table", None)
         if table is not None:
-            table(_KEY, columns=_COLUMNS, data=[list(pair) for pair in pairs], step=step)
+            table(key, columns=list(columns), data=[list(row) for row in rows], step=step)
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(_KEY, _markdown(pairs), step)
+            logger.experiment.add_text(key, _markdown(columns, rows), step)
 
 
-def _markdown(pairs: Sequence[tuple[str, str, str]]) -> str:
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in TensorBoard's Markdown, with the texts escaped."""
-    rows = [_COLUMNS, ["---"] * len(_COLUMNS), *([_cell(text) for text in pair] for pair in pairs)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    lines = [columns, ["---"] * len(columns), *([_cell(text) for text in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:

@@ -10,14 +10,17 @@ import torch
 
 from spin_lightning.metrics import distinct, duplicate_rate, sampled_kl
 from spin_lightning.rows.store import RowTable
+from spin_lightning.rows.tells import Tells
 
 
-def measure_iterate(table: RowTable, t: int) -> dict[str, float]:
+def measure_iterate(table: RowTable, t: int, *, is_exact: bool = True) -> dict[str, float]:
     """Metrics of iterate t from held-out rows that it answered.
 
     Args:
-        table: The held-out rows, y' ~ p_t, scored under iterates t, t - 1 and 0.
+        table: The held-out rows, scored under iterates t, t - 1 and 0.
         t: Index of the iterate.
+        is_exact: Whether y' ~ p_t. Otherwise there is no KL: the mean log-ratio of responses from
+            another distribution is none.
 
     Returns:
         Negative log-likelihood of the real responses in nats per token, lengths in tokens, the
@@ -33,22 +36,27 @@ def measure_iterate(table: RowTable, t: int) -> dict[str, float]:
         "val/finished": float(table.finished.mean()),
         "val/real_finished": float(table.real_finished.mean()),
     }
+    if not is_exact:
+        return metrics
     for name, other in (("base", 0), ("previous", max(t - 1, 0))):
         estimate = sampled_kl(table.generated_logps, t, other, lengths)
         metrics |= {f"val/kl_{name}{part}": value for part, value in estimate.items()}
     return metrics
 
 
-def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
+def measure_rows(
+    table: RowTable, regenerated: float, tells: Tells | None = None
+) -> dict[str, float]:
     """Metrics of the rows that train the next iterate.
 
     Args:
         table: The rows, written by the opponent.
         regenerated: Share of rows that were generated at this iterate, not kept from earlier ones.
+        tells: What tells their real from their generated responses.
 
     Returns:
         Share of rows by opponent, log-prob of the real responses under each member in nats per
-        response, diversity of the generated responses, and mean lengths.
+        response, diversity of the generated responses, mean lengths, and accuracies of the tells.
     """
     generated, rows = table.generated_ids, len(table)
     metrics = {
@@ -68,6 +76,7 @@ def measure_rows(table: RowTable, regenerated: float) -> dict[str, float]:
         "rows/distinct_1": distinct(generated.values, generated.offsets, 1),
         "rows/distinct_2": distinct(generated.values, generated.offsets, 2),
         "rows/duplicates": duplicate_rate(generated[i] for i in range(rows)),
+        **({} if tells is None else tells.metrics()),
     }
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.callbacks.checkpoints import check_lineage_of, read_safely, write_lineage
 from spin_lightning.callbacks.console import console
+from spin_lightning.callbacks.early import EarlySteps
 from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.callbacks.iterates import (
     TrainingClock,
@@ -19,6 +20,7 @@ from spin_lightning.callbacks.iterates import (
     keep_start,
     measure,
     measure_training_rows,
+    name_states,
     notify_listeners,
     training_record,
 )
@@ -77,6 +79,8 @@ class SelfPlay(Callback):
         self._limit: int | float | None = None
         self._iterate_step = 0
         self._clock = TrainingClock()
+        self._early = EarlySteps()
+        self._named: set[str] = set()
         self._maker: RowMaker | None = None
 
     # ------------------------------------------------------------------ Lightning's hooks
@@ -140,8 +144,16 @@ class SelfPlay(Callback):
             _validate_now(trainer)
         self._clock.restart(trainer.global_step)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Write a checkpoint if one is due; stop if a signal came."""
+        self._early.add(self._session(trainer, pl_module), batch_idx)
         self.guard.after_batch(trainer, self._run)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -188,11 +200,14 @@ class SelfPlay(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
-        return {"iterate_step": self._iterate_step}
+        return {"iterate_step": self._iterate_step, "early": self._early.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of the run that is resumed."""
         self._iterate_step = state_dict["iterate_step"]
+        # Older versions did not store it.
+        if "early" in state_dict:
+            self._early.load_state_dict(state_dict["early"])
 
     # ------------------------------------------------------------------ the loop
 
@@ -215,7 +230,7 @@ class SelfPlay(Callback):
         """Keep the policy as the next iterate and move on to it. Doing it twice is harmless."""
         trainer, module = session.trainer, session.module
         check_weights(module.policy, module.iterate)
-        training = training_record(session, self._rows.timing, self._clock)
+        training = training_record(session, self._rows.timing, self._clock, self._early)
         self._iterate_step = trainer.global_step
         if trainer.is_global_zero:
             keep_iterate(session, module.iterate + 1, self._iterate_step, training)
@@ -243,6 +258,8 @@ class SelfPlay(Callback):
             plan = self._rows.make_train(manifest)
             if trainer.is_global_zero:
                 measure_training_rows(session, plan)
+        if trainer.is_global_zero and not self.dry_run:
+            name_states(session, self._named)
         module.policy.evict()
         self._clock.restart(trainer.global_step)
 

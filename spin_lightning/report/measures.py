@@ -108,6 +108,12 @@ MEASURES: Final = (
         "Share of the training rows' responses that another row also has.",
     ),
     Measure(
+        "rows/tells/best",
+        "Best single cue, balanced accuracy",
+        "How well the best of first and last token, length, special token and end tells real from "
+        "generated responses; 0.5 is a coin.",
+    ),
+    Measure(
         "rows/regenerated",
         "Share regenerated",
         "Share of rows that were generated at this iterate, not kept from the one before.",

@@ -24,6 +24,8 @@ from spin_lightning.report.figures import (
 )
 from spin_lightning.report.measures import best_of, measures_of, points
 from spin_lightning.report.run_view import RunView, config_differences
+from spin_lightning.report.tells import tells_of_runs
+from spin_lightning.report.verdicts import find_verdicts
 from spin_lightning.run.fingerprint import fingerprint
 
 # Of real and of generated responses.
@@ -54,21 +56,25 @@ def make_page(views: Sequence[RunView], version: str) -> Page:
         "title": " · ".join(view.name for view in views),
         "version": version,
         "runs": [{"name": view.name, "facts": _facts(view)} for view in views],
+        "verdicts": _verdicts(views),
         "evaluations": _evaluations(views),
         "curves": list(_curves(views, figures)),
         "histograms": [
             part for part in (_lengths(views, figures), _rewards(views, figures)) if part["figures"]
         ],
         "samples": _samples(views),
+        "tells": tells_of_runs({view.name: view for view in views}),
         "timings": _timings(views),
         "differences": config_differences(views) if len(views) > 1 else [],
     }
     sections = [
         ("Runs", "runs", True),
+        ("Verdicts", "verdicts", True),
         ("Evaluation", "evaluation", values["evaluations"]),
         ("Curves", "curves", values["curves"]),
         *((part["short"], part["id"], True) for part in values["histograms"]),
         ("Samples", "samples", values["samples"]),
+        ("What tells them apart", "tells", values["tells"]),
         ("Time and memory", "time", values["timings"]),
         ("Settings", "settings", values["differences"]),
     ]
@@ -102,6 +108,12 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
         best = view.best
         facts.append(("best", f"p{best.index} by {best.metric} = {best.value:.4g}"))
     return facts
+
+
+def _verdicts(views: Sequence[RunView]) -> list[dict[str, Any]]:
+    return [
+        {"name": view.name, "verdicts": find_verdicts(view.records, view.best)} for view in views
+    ]
 
 
 def _curves(views: Sequence[RunView], figures: dict[str, Figure]) -> Iterator[dict[str, Any]]:

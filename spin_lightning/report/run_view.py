@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.results import Result, read_results
+from spin_lightning.report.cue_words import special_ids
 from spin_lightning.report.samples import PromptSamples, samples_of_prompts
 from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.store import RowTable, read_rows
+from spin_lightning.rows.tells import Tells, find_tells
 from spin_lightning.run.files import reading
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import BestRecord, IterateRecord
@@ -53,9 +57,21 @@ class RunView:
         """The iterates' responses to the same prompts."""
         if not self.tables:
             return []
+        return samples_of_prompts(self.tables, self.tokenizer, count)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer."""
         from spin_lightning.policies.saved import load_tokenizer
 
-        return samples_of_prompts(self.tables, load_tokenizer(self.run.root), count)
+        return load_tokenizer(self.run.root)
+
+    def tells(self, t: int) -> Tells | None:
+        """What tells the rows apart that iterate t made for the next; None without such rows."""
+        folder = self.run.rows(t)
+        if read_manifest(folder) is None:
+            return None
+        return find_tells(read_rows(folder), special_ids(self.tokenizer))
 
     def lengths(self, t: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Lengths in tokens of held-out real responses, and of those that iterate t generated."""

@@ -14,6 +14,7 @@ from spin_lightning.run.validation import (
     NUMBERS,
     OBJECT,
     TEXT,
+    TEXT_BY_NAME,
     WHOLE,
     check_fields,
     optional,
@@ -34,6 +35,8 @@ class TrainingRecord:
         seconds: Time of each stage (generating, scoring, training).
         speed: Metrics of speed, see `callbacks.speed`; older versions did not record them.
         peak_memory: Bytes.
+        early: Mean `accuracy` and `loss` of the batches in the second half of the iterate's first
+            tenth, and their number of `pairs`; None for fewer than ten batches.
         others: Fields of other versions, written back as they were read.
     """
 
@@ -46,6 +49,7 @@ class TrainingRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     speed: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
+    early: Mapping[str, float] | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -61,6 +65,8 @@ class TrainingRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as plain values."""
         plain = asdict(self)
+        if self.early is None:
+            del plain["early"]
         return {**plain.pop("others"), **plain}
 
 
@@ -81,6 +87,8 @@ class IterateRecord:
             and not by older versions.
         metrics: Its held-out and benchmark metrics; None until it is measured.
         rows: Metrics of the rows that it generated for the next iterate; None until they are made.
+        cues: What each single cue that tells real from generated responses says, in words;
+            recorded with the rows' metrics.
         others: Fields of other versions, written back as they were read.
     """
 
@@ -95,6 +103,7 @@ class IterateRecord:
     tokenizer_files: Mapping[str, str] | None = None
     metrics: Mapping[str, float] | None = None
     rows: Mapping[str, float] | None = None
+    cues: Mapping[str, str] | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -174,9 +183,10 @@ _RULES: Final = {
     "tokenizer_files": FILE_HASHES,
     "metrics": NUMBERS,
     "rows": NUMBERS,
+    "cues": TEXT_BY_NAME,
 }
 # Every version wrote the other fields, at the moment it kept the iterate.
-_LATE: Final = ("tokenizer_files", "metrics", "rows")
+_LATE: Final = ("tokenizer_files", "metrics", "rows", "cues")
 _TRAINING_RULES: Final = {
     "opponent": optional(TEXT),
     "reference": optional(TEXT),
@@ -187,4 +197,5 @@ _TRAINING_RULES: Final = {
     "seconds": NUMBERS,
     "speed": NUMBERS,
     "peak_memory": optional(NUMBER),
+    "early": NUMBERS,
 }

@@ -54,6 +54,10 @@ NUMBERS: Final = Rule(
     "an object of numbers",
     lambda value: isinstance(value, dict) and all(map(_is_json_number, value.values())),
 )
+TEXT_BY_NAME: Final = Rule(
+    "an object of strings",
+    lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
+)
 INDEX: Final = Rule("the index of an iterate", lambda value: is_whole(value, 0))
 INDICES: Final = Rule(
     "a list of iterates",

@@ -71,7 +71,7 @@ def test_record_of_an_iterate_has_the_fields_that_readers_know(played):
         json.loads((run.iterate(t) / "iterate.json").read_text(encoding="utf-8")) for t in (0, 2)
     )
     known = {"base", "files", "fingerprint", "fingerprint_fields", "index", "metrics", "parent"}
-    assert first.keys() == known | {"rows", "step", "tokenizer_files", "training"}
+    assert first.keys() == known | {"cues", "rows", "step", "tokenizer_files", "training"}
     assert (first["parent"], first["files"], first["training"], first["step"]) == (
         None,
         {},

@@ -47,6 +47,15 @@ def test_tensorboard_has_every_iterates_metrics_and_samples(tiny_model_dir, tmp_
     head, rule, first, *_ = texts[0].splitlines()
     assert (head, rule) == ("| prompt | real | generated |", "| --- | --- | --- |")
     assert "&lt;/s>" in first
+    tells = {
+        event.step: event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("tells/text_summary")
+    }
+    rows = {record.step: record.rows for record in run.records() if record.rows}
+    assert sorted(tells) == sorted(rows)
+    assert tells[0].startswith("| side | text | real | generated | log-odds | z |\n")
+    logged = {event.step: event.value for event in events.Scalars("rows/tells/best")}
+    assert logged == pytest.approx({step: r["rows/tells/best"] for step, r in rows.items()})
 
 
 def test_csv_has_every_iterates_metrics(tiny_model_dir, tmp_path):
@@ -79,6 +88,7 @@ def test_wandb_offline_has_metrics_and_a_table_of_samples(tiny_model_dir, tmp_pa
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["prompt", "real", "generated"]
     assert len(table["data"]) > 3
+    assert sorted(offline.rglob("tells*.table.json"))
 
 
 def test_metrics_csv_with_a_torn_line_loses_that_line_alone(tmp_path):

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from spin_lightning.callbacks.row_metrics import measure_rows
+from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows
 from spin_lightning.mixtures import window
 from spin_lightning.rows.plan import units
 from spin_lightning.rows.store import Ragged
+from spin_lightning.rows.tells import find_tells
+from spin_lightning.run.folder import RunFolder
 from tests.toys.plans import PLAN, some_examples, table_of
+from tests.toys.rows import table_with
+from tests.toys.runs import play, write_examples
+
+PARTS = ("_error", "_per_token")
 
 
 def test_rows_are_measured_by_hand():
@@ -38,3 +44,32 @@ def test_rows_are_measured_by_hand():
             "rows/generated_tokens": 9 / 4,
         }
     )
+
+
+def test_rows_have_the_accuracies_of_the_tells():
+    table = table_with([[9, 5]] * 20, [[8, 5]] * 20)
+    metrics = measure_rows(table, 1.0, find_tells(table))
+    assert metrics["rows/tells/accuracy/first_token"] == metrics["rows/tells/best"] == 1.0
+    assert metrics["rows/tells/accuracy/length"] == 0.5
+    assert not any("tells" in name for name in measure_rows(table, 1.0))
+
+
+def test_kl_is_left_out_where_responses_are_not_drawn_from_the_iterate():
+    table = table_with([[9, 5]] * 4, [[8, 5]] * 4)
+    exact, other = (measure_iterate(table, 0, is_exact=exact) for exact in (True, False))
+    kl = {f"val/kl_{of}{part}" for of in ("base", "previous") for part in ("", *PARTS)}
+    assert kl <= exact.keys()
+    assert other == {name: value for name, value in exact.items() if name not in kl}
+
+
+@pytest.mark.parametrize(
+    ("generation", "has_kl"),
+    [({}, True), ({"temperature": 0.7}, False), ({"top_p": 0.9}, False), ({"top_k": 5}, False)],
+)
+def test_kl_is_logged_for_exact_sampling_alone(generation, has_kl, tiny_model_dir, tmp_path):
+    data = write_examples(tmp_path / "examples.jsonl", count=20)
+    settings = {"generation": {"unit_size": 32, **generation}}
+    play(tmp_path, tiny_model_dir, data, settings=settings, epochs=1)
+    metrics = RunFolder(tmp_path).record(1).metrics
+    assert ("val/kl_base" in metrics) == has_kl
+    assert "val/real_nll_per_token" in metrics

@@ -145,6 +145,24 @@ def test_run_without_held_out_rows_has_a_report(finished_run, tmp_path):
     assert "Time and memory" in page
 
 
+def test_page_says_what_tells_real_from_generated_responses(page, finished_run):
+    section = page.split('id="tells"')[1].split("<h2")[0]
+    assert section.count("<td>first token</td>") == 2, "one table of cues per run"
+    assert section.count("<th>p3</th>") == 2
+    assert "<th>p4</th>" not in section, "iterate 4 made no rows"
+    (view,) = read_runs([finished_run])
+    tells = view.tells(3)
+    assert view.records[3].rows["rows/tells/best"] == tells.best.accuracy
+    real, generated = tells.responses
+    assert f"{real} real and {generated} generated responses" in section
+    assert view.tells(4) is None
+
+
+def test_page_has_a_card_of_verdicts_per_run(page):
+    section = page.split('id="verdicts"')[1].split("<h2")[0]
+    assert re.findall(r"<h3>(.*?)</h3>", section) == ["a/run", "b/run"]
+
+
 def test_time_and_memory_of_every_iterate_are_shown(page):
     part = page.split('id="time"')[1]
     assert re.findall(r"<td>p(\d)</td>", part) == ["1", "2", "3", "4"] * 2

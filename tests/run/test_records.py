@@ -42,6 +42,18 @@ TRAINED: dict[str, Any] = {
 TODAY = [
     {**FIRST, "tokenizer_files": {"tokenizer.json": "cc"}},
     {**FIRST, "tokenizer_files": {}, "metrics": {}, "rows": {"rows/real_tokens": 3.5}},
+    {**FIRST, "rows": {}, "cues": {}},
+    {
+        **TRAINED,
+        "training": {
+            **TRAINED["training"],
+            "speed": {},
+            "peak_memory": None,
+            "early": {"accuracy": 0.5, "loss": 0.69, "pairs": 64},
+        },
+        "rows": {"rows/tells/best": 0.7},
+        "cues": {"first_token": '"Sure" starts real responses'},
+    },
     {
         **TRAINED,
         "training": {
@@ -68,7 +80,7 @@ def test_record_of_today_is_written_back_byte_for_byte(content, tmp_path):
 
 
 def test_record_has_the_values_of_its_file():
-    record = IterateRecord.of(json.loads(json.dumps(TODAY[2])), 2)
+    record = IterateRecord.of(json.loads(json.dumps(TODAY[-1])), 2)
     assert (record.index, record.parent, record.step) == (2, 1, 8)
     assert record.files == TRAINED["files"]
     assert record.base == {"name": "tiny", "quantization": "none"}
@@ -114,9 +126,9 @@ def test_record_measured_later_is_written_with_its_metrics(tmp_path):
 
 def test_fields_of_other_versions_are_kept_when_a_record_is_written_again():
     content = {
-        **TODAY[2],
+        **TODAY[-1],
         "color": {"hue": [1, 2]},
-        "training": {**TODAY[2]["training"], "mood": "good"},
+        "training": {**TODAY[-1]["training"], "mood": "good"},
     }
     record = IterateRecord.of(content, 2)
     assert record.others == {"color": {"hue": [1, 2]}}
@@ -127,6 +139,8 @@ def test_fields_of_other_versions_are_kept_when_a_record_is_written_again():
     ("changes", "message"),
     [
         ({"index": 7}, "it is the record of iterate 7"),
+        ({"cues": {"length": 3}}, "its 'cues' is not an object of strings"),
+        ({"training": {"early": {"loss": "0.5"}}}, "its 'early' is not an object of numbers"),
         ({"index": "2"}, "its 'index' is not the index of an iterate"),
         ({"parent": -1}, "its 'parent' is not the index of an iterate or null"),
         ({"files": ["a"]}, "its 'files' is not an object of hashes by file name"),

@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from spin_lightning.packing import pad_prompts
 from spin_lightning.rows.manifest import Manifest, write_manifest
-from spin_lightning.rows.store import write_part
+from spin_lightning.rows.store import Ragged, RowTable, write_part
 from spin_lightning.types import PairBatch, Row
 
 ROW = Row(
@@ -65,3 +68,41 @@ def first_ids(batch: PairBatch) -> list[int]:
     sequences = pad_prompts(batch.pairs)
     starts = sequences.attention_mask.argmax(dim=-1, keepdim=True)
     return sequences.input_ids.gather(-1, starts).squeeze(-1)[::2].tolist()
+
+
+def table_with(
+    real: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
+    *,
+    finished: Sequence[bool] | None = None,
+    real_finished: Sequence[bool] | None = None,
+    example_id: Sequence[int] | None = None,
+    opponent: int = 0,
+) -> RowTable:
+    """A table of these responses to one prompt; by default all have ended, one row an example."""
+    rows = len(real)
+    zeros = {0: torch.zeros(rows, dtype=torch.float64)}
+    return RowTable(
+        example_id=np.arange(rows) if example_id is None else np.array(example_id),
+        sample=np.zeros(rows, dtype=np.int32),
+        prompt_ids=ragged([[1]] * rows),
+        real_ids=ragged(real),
+        generated_ids=ragged(generated),
+        opponent=np.full(rows, opponent, dtype=np.int32),
+        finished=np.array([True] * rows if finished is None else finished),
+        real_finished=np.array([True] * rows if real_finished is None else real_finished),
+        members=(0,),
+        real_logps=zeros,
+        generated_logps=zeros,
+        token_alpha=0.0,
+        token_members=(),
+        token_real_logps={},
+        token_generated_logps={},
+        seed=np.arange(rows),
+    )
+
+
+def ragged(lists: Sequence[Sequence[int]]) -> Ragged:
+    """A column of lists."""
+    offsets = np.cumsum([0, *map(len, lists)])
+    return Ragged(np.array([v for values in lists for v in values], dtype=np.int32), offsets)
