@@ -9,6 +9,7 @@ from spin_lightning.callbacks.console import console, show_iterates, show_sample
 from spin_lightning.callbacks.interfaces import IterateEvaluator, IterateListener
 from spin_lightning.callbacks.log_samples import log_samples
 from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows, peak_memory
+from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.report.report import draw_iterates
@@ -82,7 +83,7 @@ def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord |
     replace_synced(staged, run.iterate(t))
 
 
-def measure(session: Session, pairs_shown: int) -> None:
+def measure(session: Session, pairs_shown: int, log: RunLog) -> None:
     """Measure the current iterate, unless its record has metrics, and show the results.
 
     Metrics go to the loggers and into the iterate's record.
@@ -90,18 +91,22 @@ def measure(session: Session, pairs_shown: int) -> None:
     Args:
         session: The session.
         pairs_shown: Sample pairs to print.
+        log: Which iterates were logged before.
     """
     module, run, t = session.module, session.run, session.module.iterate
     record = run.record(t)
     table = read_rows(run.val_rows(t)) if session.data.val else None
-    if record.metrics is None:
+    metrics = record.metrics
+    if metrics is None:
         metrics = {} if table is None else measure_iterate(table, t)
         for callback in session.callbacks:
             if isinstance(callback, IterateEvaluator):
                 metrics |= callback.evaluate_iterate(module, t)
         run.write_record(replace(record, metrics=metrics))
+    if t > log.iterate:
         speed = record.training.speed if record.training else {}
         session.log({**metrics, **speed, "iterate": t}, record.step)
+        log.iterate = t
         if table is not None:
             pairs = sample_pairs(table, module.tokenizer, _PAIRS_LOGGED)
             log_samples(session.trainer.loggers, pairs, record.step)
@@ -110,16 +115,18 @@ def measure(session: Session, pairs_shown: int) -> None:
         show_samples(sample_pairs(table, module.tokenizer, pairs_shown))
 
 
-def measure_training_rows(session: Session, plan: RowPlan) -> None:
+def measure_training_rows(session: Session, plan: RowPlan, log: RunLog) -> None:
     """Measure the rows that train the next iterate, unless the record has their metrics."""
     run, t = session.run, plan.iterate
     record = run.record(t)
-    if record.rows is not None:
-        return
-    table = read_rows(run.rows(t))
-    rows = measure_rows(table, redrawn(plan, table))
-    run.write_record(replace(record, rows=rows))
-    session.log(rows, record.step)
+    rows = record.rows
+    if rows is None:
+        table = read_rows(run.rows(t))
+        rows = measure_rows(table, redrawn(plan, table))
+        run.write_record(replace(record, rows=rows))
+    if t > log.rows:
+        session.log(rows, record.step)
+        log.rows = t
 
 
 def notify_listeners(session: Session) -> None:
