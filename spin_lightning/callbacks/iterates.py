@@ -72,7 +72,7 @@ def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord |
         index=t,
         parent=t - 1 if t else None,
         files=files,
-        base=asdict(module.policy_spec.base),
+        base=asdict(module.policy_spec.base.absolute),
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
         step=step,

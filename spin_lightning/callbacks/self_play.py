@@ -26,9 +26,11 @@ from spin_lightning.callbacks.requirements import (
     check_lineage,
     check_start,
     check_strategy,
+    check_validation,
+    how_to_continue,
     run_root,
 )
-from spin_lightning.callbacks.row_making import RowMaker
+from spin_lightning.callbacks.row_making import DryRunFinished, RowMaker, ScratchRun
 from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
 from spin_lightning.modules.checkpointing import check_weights
@@ -83,6 +85,7 @@ class SelfPlay(Callback):
         self._iterate_step = 0
         self._clock = TrainingClock()
         self._log = RunLog()
+        self._scratch = ScratchRun()
         self._log_state: dict[str, Any] | None = None
         self._maker: RowMaker | None = None
 
@@ -91,6 +94,8 @@ class SelfPlay(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the run folder, and check all that can be checked before weights are read."""
         run = self.run or RunFolder(trainer.strategy.broadcast(run_root(trainer, pl_module)))
+        if self.dry_run and stage == "fit" and not run.known_iterates():
+            run = self._scratch.open(trainer)
         session = Session.of(trainer, pl_module, run)
         self.run = session.data.run_folder = run
         read_safely(trainer)
@@ -98,6 +103,7 @@ class SelfPlay(Callback):
             return
         self._iterates = session.module.check_trainer()
         check_strategy(trainer.strategy)
+        check_validation(session, self._iterates)
         self.guard.open(trainer, run)
         # (mypy does not see what Lightning's connectors set.)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -124,7 +130,7 @@ class SelfPlay(Callback):
             run.check_tokenizer()
         if trainer.ckpt_path is None:
             self._log.start(trainer, run)
-        else:
+        elif not self.dry_run:
             records = [run.record(t) for t in range(module.iterate + 1)]
             self._log.resume(trainer, run, self._log_state, records)
         self._maker = RowMaker(session, self._iterates, self.guard, self.dry_run)
@@ -180,10 +186,14 @@ class SelfPlay(Callback):
     ) -> None:
         """Release the run folder, and end the ranks that would wait for this one."""
         self.guard.close(trainer, exception)
+        if isinstance(exception, KeyboardInterrupt) and self.run and not self.dry_run:
+            rank_zero_info(how_to_continue(self.run))
+        self._scratch.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Release the run folder."""
         self.guard.close(trainer)
+        self._scratch.close()
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -261,6 +271,8 @@ class SelfPlay(Callback):
             notify_listeners(session)
         if t < self._iterates and not trainer.should_stop:
             plan = self._rows.make_train(manifest)
+            if self.dry_run:
+                raise DryRunFinished
             if trainer.is_global_zero:
                 measure_training_rows(session, plan, self._log)
         module.policy.evict()
