@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from spin_lightning.callbacks.session import Session
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run.files import writing
 from spin_lightning.run.fingerprint import differences
 from spin_lightning.run.folder import ITERATE_FILE, RunFolder
+from spin_lightning.types import PairLogps
 
 # Files of a run that ended before its first iterate, and files of loggers.
 _OWN = frozenset(
@@ -125,6 +128,38 @@ def check_validation(session: Session, iterates: int) -> None:
             f"an epoch has only {batches} batches",
             fix=f"give 1 to {batches} batches, a share of an epoch such as 0.5, or leave it out to "
             "validate after each epoch",
+        )
+
+
+def check_objective(module: SelfPlayModule) -> None:
+    """Refuse an `objective` that does not return one number, before anything is generated.
+
+    Raises:
+        SettingError: It returned something else for two pairs.
+    """
+    real = torch.tensor([-2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([2, 3])
+    paired = module.opponent(0) is not None
+    logps = PairLogps(
+        policy_real=real,
+        policy_generated=real - 1 if paired else None,
+        reference_real=real.detach(),
+        reference_generated=real.detach() - 1 if paired else None,
+        real_lengths=lengths,
+        generated_lengths=lengths if paired else None,
+    )
+    try:
+        loss: object = module.objective(logps)
+    except Exception:
+        # It needs more than two pairs, such as the weights: training will tell.
+        return
+    if not isinstance(loss, torch.Tensor) or loss.dim():
+        returned = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise SettingError(
+            f"{type(module).__name__}.objective",
+            returned,
+            "for a batch of 2 pairs it has to return one number, a tensor of shape []",
+            fix="return the mean over the pairs: losses.mean()",
         )
 
 

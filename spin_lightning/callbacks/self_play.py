@@ -24,6 +24,7 @@ from spin_lightning.callbacks.iterates import (
 )
 from spin_lightning.callbacks.requirements import (
     check_lineage,
+    check_objective,
     check_start,
     check_strategy,
     check_validation,
@@ -104,6 +105,7 @@ class SelfPlay(Callback):
         self._iterates = session.module.check_trainer()
         check_strategy(trainer.strategy)
         check_validation(session, self._iterates)
+        check_objective(session.module)
         self.guard.open(trainer, run)
         # (mypy does not see what Lightning's connectors set.)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
