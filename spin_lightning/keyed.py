@@ -21,9 +21,18 @@ def global_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
-def row_key(seed: int, iterate: int, example_id: int, sample: int) -> int:
-    """The key of a row, a signed 64-bit integer as stored in parquet."""
-    text = f"{seed}/{iterate}/{example_id}/{sample}".encode()
+def row_key(seed: int, iterate: int, example_id: int, sample: int, source: str = "") -> int:
+    """The key of a row, a signed 64-bit integer as stored in parquet.
+
+    Args:
+        seed: Seed of the run.
+        iterate: The iterate at which the row is drawn.
+        example_id: Position of its example in the source.
+        sample: Number of the sample among those of the example.
+        source: Name of the source, unless it is the training data.
+    """
+    name = f"{seed}/{iterate}/{example_id}/{sample}"
+    text = (f"{name}/{source}" if source else name).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 

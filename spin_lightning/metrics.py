@@ -15,6 +15,9 @@ from torchmetrics import Metric
 
 from spin_lightning.types import PairLogps
 
+# Nats: two passes over the same token in float32 differ by up to 4e-6 where only the batch differs.
+_TIE_PER_TOKEN = 1e-5
+
 
 class Weighted(NamedTuple):
     """Values and the weight of each in the mean, both of shape [n]."""
@@ -32,7 +35,7 @@ def pair_statistics(logps: PairLogps, beta: float) -> dict[str, Weighted]:
     """Rewards, log-probs and the real response's negative log-likelihood of a batch of pairs.
 
     The implicit reward is beta * (log p_theta - R). A pair is won if the real response has the
-    larger reward; a tie counts half.
+    larger reward; a tie, up to the rounding of float32, counts half.
 
     Args:
         logps: Log-probs of n pairs.
@@ -57,8 +60,16 @@ def pair_statistics(logps: PairLogps, beta: float) -> dict[str, Weighted]:
         "rewards/real": Weighted(beta * logps.real_log_ratio.detach(), one),
         "rewards/generated": Weighted(beta * logps.generated_log_ratio.detach(), one),
         "rewards/margins": Weighted(beta * margin, one),
-        "rewards/accuracies": Weighted(margin.heaviside(margin.new_tensor(0.5)), one),
+        "rewards/accuracies": Weighted(_wins(logps), one),
     }
+
+
+def _wins(logps: PairLogps) -> Tensor:
+    """1 for a pair with a positive margin, 1/2 for a tie, else 0; shape [n]."""
+    assert logps.generated_lengths is not None
+    margin = logps.margin.detach()
+    tie = margin.abs() <= _TIE_PER_TOKEN * (logps.real_lengths + logps.generated_lengths)
+    return margin.masked_fill(tie, 0.0).heaviside(margin.new_tensor(0.5))
 
 
 class PairMetrics(Metric):

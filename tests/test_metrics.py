@@ -52,6 +52,13 @@ def test_pair_statistics_equal_the_hand_values():
     assert means(pair_statistics(pairs(WON, LOST, TIED), beta=0.5)) == pytest.approx(BY_HAND)
 
 
+def test_tie_up_to_rounding_counts_half():
+    # Over 2 · 2 tokens, margins of 1e-6 and -3e-5 are within 1e-5 nats per token, 5e-5 is not.
+    near = [pairs((-2.0 + gap, -3.0, -2.0, -3.0, 2)) for gap in (1e-6, -3e-5, 5e-5)]
+    wins = [pair_statistics(one, beta=0.1)["rewards/accuracies"].mean.item() for one in near]
+    assert wins == [0.5, 0.5, 1.0]
+
+
 def test_pair_statistics_without_generated_responses_are_those_of_the_real_ones():
     only_real = without_generated(pairs(WON, LOST, TIED))
     expected = {name: BY_HAND[name] for name in OF_REAL}

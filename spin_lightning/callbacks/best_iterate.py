@@ -10,10 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.callbacks.interfaces import IterateListener
 from spin_lightning.errors import SettingError
-from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.folder import DEFAULT_METRIC, RunFolder
 from spin_lightning.run.records import IterateRecord
-
-_DEFAULT_METRIC = "val/real_nll_per_token"
 
 
 class BestIterate(IterateListener):
@@ -58,18 +56,18 @@ class BestIterate(IterateListener):
         sign = 1 if self.mode == "min" else -1
         best = min(values, key=lambda t: (sign * values[t], t))
         if trainer.is_global_zero:
-            run.write_best(best, self.metric or _DEFAULT_METRIC, values[best])
+            run.write_best(best, self.metric or DEFAULT_METRIC, values[best])
         newest = records[-1].index
         if self.patience is not None and newest - best >= self.patience:
             trainer.should_stop = True
             rank_zero_info(
-                f"Stopped at iterate {newest}: {self.metric or _DEFAULT_METRIC} was best at "
+                f"Stopped at iterate {newest}: {self.metric or DEFAULT_METRIC} was best at "
                 f"iterate {best}, {newest - best} iterates ago (patience {self.patience})."
             )
 
     def _values(self, records: Sequence[IterateRecord]) -> dict[int, float]:
         metrics = {record.index: record.metrics or {} for record in records}
-        name = self.metric or _DEFAULT_METRIC
+        name = self.metric or DEFAULT_METRIC
         values = {t: measured[name] for t, measured in metrics.items() if name in measured}
         if self.metric is not None and not values:
             known = sorted({name for measured in metrics.values() for name in measured})

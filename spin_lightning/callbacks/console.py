@@ -32,7 +32,9 @@ console = Console(
 )
 
 
-# Name, width and format. "exact/kl" is known on the testbed only.
+# Known on the testbed only, and shown there only.
+_EXACT = "exact KL"
+# Name, width and format.
 _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("iterate", 7, "d"),
     ("opponent", 10, "s"),
@@ -42,7 +44,7 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("margin", 7, ".3f"),
     ("acc", 5, ".2f"),
     ("val NLL", 8, ".4f"),
-    ("exact KL", 8, ".4f"),
+    (_EXACT, 8, ".4f"),
     ("gen s", 6, ".1f"),
     ("score s", 7, ".1f"),
     ("train s", 7, ".1f"),
@@ -51,10 +53,15 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
 
 def show_iterates(records: Sequence[IterateRecord]) -> None:
     """Show the table of iterates so far; of a long one the last lines."""
-    head = "  ".join(f"{name:>{width}}" for name, width, _ in _COLUMNS)
-    console.print(head, style="bold")
-    for record in records[-_LINES_SHOWN:]:
-        console.print(_line(record))
+    cells = [_cells(record) for record in records[-_LINES_SHOWN:]]
+    shown = [
+        column
+        for column in _COLUMNS
+        if column[0] != _EXACT or any(line[_EXACT] is not None for line in cells)
+    ]
+    console.print("  ".join(f"{name:>{width}}" for name, width, _ in shown), style="bold")
+    for line in cells:
+        console.print("  ".join(_cell(line[name], width, form) for name, width, form in shown))
     training = records[-1].training
     speed = "" if training is None else speed_line(training.speed)
     if speed:
@@ -185,8 +192,8 @@ def _is_not_a_tip(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("💡 Tip:")
 
 
-def _line(record: IterateRecord) -> str:
-    """One iterate's line of the table."""
+def _cells(record: IterateRecord) -> dict[str, Any]:
+    """One iterate's values by column; None where one is not known."""
     training, metrics = record.training or TrainingRecord(), record.metrics or {}
     seconds = training.seconds
     lengths = None
@@ -207,11 +214,11 @@ def _line(record: IterateRecord) -> str:
         seconds.get("scoring"),
         seconds.get("training"),
     )
-    cells = (
-        f"{'-' if value is None else format(value, form):>{width}}"
-        for value, (_, width, form) in zip(values, _COLUMNS, strict=True)
-    )
-    return "  ".join(cells)
+    return dict(zip((name for name, *_ in _COLUMNS), values, strict=True))
+
+
+def _cell(value: Any, width: int, form: str) -> str:
+    return f"{'-' if value is None else format(value, form):>{width}}"
 
 
 def _shorten(text: str, width: int = 160) -> str:

@@ -15,6 +15,7 @@ from spin_lightning.callbacks.early import EarlySteps
 from spin_lightning.callbacks.interfaces import IterateEvaluator, IterateListener
 from spin_lightning.callbacks.log_samples import log_samples, log_tells
 from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows, peak_memory
+from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.report.cue_words import best_cue_line, clear_cues, special_ids
@@ -80,7 +81,7 @@ def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord |
         index=t,
         parent=t - 1 if t else None,
         files=files,
-        base=asdict(module.policy_spec.base),
+        base=asdict(module.policy_spec.base.absolute),
         fingerprint=fingerprint(fields),
         fingerprint_fields=fields,
         step=step,
@@ -91,7 +92,7 @@ def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord |
     replace_synced(staged, run.iterate(t))
 
 
-def measure(session: Session, pairs_shown: int) -> None:
+def measure(session: Session, pairs_shown: int, log: RunLog) -> None:
     """Measure the current iterate, unless its record has metrics, and show the results.
 
     Metrics go to the loggers and into the iterate's record.
@@ -99,19 +100,23 @@ def measure(session: Session, pairs_shown: int) -> None:
     Args:
         session: The session.
         pairs_shown: Sample pairs to print.
+        log: Which iterates were logged before.
     """
     module, run, t = session.module, session.run, session.module.iterate
     record = run.record(t)
     table = read_rows(run.val_rows(t)) if session.data.val else None
-    if record.metrics is None:
+    metrics = record.metrics
+    if metrics is None:
         exact = module.generation.is_exact
         metrics = {} if table is None else measure_iterate(table, t, is_exact=exact)
         for callback in session.callbacks:
             if isinstance(callback, IterateEvaluator):
                 metrics |= callback.evaluate_iterate(module, t)
         run.write_record(replace(record, metrics=metrics))
+    if t > log.iterate:
         speed = record.training.speed if record.training else {}
         session.log({**metrics, **speed, "iterate": t}, record.step)
+        log.iterate = t
         if table is not None:
             pairs = sample_pairs(table, module.tokenizer, _PAIRS_LOGGED)
             log_samples(session.trainer.loggers, pairs, record.step)
@@ -120,21 +125,23 @@ def measure(session: Session, pairs_shown: int) -> None:
         show_samples(sample_pairs(table, module.tokenizer, pairs_shown))
 
 
-def measure_training_rows(session: Session, plan: RowPlan) -> None:
+def measure_training_rows(session: Session, plan: RowPlan, log: RunLog) -> None:
     """Measure the rows that train the next iterate, unless the record has their metrics."""
     run, t = session.run, plan.iterate
     record = run.record(t)
-    if record.rows is not None:
-        return
-    table, tokenizer = read_rows(run.rows(t)), session.module.tokenizer
-    tells = find_tells(table, special_ids(tokenizer))
-    rows = measure_rows(table, redrawn(plan, table), tells)
-    cues = None if tells is None else clear_cues(tells, tokenizer)
-    run.write_record(replace(record, rows=rows, cues=cues))
-    session.log(rows, record.step)
-    if tells is not None:
-        log_tells(session.trainer.loggers, tells, tokenizer, record.step)
-        console.print(best_cue_line(tells, tokenizer))
+    rows = record.rows
+    if rows is None:
+        table, tokenizer = read_rows(run.rows(t)), session.module.tokenizer
+        tells = find_tells(table, special_ids(tokenizer))
+        rows = measure_rows(table, redrawn(plan, table), tells)
+        cues = None if tells is None else clear_cues(tells, tokenizer)
+        run.write_record(replace(record, rows=rows, cues=cues))
+        if tells is not None:
+            log_tells(session.trainer.loggers, tells, tokenizer, record.step)
+            console.print(best_cue_line(tells, tokenizer))
+    if t > log.rows:
+        session.log(rows, record.step)
+        log.rows = t
 
 
 def notify_listeners(session: Session) -> None:

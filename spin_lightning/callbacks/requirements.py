@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from spin_lightning.callbacks.session import Session
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run.files import writing
 from spin_lightning.run.fingerprint import differences
 from spin_lightning.run.folder import ITERATE_FILE, RunFolder
+from spin_lightning.types import PairLogps
 
 # Files of a run that ended before its first iterate, and files of loggers.
 _OWN = frozenset(
@@ -78,8 +82,12 @@ def check_start(run: RunFolder, checkpoint: object) -> None:
         )
 
 
-def check_folder(run: RunFolder) -> None:
+def check_folder(run: RunFolder, *, create: bool = True) -> None:
     """Refuse a folder that holds unrelated files; create the folder.
+
+    Args:
+        run: The run folder.
+        create: Whether to create it; a dry run does not.
 
     Raises:
         RunFolderError: The folder holds other files and no run, or it cannot be created.
@@ -96,8 +104,74 @@ def check_folder(run: RunFolder) -> None:
                 f"{foreign[0]}",
                 fix="name a new or an empty folder with --trainer.default_root_dir",
             )
-    with writing(run.root):
-        run.root.mkdir(parents=True, exist_ok=True)
+    if create:
+        with writing(run.root):
+            run.root.mkdir(parents=True, exist_ok=True)
+
+
+def check_validation(session: Session, iterates: int) -> None:
+    """Refuse to validate after more batches than an epoch has, which Lightning does too late.
+
+    Raises:
+        SettingError: `val_check_interval` is larger than an epoch of some iterate.
+    """
+    trainer, data = session.trainer, session.data
+    interval = trainer.val_check_interval
+    if not data.val or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+        return
+    limit = trainer.limit_train_batches
+    counts = [data.batches_per_epoch(t, trainer.world_size) for t in range(iterates)]
+    batches = min(min(n, limit) if isinstance(limit, int) else int(n * limit) for n in counts)
+    if interval > batches:
+        raise SettingError(
+            "trainer.val_check_interval",
+            interval,
+            f"an epoch has only {batches} batches",
+            fix=f"give 1 to {batches} batches, a share of an epoch such as 0.5, or leave it out to "
+            "validate after each epoch",
+        )
+
+
+def check_objective(module: SelfPlayModule) -> None:
+    """Refuse an `objective` that does not return one number, before anything is generated.
+
+    Raises:
+        SettingError: It returned something else for two pairs.
+    """
+    real = torch.tensor([-2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([2, 3])
+    paired = module.opponent(0) is not None
+    logps = PairLogps(
+        policy_real=real,
+        policy_generated=real - 1 if paired else None,
+        reference_real=real.detach(),
+        reference_generated=real.detach() - 1 if paired else None,
+        real_lengths=lengths,
+        generated_lengths=lengths if paired else None,
+    )
+    try:
+        loss: object = module.objective(logps)
+    except Exception:
+        # It needs more than two pairs, such as the weights: training will tell.
+        return
+    if not isinstance(loss, torch.Tensor) or loss.dim():
+        returned = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise SettingError(
+            f"{type(module).__name__}.objective",
+            returned,
+            "for a batch of 2 pairs it has to return one number, a tensor of shape []",
+            fix="return the mean over the pairs: losses.mean()",
+        )
+
+
+def how_to_continue(run: RunFolder) -> str:
+    """What to do after a run was stopped with Ctrl-C."""
+    last = run.last_checkpoint
+    if last.exists():
+        where = f"{last} (in Python: Trainer.fit(ckpt_path={str(last)!r}))"
+    else:
+        where = f"the rows in {run.root}; nothing was trained before the first checkpoint"
+    return f"Stopped. The same command continues from {where}."
 
 
 def run_root(trainer: L.Trainer, module: L.LightningModule) -> Path:

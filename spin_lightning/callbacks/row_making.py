@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import lightning as L
 
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.callbacks.guard import RunGuard
@@ -15,11 +18,34 @@ from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
 from spin_lightning.rows.manifest import MANIFEST, read_manifest
 from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowPlan, RowSettings, plan_rows
 from spin_lightning.rows.store import read_rows
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import Example
 
 
 class DryRunFinished(Exception):
     """The costs were shown; nothing was trained."""
+
+
+class ScratchRun:
+    """The run folder of a dry run: a temporary one, so that it leaves nothing that binds a run."""
+
+    def __init__(self) -> None:
+        """Create no folder yet."""
+        self._folder: TemporaryDirectory[str] | None = None
+
+    def open(self, trainer: L.Trainer) -> RunFolder:
+        """Create the folder on rank 0, for all ranks."""
+        name = ""
+        if trainer.is_global_zero:
+            self._folder = TemporaryDirectory(prefix="spin-lightning-dry-run-")
+            name = self._folder.name
+        return RunFolder(Path(trainer.strategy.broadcast(name)))
+
+    def close(self) -> None:
+        """Delete the folder; a second call does nothing."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 @dataclass
@@ -55,6 +81,7 @@ class RowMaker:
             session.module.reference(t),
             self._settings(),
             also_scored_by={t, max(t - 1, 0), 0},
+            source="" if session.data.val_data is None else "val_data",
         )
         self._make(plan, session.data.val, session.run.val_rows, fields, "held-out rows")
 

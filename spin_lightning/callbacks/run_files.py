@@ -23,10 +23,18 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Read the columns of an existing file, which Lightning would delete."""
         path = Path(self.metrics_file_path)
+        self.lines = 0
         if path.is_file():
             _drop_torn_line(path)
             with path.open(newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+                lines = csv.reader(file)
+                self.metrics_keys = next(lines, [])
+                self.lines = sum(1 for _ in lines)
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Record a line."""
+        super().log_metrics(metrics_dict, step)
+        self.lines += 1
 
     def save(self) -> None:
         """Write what was logged.
@@ -37,11 +45,23 @@ class _AppendingWriter(ExperimentWriter):
         with writing(Path(self.metrics_file_path)):
             super().save()
 
+    def cut(self, lines: int) -> None:
+        """Keep the first `lines` lines, and what they are called."""
+        if lines >= self.lines:
+            return
+        with writing(Path(self.metrics_file_path)):
+            super().save()
+            self._rewrite(self.metrics_keys, lines)
+        self.lines = lines
+
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """Add columns atomically; Lightning's method would lose the file in a crash."""
+        self._rewrite(fieldnames, None)
+
+    def _rewrite(self, fieldnames: list[str], lines: int | None) -> None:
         path = Path(self.metrics_file_path)
         with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))[:lines]
         temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=fieldnames)
@@ -51,7 +71,7 @@ class _AppendingWriter(ExperimentWriter):
 
 
 class RunCSVLogger(CSVLogger):
-    """`metrics.csv` in the run folder: appended to on a resume, never truncated.
+    """`metrics.csv` in the run folder: a resume continues it after its checkpoint's last line.
 
     Args:
         root: The run folder.
@@ -60,6 +80,7 @@ class RunCSVLogger(CSVLogger):
     def __init__(self, root: str | Path) -> None:
         """Log into `root` itself, and write every line immediately."""
         super().__init__(root, name="", version="", flush_logs_every_n_steps=1)
+        self.root = Path(root)
 
     @property
     def log_dir(self) -> str:
@@ -73,6 +94,25 @@ class RunCSVLogger(CSVLogger):
         if not isinstance(self._experiment, _AppendingWriter):
             self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
+
+    @property
+    def lines(self) -> int:
+        """Number of lines so far."""
+        return self._writer.lines
+
+    def cut(self, lines: int) -> None:
+        """Remove all lines but the first `lines`.
+
+        Raises:
+            RunFolderError: The disk is full, read-only or damaged.
+        """
+        self._writer.cut(lines)
+
+    @property
+    def _writer(self) -> _AppendingWriter:
+        writer = self.experiment
+        assert isinstance(writer, _AppendingWriter), "only rank 0 writes"
+        return writer
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Do nothing: `config.yaml` holds the settings."""

@@ -26,15 +26,23 @@ from spin_lightning.callbacks.iterates import (
 )
 from spin_lightning.callbacks.requirements import (
     check_lineage,
+    check_objective,
     check_start,
     check_strategy,
+    check_validation,
+    how_to_continue,
     run_root,
 )
-from spin_lightning.callbacks.row_making import RowMaker
+from spin_lightning.callbacks.row_making import DryRunFinished, RowMaker, ScratchRun
+from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
 from spin_lightning.modules.checkpointing import check_weights
+from spin_lightning.modules.step_log import log_epoch_loss
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
+
+# The log's part of a checkpoint.
+_LOG = "run_log"
 
 
 class SelfPlay(Callback):
@@ -81,6 +89,9 @@ class SelfPlay(Callback):
         self._clock = TrainingClock()
         self._early = EarlySteps()
         self._named: set[str] = set()
+        self._log = RunLog()
+        self._scratch = ScratchRun()
+        self._log_state: dict[str, Any] | None = None
         self._maker: RowMaker | None = None
 
     # ------------------------------------------------------------------ Lightning's hooks
@@ -88,6 +99,8 @@ class SelfPlay(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the run folder, and check all that can be checked before weights are read."""
         run = self.run or RunFolder(trainer.strategy.broadcast(run_root(trainer, pl_module)))
+        if self.dry_run and stage == "fit" and not run.known_iterates():
+            run = self._scratch.open(trainer)
         session = Session.of(trainer, pl_module, run)
         self.run = session.data.run_folder = run
         read_safely(trainer)
@@ -95,6 +108,8 @@ class SelfPlay(Callback):
             return
         self._iterates = session.module.check_trainer()
         check_strategy(trainer.strategy)
+        check_validation(session, self._iterates)
+        check_objective(session.module)
         self.guard.open(trainer, run)
         # (mypy does not see what Lightning's connectors set.)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -119,6 +134,11 @@ class SelfPlay(Callback):
             for t in range(module.iterate + 1):
                 run.check_iterate(t)
             run.check_tokenizer()
+        if trainer.ckpt_path is None:
+            self._log.start(trainer, run)
+        elif not self.dry_run:
+            records = [run.record(t) for t in range(module.iterate + 1)]
+            self._log.resume(trainer, run, self._log_state, records)
         self._maker = RowMaker(session, self._iterates, self.guard, self.dry_run)
         if trainer.is_global_zero:
             console.print(f"Run folder: {run.root}")
@@ -159,6 +179,7 @@ class SelfPlay(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last epoch of an iterate, keep it and make the next one's rows."""
         session = self._session(trainer, pl_module)
+        log_epoch_loss(session.module)
         if (trainer.current_epoch + 1) % session.module.epochs_per_iterate == 0:
             self._finish_iterate(session)
         else:
@@ -179,10 +200,14 @@ class SelfPlay(Callback):
     ) -> None:
         """Release the run folder, and end the ranks that would wait for this one."""
         self.guard.close(trainer, exception)
+        if isinstance(exception, KeyboardInterrupt) and self.run and not self.dry_run:
+            rank_zero_info(how_to_continue(self.run))
+        self._scratch.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Release the run folder."""
         self.guard.close(trainer)
+        self._scratch.close()
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -190,6 +215,7 @@ class SelfPlay(Callback):
         """Store which iterate of which run the checkpoint continues from."""
         session = self._session(trainer, pl_module)
         write_lineage(checkpoint, session.run, session.module.iterate)
+        checkpoint[_LOG] = self._log.state(trainer, session.run)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -197,6 +223,7 @@ class SelfPlay(Callback):
         """Refuse to train on from a checkpoint of another run."""
         if trainer.state.fn == TrainerFn.FITTING:
             check_lineage_of(checkpoint, self._run)
+            self._log_state = checkpoint.get(_LOG)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
@@ -212,18 +239,23 @@ class SelfPlay(Callback):
     # ------------------------------------------------------------------ the loop
 
     def _catch_up(self, session: Session) -> bool:
-        """Finish an iterate whose checkpoint was saved after its last batch.
+        """Finish an epoch, and its iterate, whose checkpoint was saved after its last batch.
 
-        Lightning counts the epoch of such a checkpoint as finished, and calls neither its end nor
-        the start of the next.
+        Lightning counts the epoch of such a checkpoint as finished. It neither validates, nor calls
+        its end or the start of the next.
 
         Returns:
             Whether there was such an iterate.
         """
-        module = session.module
-        behind = session.trainer.current_epoch // module.epochs_per_iterate > module.iterate
+        trainer, module = session.trainer, session.module
+        if trainer.current_epoch > module.epoch_loss.epoch and module.epoch_loss.has_batches:
+            _validate_ended_epoch(trainer)
+            log_epoch_loss(module)
+        behind = trainer.current_epoch // module.epochs_per_iterate > module.iterate
         if behind:
             self._finish_iterate(session)
+            # The loader in use has the held-out rows of the iterate before.
+            trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")
         return behind
 
     def _finish_iterate(self, session: Session) -> None:
@@ -251,13 +283,15 @@ class SelfPlay(Callback):
             if session.data.val:
                 self._rows.make_val(manifest)
             if trainer.is_global_zero:
-                measure(session, self.pairs_shown)
+                measure(session, self.pairs_shown, self._log)
             self.guard.wait(trainer)
             notify_listeners(session)
         if t < self._iterates and not trainer.should_stop:
             plan = self._rows.make_train(manifest)
+            if self.dry_run:
+                raise DryRunFinished
             if trainer.is_global_zero:
-                measure_training_rows(session, plan)
+                measure_training_rows(session, plan, self._log)
         if trainer.is_global_zero and not self.dry_run:
             name_states(session, self._named)
         module.policy.evict()
@@ -277,6 +311,22 @@ class SelfPlay(Callback):
     def _rows(self) -> RowMaker:
         assert self._maker is not None, "on_fit_start() made it"
         return self._maker
+
+
+def _validate_ended_epoch(trainer: L.Trainer) -> None:
+    """Validate at the end of the epoch before, if Lightning would have."""
+    every, epoch = trainer.check_val_every_n_epoch, trainer.fit_loop.epoch_progress.current
+    batches, interval = trainer.num_training_batches, trainer.val_check_batch
+    if not trainer.enable_validation or (every is not None and epoch.completed % every):
+        return
+    if isinstance(interval, int) and batches % interval:
+        return
+    # Loggers get the index of the epoch in which the checkpoint was taken.
+    epoch.completed -= 1
+    try:
+        _validate_now(trainer)
+    finally:
+        epoch.completed += 1
 
 
 def _validate_now(trainer: L.Trainer) -> None:

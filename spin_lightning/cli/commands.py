@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -29,8 +29,9 @@ def export(args: list[str]) -> None:
     parser.add_argument("out", help="The folder to write; it must be new or empty.")
     parser.add_argument(
         "--iterate",
-        type=int | Literal["best"] | None,
-        help="Number of the iterate, or best; default: the last one.",
+        type=int | str,
+        default="last",
+        help="Number of the iterate, best or last.",
     )
     parser.add_argument(
         "--merge",
@@ -45,11 +46,8 @@ def export(args: list[str]) -> None:
 
     quiet_libraries()
     run = RunFolder(Path(given.run))
-    if given.iterate is None:
-        t = max(run.known_iterates(), default=0)
-    else:
-        t = run.best() if given.iterate == "best" else given.iterate
-    console.print(f"Iterate {t}: {export_iterate(given.run, t, given.out, given.merge)}")
+    folder = export_iterate(run.root, given.iterate, given.out, given.merge)
+    console.print(f"Iterate {run.index_of(given.iterate)}: {folder}")
 
 
 def evaluate(args: list[str]) -> None:

@@ -157,7 +157,7 @@ class SpinCLI(LightningCLI):
         self._config_text = parser.dump(config, skip_unset=False)
         run = RunFolder(Path(config.trainer.default_root_dir))
         if self.config.subcommand == "fit":
-            check_folder(run)
+            check_folder(run, create=not config.dry_run)
         config.ckpt_path = _checkpoint(run, config.ckpt_path, config.resume)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -166,7 +166,9 @@ class SpinCLI(LightningCLI):
         check_strategy(settings.strategy)
         root = Path(settings.default_root_dir)
         callbacks = self._callbacks(list(settings.callbacks or []))
-        callbacks.append(ConfigFile(root, self._config_text))
+        dry_run = self._get(self.config_init, "dry_run")
+        if not dry_run:
+            callbacks.append(ConfigFile(root, self._config_text))
         summarized = any(isinstance(callback, ModelSummary) for callback in callbacks)
         if settings.enable_model_summary is not False and not summarized:
             callbacks.append(ParameterCount())
@@ -175,7 +177,9 @@ class SpinCLI(LightningCLI):
             # SelfPlay writes checkpoints/last.ckpt; Lightning would add another one.
             kwargs["enable_checkpointing"] = False
         logger = settings.logger
-        if logger is None or logger is True:
+        if dry_run:
+            logger = False
+        elif logger is None or logger is True:
             logger = [
                 RunCSVLogger(root),
                 TensorBoardLogger(root / "tensorboard", name="", version=""),
@@ -215,7 +219,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except DryRunFinished:
-        console.print("Dry run: nothing was trained. The rows made so far are kept for `fit`.")
+        console.print("Dry run: nothing was trained, and nothing was left in the run folder.")
     except (ValueError, ArgumentError, MisconfigurationException) as error:
         refusal = _refusal_behind(error)
         if refusal is None:

@@ -21,6 +21,8 @@ _LIGHTNING: Final = {
     "fit": "Train a model by self-play, or resume a run.",
     "validate": "Compute the held-out metrics of a run's current iterate.",
 }
+# 128 + SIGINT, as shells report it.
+_INTERRUPTED: Final = 130
 _HELP: Final = """\
 usage: spin-lightning COMMAND [ARGUMENTS]
 
@@ -51,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one message and exit code 2.
 
     Where another process of a distributed run has failed, this one ends with one line and exit
-    code 1.
+    code 1. Ctrl-C ends with exit code 130.
 
     Args:
         args: The arguments; default: those of the process.
@@ -76,6 +78,14 @@ def main(args: Sequence[str] | None = None) -> None:
         if mistake is None:
             raise
         end(mistake, 2)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into exit code 1; `SelfPlay` has said how to continue.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            sys.exit(_INTERRUPTED)
+        raise
 
 
 def help_page() -> str:

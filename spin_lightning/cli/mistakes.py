@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from spin_lightning.errors import SpinError, first_line
 from spin_lightning.run.files import is_of_the_disk, unwritable
 
 FIT_HELP: Final = "see spin-lightning fit --help"
+# Extras that install a package, and how Lightning's messages name one.
+_EXTRAS: Final = {"wandb": "wandb", "lm_eval": "eval"}
+_REQUIREMENT: Final = re.compile(r"Requirement '([\w.-]+)")
 # Lines in which jsonargparse lists every type that it tried.
 _PARSER_NOISE = (
     "Does not validate",
@@ -56,20 +60,26 @@ def mistake_behind(error: Exception, command: str) -> SpinError | None:
             return unwritable(cause.filename or "a file", cause)
     if isinstance(error, ArgumentError):
         return _unread(error, command)
-    missing = _missing_package(error)
-    if missing is not None:
-        return SpinError(
-            f"a package is missing ({first_line(missing)})",
-            fix="install it; optional ones: pip install 'spin-lightning[eval,wandb]'",
-        )
-    return None
+    missing = _missing_import(error)
+    return None if missing is None else _missing(missing)
 
 
-def _missing_package(error: BaseException | None) -> ModuleNotFoundError | None:
+def _missing_import(error: BaseException | None) -> ModuleNotFoundError | None:
     """A failed import that was reported on purpose, as loggers do; none of our own modules."""
     while error is not None and not isinstance(error, ModuleNotFoundError):
         error = error.__cause__
     return None if error is None or (error.name or "").startswith("spin_lightning") else error
+
+
+def _missing(error: ModuleNotFoundError) -> SpinError:
+    """A package that is not installed, with the command that installs it."""
+    message = first_line(error)
+    # Lightning's loggers name the requirement, such as 'wandb>=0.12.10', in their message alone.
+    named = _REQUIREMENT.search(message)
+    package = (error.name or (named[1] if named else "")).partition(".")[0]
+    wanted = f"spin-lightning[{_EXTRAS[package]}]" if package in _EXTRAS else package
+    command = f"run: pip install {wanted!r}" if wanted else "install it"
+    return SpinError(f"a package is missing ({message.partition(' HINT')[0]})", fix=command)
 
 
 def _unread(error: ArgumentError, command: str) -> SpinError:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import Mixture, latest, uniform
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
@@ -103,18 +102,7 @@ def _indices(run: RunFolder, name: str, known: list[int]) -> list[int]:
     if name == "all":
         # In a run without iterates, reading the record of iterate 0 raises the error.
         return known or [0]
-    if name == "last":
-        return [max(known, default=0)]
-    if name == "best":
-        return [run.best()]
-    if not name.isdigit():
-        raise SettingError(
-            "iterates",
-            name,
-            "there is no such iterate",
-            fix="give numbers, best, last, mixture or all",
-        )
-    return [int(name)]
+    return [run.index_of(name)]
 
 
 def _identity(mixture: Mixture, record: Callable[[int], IterateRecord]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -111,13 +111,20 @@ class ScoreLine:
         metric: Benchmark and metric.
         settings: The settings of the scores.
         scores: (value, standard error or None) by the contestant's label.
-        best: Label of the best contestant; None for a single one.
+        best: Label of the best contestant; None for a single one, and where several are equal.
+        apart: Settings that tell it apart from lines of the same metric, such as `limit 20`.
     """
 
     metric: str
     settings: Mapping[str, Any]
     scores: Mapping[str, tuple[float, float | None]]
     best: str | None
+    apart: str = ""
+
+    @property
+    def name(self) -> str:
+        """The metric, with what tells it apart."""
+        return f"{self.metric} ({self.apart})" if self.apart else self.metric
 
 
 def score_lines(results: Sequence[Result]) -> list[ScoreLine]:
@@ -133,16 +140,49 @@ def score_lines(results: Sequence[Result]) -> list[ScoreLine]:
         scores = {
             label_of(r.contestant): (r.scores[name], r.scores.get(name + _ERROR)) for r in group
         }
-        sign = -1 if name in group[0].lower_is_better else 1
-        best = max(scores, key=lambda label: sign * scores[label][0]) if len(scores) > 1 else None
+        lower = name in group[0].lower_is_better
+        best = _best({label: score for label, (score, _) in scores.items()}, lower=lower)
         lines.append(ScoreLine(f"{benchmark}/{name}", group[0].settings, scores, best))
-    return lines
+    return [replace(line, apart=_apart(line, lines)) for line in lines]
+
+
+def label_order(label: str) -> tuple[bool, int, str]:
+    """Sorts the labels of contestants: iterates by their index, then the others by name."""
+    index = label.removeprefix("p")
+    return (not index.isdigit(), int(index) if index.isdigit() else 0, label)
+
+
+def _best(scores: Mapping[str, float], *, lower: bool) -> str | None:
+    """The label of the best score, if one alone is the best of several."""
+    wanted = min(scores.values()) if lower else max(scores.values())
+    best = [label for label, score in scores.items() if score == wanted]
+    return best[0] if len(best) == 1 and len(scores) > 1 else None
+
+
+def _apart(line: ScoreLine, lines: Sequence[ScoreLine]) -> str:
+    """The settings of a line that differ between lines of the same metric."""
+    others = [one.settings for one in lines if one.metric == line.metric]
+    names = [
+        name
+        for name in dict.fromkeys(name for settings in others for name in settings)
+        if any(settings.get(name) != line.settings.get(name) for settings in others)
+    ]
+    return ", ".join(
+        f"no {name}" if (value := line.settings.get(name)) is None else f"{name} {_short(value)}"
+        for name in names
+    )
+
+
+def _short(value: object) -> str:
+    """A setting's value; of a hash its beginning."""
+    text = str(value)
+    return text[:8] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def score_table(results: Sequence[Result]) -> list[list[str]]:
-    """The score lines as rows of text, `*` at the best; the first row is the header."""
+    """The score lines as rows of text, `*` at the only best; the first row is the header."""
     lines = score_lines(results)
-    labels = list(dict.fromkeys(label for line in lines for label in line.scores))
+    labels = sorted({label for line in lines for label in line.scores}, key=label_order)
     table = [["score", *labels]]
     for line in lines:
         cells = []
@@ -151,7 +191,7 @@ def score_table(results: Sequence[Result]) -> list[list[str]]:
             text = "-" if value is None else f"{value:.4f}"
             text += "" if error is None else f" ±{error:.4f}"
             cells.append(text + ("*" if label == line.best else ""))
-        table.append([line.metric, *cells])
+        table.append([line.name, *cells])
     return table
 
 

@@ -23,12 +23,8 @@ from spin_lightning.metrics import PairMetrics
 from spin_lightning.mixtures import Mixture, Reference
 from spin_lightning.modules import checkpointing
 from spin_lightning.modules.checks import check_opponents, check_per_iterate, iterates_to_play
-from spin_lightning.modules.settings import (
-    at_iterate,
-    check_choices,
-    check_ranges,
-    values_before,
-)
+from spin_lightning.modules.epoch_loss import EpochLoss
+from spin_lightning.modules.settings import at_iterate, check_choices, check_ranges, values_before
 from spin_lightning.modules.skipping import (
     BatchContext,
     SkippedBatches,
@@ -172,6 +168,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.skipped_batches = SkippedBatches(max_skipped_batches)
         self.generation = generation
         self.iterate = 0
+        self.epoch_loss = EpochLoss()
         self._open_gradients: Mapping[str, Tensor] = {}
         self.val_metrics = PairMetrics()
         check_ranges(self)
@@ -322,10 +319,11 @@ class SelfPlayModule(L.LightningModule, ABC):
         if is_non_finite(self.trainer, logps, loss):
             self._skip(batch, logps, loss)
             return zero_loss(self.policy)
-        log_step(self, logps, loss)
+        share = rank_share(self.trainer, self.iterate, batch_idx)
+        log_step(self, logps, loss, share)
         if batch_idx == 0 and self.current_epoch % self.epochs_per_iterate == 0:
             log_first_margin(self, logps)
-        return loss * rank_share(self.trainer, self.iterate, batch_idx)
+        return loss * share
 
     def _skip(self, batch: PairBatch, logps: PairLogps, loss: Tensor) -> None:
         context = BatchContext(
@@ -364,6 +362,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             "iterate": self.iterate,
             "gradients": checkpointing.accumulated_gradients(self.trainer, self.policy),
             "skipped_batches": self.skipped_batches.count,
+            "epoch_loss": self.epoch_loss.state(self.trainer),
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -377,6 +376,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.iterate = state["iterate"]
         self.skipped_batches.count = state.get("skipped_batches", 0)
         self._open_gradients = checkpointing.gradients_of(state)
+        self.epoch_loss.restore(state.get("epoch_loss"), self._trainer)
 
     def on_train_start(self) -> None:
         """Restore the gradients of the step in which the checkpoint was taken."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from spin_lightning import losses
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
 _LARGEST_FIRST_MARGIN = 0.1
 
 
-def log_step(module: SelfPlayModule, logps: PairLogps, loss: Tensor) -> None:
+def log_step(module: SelfPlayModule, logps: PairLogps, loss: Tensor, share: float) -> None:
     """Log the statistics of a batch, its loss and the learning rate.
 
     Args:
         module: The module in training.
         logps: Log-probs of n pairs.
         loss: The objective.
+        share: Weight of this rank's batch in the mean over ranks; 0 for a repeated row.
     """
     pairs, beta = len(logps.policy_real), module.reward_scale
     statistics = {name: s.mean for name, s in pair_statistics(logps, beta).items()}
@@ -32,14 +34,24 @@ def log_step(module: SelfPlayModule, logps: PairLogps, loss: Tensor) -> None:
         statistics["overflows"] = losses.overflows(logps.margin.detach(), beta).double()
     module.log_dict({f"train/{name}": s for name, s in statistics.items()}, batch_size=pairs)
     module.log("train/learning_rate", float(module.trainer.optimizers[0].param_groups[0]["lr"]))
-    module.log(
-        "train/loss_epoch",
-        loss,
-        on_step=False,
-        on_epoch=True,
-        batch_size=pairs,
-        sync_dist=True,
-    )
+    module.epoch_loss.add(module.current_epoch, loss, pairs if share else 0)
+
+
+def log_epoch_loss(module: SelfPlayModule) -> None:
+    """Log the mean loss of the epoch that just ended as `train/loss_epoch`, and start a new sum.
+
+    It goes to the loggers at once: Lightning would log it after the next rows are made. All ranks
+    call this function.
+    """
+    trainer, epoch = module.trainer, module.epoch_loss.epoch
+    mean = module.epoch_loss.take(trainer)
+    if mean is None:
+        return
+    trainer.callback_metrics["train/loss_epoch"] = torch.tensor(mean)
+    for logger in module.loggers:
+        # Lightning counts the steps that it logs from 0.
+        step = trainer.global_step - 1
+        logger.log_metrics({"train/loss_epoch": mean, "epoch": epoch}, step=step)
 
 
 def log_first_margin(module: SelfPlayModule, logps: PairLogps) -> None:

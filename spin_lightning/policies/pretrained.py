@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,12 @@ class FrozenBase:
             return torch.bfloat16 if torch.cuda.is_available() else torch.float32
         dtype: torch.dtype = getattr(torch, self.compute_dtype)
         return dtype
+
+    @property
+    def absolute(self) -> FrozenBase:
+        """The same base, a folder by its absolute path."""
+        folder = Path(self.name)
+        return replace(self, name=str(folder.resolve())) if folder.is_dir() else self
 
     @property
     def source(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,17 +19,20 @@ from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
 from spin_lightning.policies.mixture_model import MixtureModel
 from spin_lightning.policies.pretrained import FrozenBase
-from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.folder import ITERATE_FILE, RunFolder
 
 
 def load_iterate(
-    run_dir: str | Path, t: int | Literal["best"], device: torch.device | str = "cpu"
+    run_dir: str | Path,
+    t: int | Literal["best", "last", "mixture"],
+    device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load iterate t of a run, ready to generate from.
 
     Args:
         run_dir: The run folder.
-        t: Index of the iterate, 0 is the base; or "best" for the best one according to the run.
+        t: Index of the iterate, 0 is the base; "best", the best one according to the run; "last";
+            or "mixture", which is `load_mixture(run_dir)`.
         device: Device to load it on.
 
     Returns:
@@ -37,9 +41,12 @@ def load_iterate(
 
     Raises:
         RunFolderError: The run has no iterate t.
+        SettingError: There is no such name, or the base model is not where it was.
     """
+    if t == "mixture":
+        return load_mixture(run_dir, device=device)
     run = RunFolder(Path(run_dir))
-    base, adapter = _parts(run, run.best() if t == "best" else t)
+    base, adapter = _parts(run, run.index_of(t))
     return load_with_adapter(base, adapter, device), _tokenizer(run)
 
 
@@ -91,12 +98,17 @@ def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerBase:
     return _tokenizer(RunFolder(Path(run_dir)))
 
 
-def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = False) -> Path:
+def export_iterate(
+    run_dir: str | Path,
+    t: int | str,
+    out: str | Path,
+    merge: bool = False,
+) -> Path:
     """Write iterate t as a folder that does not depend on the run.
 
     Args:
         run_dir: The run folder.
-        t: Index of the iterate.
+        t: Index of the iterate, "best" or "last".
         out: The folder to write; it must be empty or not exist.
         merge: Write a full model with the adapter merged into (de-quantized) base weights, instead
             of a PEFT adapter folder.
@@ -109,6 +121,14 @@ def export_iterate(run_dir: str | Path, t: int, out: str | Path, merge: bool = F
         RunFolderError: The run has no iterate t.
     """
     run, out = RunFolder(Path(run_dir)), Path(out)
+    if t == "mixture":
+        raise SettingError(
+            "iterate",
+            t,
+            "the mixture has an adapter for each iterate and cannot be one model",
+            fix="name one iterate, or use spin_lightning.load_mixture in Python",
+        )
+    t = run.index_of(t)
     if out.exists() and any(out.iterdir()):
         raise SettingError("out", str(out), "the folder is not empty", fix="name a new folder")
     base, adapter = _parts(run, t)
@@ -145,8 +165,37 @@ def _parts(run: RunFolder, t: int) -> tuple[FrozenBase, Path | None]:
             f"expects ({first_line(error)})",
             fix="restore its iterate.json from a copy of the run",
         ) from error
+    hub = "commit" in record.fingerprint_fields.get("base_files", {"commit": ""})
+    base = replace(base, name=_base_path(run, base.name, is_folder=not hub))
     has_adapter = (run.iterate(t) / ADAPTER_CONFIG).exists()
     return base, run.iterate(t) if has_adapter else None
+
+
+def _base_path(run: RunFolder, name: str, *, is_folder: bool) -> str:
+    """Where the base model is now; a hub id as it is.
+
+    Older versions stored a relative path as it was given, from the folder where `fit` ran.
+
+    Args:
+        run: The run folder.
+        name: Hub id or folder, as the iterate's record has it.
+        is_folder: Whether the run has read it from a folder.
+
+    Raises:
+        SettingError: It was a folder, which is gone.
+    """
+    found = [path for path in (Path(name), run.root / name) if path.is_dir()]
+    if found:
+        return str(found[0].resolve())
+    if is_folder or Path(name).is_absolute():
+        raise SettingError(
+            "model",
+            name,
+            f"the base model of {run.root} is not there",
+            fix="if it was moved, put a link to it there, or change base.name in "
+            f"{run.iterates / 'iterate_*' / ITERATE_FILE}",
+        )
+    return name
 
 
 def _tokenizer(run: RunFolder) -> PreTrainedTokenizerBase:

@@ -154,8 +154,9 @@ def measures_of(histories: Iterable[Records]) -> list[Measure]:
 
 
 def best_of(measure: Measure, values: Mapping[int, float]) -> int | None:
-    """The iterate at the better end; None if neither end is better, or for a single value."""
+    """The only iterate at the better end; None if neither end is better, or for a single value."""
     if measure.best is None or len(values) < 2:
         return None
-    sign = 1 if measure.best == "min" else -1
-    return min(values, key=lambda t: (sign * values[t], t))
+    wanted = min(values.values()) if measure.best == "min" else max(values.values())
+    best = [t for t, value in values.items() if value == wanted]
+    return best[0] if len(best) == 1 else None

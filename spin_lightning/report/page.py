@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from spin_lightning.evaluation.results import score_lines
+from spin_lightning.evaluation.results import label_order, score_lines
 from spin_lightning.report.figures import (
     COLORS,
     curve_figure,
@@ -156,9 +156,9 @@ def _evaluations(views: Sequence[RunView]) -> list[dict[str, Any]]:
 
 
 def _evaluation(metric: str, lines: Mapping[str, Any]) -> dict[str, Any]:
-    labels = list(dict.fromkeys(label for line in lines.values() for label in line.scores))
+    labels = {label for line in lines.values() for label in line.scores}
     rows = []
-    for label in sorted(labels, key=lambda name: (not name.startswith("p"), len(name), name)):
+    for label in sorted(labels, key=label_order):
         cells: list[dict[str, Any] | None] = []
         for line in lines.values():
             value, error = line.scores.get(label, (None, None))

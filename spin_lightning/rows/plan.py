@@ -82,6 +82,8 @@ class RowPlan:
         token_members: Their iterates, ascending.
         union: A row per example and member of the opponent, instead of one with a drawn member.
         coupling: How rows of the iterate before are kept; None if all rows are regenerated.
+        source: Name of the examples' source, unless it is the training data. Ids count from 0 in
+            every source, so each has keys of its own.
     """
 
     iterate: int
@@ -96,6 +98,7 @@ class RowPlan:
     token_members: tuple[int, ...] = ()
     union: bool = False
     coupling: Coupling | None = None
+    source: str = ""
 
     @property
     def rows_per_example(self) -> int:
@@ -142,6 +145,7 @@ def plan_rows(
     union: bool = False,
     keep_from: Mixture | None = None,
     also_scored_by: Collection[int] = (),
+    source: str = "",
 ) -> RowPlan:
     """Plan the rows of an iterate.
 
@@ -155,6 +159,7 @@ def plan_rows(
         keep_from: The opponent of the iterate before, whose rows are kept as far as possible; None
             regenerates all rows.
         also_scored_by: Further iterates that score the rows.
+        source: Name of the examples' source, unless it is the training data.
     """
     members, token_alpha = set(also_scored_by), 0.0
     token_members: tuple[int, ...] = ()
@@ -177,6 +182,7 @@ def plan_rows(
         token_members=token_members,
         union=union,
         coupling=coupling,
+        source=source,
     )
 
 
@@ -284,7 +290,10 @@ def draws_of(plan: RowPlan, example: Example, earlier: EarlierRows = NO_ROWS) ->
 def redrawn(plan: RowPlan, table: RowTable) -> float:
     """Share of a plan's finished rows that were generated for it rather than kept."""
     rows = zip(table.example_id.tolist(), table.sample.tolist(), table.seed.tolist(), strict=True)
-    own = [keyed.row_key(plan.seed, plan.iterate, *names) == key for *names, key in rows]
+    own = [
+        keyed.row_key(plan.seed, plan.iterate, example, sample, plan.source) == key
+        for example, sample, key in rows
+    ]
     return sum(own) / len(own)
 
 
@@ -309,4 +318,4 @@ def _kept(plan: RowPlan, example: Example, sample: int, earlier: EarlierRows) ->
 
 
 def _key(plan: RowPlan, example: Example, sample: int) -> int:
-    return keyed.row_key(plan.seed, plan.iterate, example.example_id, sample)
+    return keyed.row_key(plan.seed, plan.iterate, example.example_id, sample, plan.source)

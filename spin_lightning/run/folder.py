@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spin_lightning.errors import RunFolderError
+from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.fingerprint import file_hash, folder_hashes
 from spin_lightning.run.records import BestRecord, IterateRecord
@@ -17,6 +17,8 @@ ITERATE_FILE = "iterate.json"
 _ITERATE_NAME = re.compile(r"iterate_(\d{3,9})")
 _RESTORE = "restore it from a copy of the run, or start a new run in another folder"
 BEST_FILE = "best.json"
+# Ranks iterates unless the run names another metric.
+DEFAULT_METRIC = "val/real_nll_per_token"
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,23 @@ class RunFolder:
         write_json(self.iterate(record.index) / ITERATE_FILE, record.to_json())
 
     def best_record(self) -> BestRecord | None:
-        """The best iterate; None where no held-out metric ranked the iterates."""
+        """The best iterate; None where no iterate has a held-out metric.
+
+        A run without a `BestIterate` callback is ranked here, by the callback's default metric.
+        """
         file = self.iterates / BEST_FILE
         fix = "delete it: the run writes it again; or name the iterate by its number"
-        return read_json(file, fix, BestRecord.of) if file.exists() else None
+        if file.exists():
+            return read_json(file, fix, BestRecord.of)
+        values = {
+            record.index: record.metrics[DEFAULT_METRIC]
+            for record in self.records()
+            if record.metrics is not None and DEFAULT_METRIC in record.metrics
+        }
+        if not values:
+            return None
+        best = min(values, key=lambda t: (values[t], t))
+        return BestRecord(best, DEFAULT_METRIC, values[best])
 
     def write_best(self, t: int, metric: str, value: float) -> None:
         """Record iterate t as the best one, by its value of a metric."""
@@ -110,15 +125,41 @@ class RunFolder:
         """Index of the best iterate.
 
         Raises:
-            RunFolderError: No held-out metric ranked the iterates.
+            RunFolderError: No iterate has a held-out metric to rank it by.
         """
         best = self.best_record()
         if best is None:
             raise RunFolderError(
-                f"{self.root} has no {BEST_FILE}, since nothing was held out to rank iterates by",
-                fix="name the iterate by its number",
+                f"the best iterate of {self.root} is not known: it has no {BEST_FILE}, and none of "
+                f"its iterates {self.known_iterates()} has {DEFAULT_METRIC}, which is measured on "
+                "held-out examples",
+                fix="name the iterate by its number, or last",
             )
         return best.index
+
+    def index_of(self, name: int | str) -> int:
+        """Index of an iterate.
+
+        Args:
+            name: Its number, `best` or `last`.
+
+        Raises:
+            SettingError: There is no such name.
+            RunFolderError: No iterate has a held-out metric to rank it by.
+        """
+        if name == "best":
+            return self.best()
+        if name == "last":
+            return max(self.known_iterates(), default=0)
+        if isinstance(name, bool) or not str(name).isdecimal():
+            raise SettingError(
+                "iterate",
+                name,
+                "there is no such iterate",
+                fix="give the number of an iterate, best, last, or where several may be named "
+                "mixture (of all iterates) or all",
+            )
+        return int(name)
 
     def check_iterate(self, t: int) -> IterateRecord:
         """Compare the files of iterate t with the hashes taken when it was made.

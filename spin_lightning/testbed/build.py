@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,8 @@ _BASE_STEPS = 600
 _BASE_BATCH = 128
 _CONTEXT = 32
 _MARKER = "testbed.json"
+_SCRATCH = ".spin-lightning-"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -239,10 +243,18 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _scratch_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of `parent`, so that a rename from it is atomic."""
+    """A temporary folder on the file system of `parent`, so that a rename from it is atomic.
+
+    Folders of processes that were killed are deleted. Each process holds a lock on its own.
+    """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=".spin-lightning-")
+        _delete_abandoned(parent)
+        handle, lock = tempfile.mkstemp(dir=parent, prefix=_SCRATCH, suffix=_LOCK)
+        # The system releases it when the process dies.
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        scratch = Path(lock.removesuffix(_LOCK))
+        scratch.mkdir()
     except OSError as error:
         raise SettingError(
             "cache",
@@ -250,8 +262,24 @@ def _scratch_folder(parent: Path) -> Iterator[Path]:
             f"it cannot be written ({error.strerror})",
             fix="set SPIN_LIGHTNING_CACHE, or the output folder, to one that can be",
         ) from error
-    with scratch as name:
-        yield Path(name)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        Path(lock).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _delete_abandoned(parent: Path) -> None:
+    """Delete scratch folders whose process is gone."""
+    for lock in parent.glob(f"{_SCRATCH}*{_LOCK}"):
+        try:
+            with lock.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.with_name(lock.name.removesuffix(_LOCK)), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+        except OSError:  # it is in use, or another process deletes it
+            continue
 
 
 @contextmanager

@@ -66,5 +66,14 @@ def test_iterates_are_shown_with_dashes_for_what_is_not_known(capsys):
     show_iterates([IterateRecord(0), IterateRecord(1, training=training, metrics={})])
     head, first, second = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["iterate", "opponent", "rows"]
-    assert first.split() == ["0", *["-"] * 11]
-    assert second.split() == ["1", "p0", "40", "-", "0.5000", *["-"] * 6, "2.0"]
+    assert first.split() == ["0", *["-"] * 10]
+    assert second.split() == ["1", "p0", "40", "-", "0.5000", *["-"] * 5, "2.0"]
+
+
+def test_exact_kl_is_a_column_only_where_it_is_known(capsys):
+    show_iterates([IterateRecord(0, metrics={"val/real_nll_per_token": 1.5})])
+    assert "exact KL" not in capsys.readouterr().out
+    show_iterates([IterateRecord(0), IterateRecord(1, metrics={"exact/kl": 0.25})])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert "exact KL" in head
+    assert (first.split().count("-"), second.split().count("0.2500")) == (11, 1)

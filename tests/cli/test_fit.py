@@ -126,20 +126,29 @@ def test_fit_other_settings_in_the_same_folder_lists_each_difference(finished, s
     assert contents(finished) == before
 
 
-def test_fit_dry_run_says_rows_tokens_and_time_trains_nothing_and_is_used_later(
+def test_fit_dry_run_says_rows_tokens_and_time_and_leaves_nothing(
     finished, spin, tiny_model_dir, data, tmp_path, capsys
 ):
     root = tmp_path / "dry"
     arguments = fit_arguments(root, tiny_model_dir, data)
-    spin(*arguments, "--dry_run", "true")
+    spin(*arguments, "--dry_run", "true", "--data.batch_size", 16)
     said = capsys.readouterr().out
     assert "Each of 2 iterates: 114 rows" in said
     assert "Estimated per iterate:" in said
-    run = RunFolder(root)
-    assert run.known_iterates() == [0]
-    assert [path.name for path in run.rows(0).iterdir()] == ["part-00000.parquet"]
+    assert not root.exists()
+    # So the run itself may have another batch size.
     spin(*arguments)
     assert contents(root) == contents(finished)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the test moved the folder
+def test_fit_dry_run_in_the_folder_of_a_run_changes_no_file(finished, spin, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    more = ("--trainer.default_root_dir", root, "--dry_run", "true")
+    spin("fit", "--config", finished / "config.yaml", *more)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 def test_fit_user_variant_by_import_path_plays(spin, tiny_model_dir, data, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def test_missing_package_ends_with_one_message_that_says_how_to_install_it(
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "Requirement 'wandb>=0.12.10' not met" in line
-    assert "pip install 'spin-lightning[eval,wandb]'" in line
+    assert "pip install 'spin-lightning[wandb]'" in line
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
@@ -131,3 +131,52 @@ def test_python_m_is_the_same_command_line():
     call = [sys.executable, "-m", "spin_lightning"]
     page = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     assert page.startswith("usage: spin-lightning COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            # As Lightning's WandbLogger and MLFlowLogger raise it.
+            ModuleNotFoundError("Requirement 'wandb>=0.12.10' not met. HINT: Try running pip"),
+            "'wandb>=0.12.10' not met.). Fix: run: pip install 'spin-lightning[wandb]'",
+        ),
+        (
+            ModuleNotFoundError("Requirement 'mlflow>=1.0.0' not met."),
+            "Fix: run: pip install 'mlflow'",
+        ),
+        (
+            ModuleNotFoundError("No module named 'lm_eval.tasks'", name="lm_eval.tasks"),
+            "Fix: run: pip install 'spin-lightning[eval]'",
+        ),
+    ],
+)
+def test_missing_extra_ends_with_the_command_that_installs_it(
+    error, said, spin, monkeypatch, capsys
+):
+    def export(args: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "export", export)
+    with pytest.raises(SystemExit) as end:
+        spin("export")
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130(spin, monkeypatch, capsys):
+    def interrupted(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted_in_lightning(args: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    for command in (interrupted, interrupted_in_lightning):
+        monkeypatch.setitem(COMMANDS, "export", command)
+        with pytest.raises(SystemExit) as end:
+            spin("export")
+        assert end.value.code == 130
+    assert capsys.readouterr().err.strip() == "Stopped."

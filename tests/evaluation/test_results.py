@@ -105,3 +105,30 @@ def test_table_marks_the_best_and_shows_errors(run):
         ["lm_eval/task/acc", "0.2500 ±0.0100", "0.5000 ±0.0100*", "-"],
         ["mt_bench/overall", "-", "-", "3.0000"],
     ]
+
+
+def test_table_has_iterates_in_order_and_the_mixture_last(run):
+    run.write_record(IterateRecord(10))
+    names = {10: 0.1, 2: 0.3}
+    results = [result_of(run, t, score) for t, score in names.items()]
+    mixture = replace(result_of(run, 2, 0.2), contestant="mixture")
+    table = score_table([mixture, *results, *read_results(run)])
+    assert table[0] == ["score", "p0", "p1", "p2", "p10", "mixture"]
+
+
+def test_equal_best_scores_have_no_mark(run):
+    results = [result_of(run, t, score) for t, score in enumerate((0.25, 0.5, 0.5))]
+    (line,) = score_lines(results)
+    assert line.best is None
+    assert "*" not in "".join(score_table(results)[1])
+
+
+def test_lines_of_one_metric_say_what_tells_them_apart(run):
+    limited = result_of(run, 0, 0.75, settings={**SETTINGS, "limit": 20})
+    other = result_of(run, 0, 0.5, benchmark="lm_eval/other")
+    table = score_table([*read_results(run), limited, other])
+    assert [row[0] for row in table[1:]] == [
+        "lm_eval/task/acc (no limit)",
+        "lm_eval/task/acc (limit 20)",
+        "lm_eval/other/acc",
+    ]

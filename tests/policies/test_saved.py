@@ -1,7 +1,7 @@
 """Iterates of a run folder, loaded and exported."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -89,3 +89,40 @@ def test_export_iterate_that_is_the_bare_base_is_refused_unless_merged(run, tmp_
 def test_iterate_that_the_run_does_not_have_is_named(act, run):
     with pytest.raises(RunFolderError, match=r"has no iterate 5; it has \[0, 1\]"):
         act(run.root, 5)
+
+
+def test_iterates_have_the_same_names_everywhere(run, tmp_path):
+    model, _ = load_iterate(run.root, "last")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), wanted_logits(run, 1), atol=1e-4, rtol=0)
+    mixture, _ = load_iterate(run.root, "mixture")
+    assert mixture.mixture.weights == {0: 0.5, 1: 0.5}
+    assert (export_iterate(run.root, "last", tmp_path / "last") / "adapter_config.json").exists()
+    with pytest.raises(SettingError, match=r"iterate='mixture'.*Fix: .*load_mixture"):
+        export_iterate(run.root, "mixture", tmp_path / "mixture")
+    for act in (load_iterate, lambda root, t: export_iterate(root, t, tmp_path / "x")):
+        with pytest.raises(SettingError, match=r"iterate='lsat': there is no such iterate"):
+            act(run.root, "lsat")
+
+
+def test_relative_base_is_found_from_the_working_directory_or_the_run(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny_model_dir, tmp_path / "here" / "base")
+    run = write_run(tmp_path / "run", tmp_path / "here" / "base", "none")
+    record = run.record(1)
+    base, fields = {**record.base, "name": "base"}, {"base_files": {"config.json": "0f"}}
+    run.write_record(replace(record, base=base, fingerprint_fields=fields))
+    monkeypatch.chdir(tmp_path / "here")
+    load_iterate(run.root, 1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match=r"model='base': the base model .*Fix: if it was moved"):
+        load_iterate(run.root, 1)
+    shutil.move(tmp_path / "here" / "base", run.root / "base")
+    load_iterate(run.root, 1)
+
+
+def test_base_is_absolute_where_it_is_a_folder(tiny_model_dir, monkeypatch):
+    monkeypatch.chdir(tiny_model_dir.parent)
+    assert FrozenBase(tiny_model_dir.name).absolute.name == str(tiny_model_dir.resolve())
+    assert FrozenBase("owner/name").absolute.name == "owner/name"

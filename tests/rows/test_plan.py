@@ -106,6 +106,14 @@ def test_draw_key_and_opponent_depend_on_seed_iterate_example_and_sample_alone()
     assert len({draw.key, *(other.key for other in others)}) == 5
 
 
+def test_examples_of_another_source_have_keys_of_their_own():
+    own = [draw.key for unit in units(PLAN, EXAMPLES) for draw in unit]
+    others = replace(PLAN, source="val_data")
+    theirs = [draw.key for unit in units(others, EXAMPLES) for draw in unit]
+    assert not {*own} & {*theirs}
+    assert others.manifest(EXAMPLES) == PLAN.manifest(EXAMPLES), "finished rows stay"
+
+
 def test_draw_opponents_have_the_weights_of_the_mixture():
     plan = replace(PLAN, samples=1)
     drawn = Counter(draw_row(plan, example, 0).opponent for example in MANY)

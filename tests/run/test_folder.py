@@ -1,6 +1,7 @@
 """Paths of a run's files, and the records and hashes of its iterates."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,11 @@ def test_best_record_that_is_damaged_is_one_clear_error(content, run):
 
 
 def test_best_iterate_of_a_run_that_ranked_none_is_refused(run):
-    with pytest.raises(RunFolderError, match=r"has no best.json.*Fix: name the iterate"):
+    message = r"has no best.json, and none of its iterates .* has val/real_nll.*Fix: name the"
+    with pytest.raises(RunFolderError, match=message):
         run.best()
+    for t, nll in ((1, 0.5), (2, 0.75)):
+        run.write_record(replace(run.record(t), metrics={"val/real_nll_per_token": nll}))
+    assert run.best() == 1, "without a callback that ranks"
     run.write_best(2, "exact/kl", 0.5)
     assert run.best() == 2

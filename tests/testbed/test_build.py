@@ -40,6 +40,17 @@ def test_ensure_makes_ordinary_files_once(quick_base, tmp_path, monkeypatch):
     assert response_log_probs(model, tokenizer, language).shape == (8, 625)
 
 
+def test_ensure_deletes_what_a_killed_build_left_and_nothing_in_use(quick_base, tmp_path):
+    killed = tmp_path / ".spin-lightning-killed"
+    (killed / "testbed-v1-seed3").mkdir(parents=True)
+    killed.with_name(f"{killed.name}.lock").touch()
+    with build._scratch_folder(tmp_path) as used:
+        assert not killed.exists()
+        build.ensure(seed=3, cache_dir=tmp_path)
+        assert used.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["testbed-v1-seed3"]
+
+
 def test_ensure_data_is_readable_and_drawn_from_the_language(quick_base, tmp_path):
     paths = build.ensure(seed=4, cache_dir=tmp_path)
     language = Language.load(paths.language)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import random
@@ -69,3 +70,24 @@ def contents(root: Path) -> dict[str, str]:
     """SHA-256 of every file of rows and every adapter of a run, by relative path."""
     files = (p for p in sorted(root.rglob("*")) if p.suffix in {".parquet", ".safetensors"})
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def logged(root: Path) -> list[dict[str, str]]:
+    """The lines of a run's metrics.csv, without empty cells and timings."""
+    with (root / "metrics.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    return [
+        {name: value for name, value in line.items() if value and not name.startswith("speed/")}
+        for line in lines
+    ]
+
+
+def recorded(root: Path) -> list[dict[str, Any]]:
+    """What the iterate.json of every iterate holds, without timings."""
+    records = [
+        json.loads(file.read_text()) for file in sorted(root.glob("iterates/*/iterate.json"))
+    ]
+    for record in records:
+        for name in ("seconds", "speed", "peak_memory"):
+            (record["training"] or {}).pop(name, None)
+    return records
