@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from spin_lightning.errors import SettingError, first_line
 from spin_lightning.frozen_linear import freeze_linear
+from spin_lightning.policies.causality import check_causal
 from spin_lightning.policies.pretrained import FrozenBase, check_quantizable, load_config
 
 
@@ -19,10 +20,12 @@ def load_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTraine
     """Load the frozen base with its quantization, in eval mode and without gradients.
 
     Raises:
-        SettingError: bitsandbytes cannot quantize this model, or its weights cannot be read.
+        SettingError: bitsandbytes cannot quantize this model, its weights cannot be read, or it is
+            not causal.
     """
     model = _read(base, device)
     freeze_linear(model)
+    check_causal(base, model)
     return model
 
 
