@@ -49,7 +49,8 @@ def export(args: list[str]) -> None:
         t = max(run.known_iterates(), default=0)
     else:
         t = run.best() if given.iterate == "best" else given.iterate
-    console.print(f"Iterate {t}: {export_iterate(given.run, t, given.out, given.merge)}")
+    folder = export_iterate(given.run, t, given.out, given.merge, notify=console.print)
+    console.print(f"Iterate {t}: {folder}")
 
 
 def evaluate(args: list[str]) -> None:
