@@ -46,7 +46,7 @@ def export(args: list[str]) -> None:
 
     quiet_libraries()
     run = RunFolder(Path(given.run))
-    folder = export_iterate(run.root, given.iterate, given.out, given.merge)
+    folder = export_iterate(run.root, given.iterate, given.out, given.merge, notify=console.print)
     console.print(f"Iterate {run.index_of(given.iterate)}: {folder}")
 
 

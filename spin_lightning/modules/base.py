@@ -22,7 +22,12 @@ from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics
 from spin_lightning.mixtures import Mixture, Reference
 from spin_lightning.modules import checkpointing
-from spin_lightning.modules.checks import check_opponents, check_per_iterate, iterates_to_play
+from spin_lightning.modules.checks import (
+    check_opponents,
+    check_per_iterate,
+    iterates_to_play,
+    mixes_tokens,
+)
 from spin_lightning.modules.epoch_loss import EpochLoss
 from spin_lightning.modules.settings import at_iterate, check_choices, check_ranges, values_before
 from spin_lightning.modules.skipping import (
@@ -249,13 +254,17 @@ class SelfPlayModule(L.LightningModule, ABC):
         """
         iterates = iterates_to_play(self.trainer, self.epochs_per_iterate)
         check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
+        opponents = [self.opponent(t) for t in range(iterates)]
+        references = [self.reference(t) for t in range(iterates)]
         check_opponents(
             type(self).__name__,
-            [self.opponent(t) for t in range(iterates)],
-            [self.reference(t) for t in range(iterates)],
+            opponents,
+            references,
             normalizer_cancels=self.normalizer_cancels,
             keeps_rows=self.refresh == "reservoir",
         )
+        if mixes_tokens(opponents, references):
+            self.policy_spec.check_mixes_with_base()
         return iterates
 
     def fingerprint_fields(self, t: int) -> dict[str, Any]:

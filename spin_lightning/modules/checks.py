@@ -122,6 +122,13 @@ def check_opponents(
         )
 
 
+def mixes_tokens(opponents: Sequence[Mixture | None], references: Sequence[Reference]) -> bool:
+    """Whether an iterate is mixed with the base at every token, to generate or to score."""
+    return any(opponent is not None and opponent.token_alpha for opponent in opponents) or any(
+        reference.token_members for reference in references
+    )
+
+
 def _check_answer(name: str, t: int, answer: Any, kind: Any) -> None:
     """Check that what a variant returned for iterate t is a `kind` of iterates up to t."""
     call = f"{name}({t})"

@@ -1,7 +1,10 @@
-"""Loading the frozen base: bare, with an adapter, or merged with one."""
+"""Loading the frozen base, bare or with an adapter."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,38 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from spin_lightning.errors import SettingError, first_line
 from spin_lightning.frozen_linear import freeze_linear
+from spin_lightning.policies.causality import check_causal
 from spin_lightning.policies.pretrained import FrozenBase, check_quantizable, load_config
+
+_PEFT_NOISE = (
+    "fan_in_fan_out is set to",
+    "Model has `tie_word_embeddings=True`",
+    "Model with `tie_word_embeddings=True`",
+    "Input and output embeddings are no longer tied after merging",
+    "`lora_bias=True` was passed",
+    r".*LoRA tensor\(s\) have invalid shape",
+)
 
 
 def load_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load the frozen base with its quantization, in eval mode and without gradients.
 
     Raises:
-        SettingError: bitsandbytes cannot quantize this model, or its weights cannot be read.
+        SettingError: bitsandbytes cannot quantize this model, its weights cannot be read, or it is
+            not causal.
     """
-    model = _read(base, device)
+    model = read_base(base, device)
     freeze_linear(model)
+    check_causal(base, model)
     return model
 
 
-def _read(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedModel:
+def read_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Read the frozen base as transformers does, in eval mode and without gradients.
+
+    Raises:
+        SettingError: bitsandbytes cannot quantize this model, or its weights cannot be read.
+    """
     check_quantizable(base)
     try:
         # (With `output_loading_info` the result is a pair, which its annotation does not cover.)
@@ -66,27 +86,15 @@ def _unreadable(base: FrozenBase, problem: str) -> SettingError:
     )
 
 
-def merge_adapter(base: FrozenBase, adapter: Path | None) -> PreTrainedModel:
-    """Return the base with an adapter merged into its weights, in full precision.
-
-    A quantized base is de-quantized first: the adapter was trained on the rounded weights, and
-    merging it into 4-bit weights would round the sum again.
-    """
-    model = _read(base)
-    if base.quantization != "none":
-        model = model.dequantize(dtype=base.dtype)
-    if adapter is None:
-        return model
-    merged: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return merged
-
-
 def load_with_adapter(
     base: FrozenBase, adapter: Path | None, device: torch.device | str = "cpu"
 ) -> nn.Module:
     """Return the base with a frozen adapter (or bare), in eval mode, ready for `generate`."""
     model = load_base(base, device)
-    return model if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+    if adapter is None:
+        return model
+    with quiet_peft():
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def _quantization_config(base: FrozenBase) -> BitsAndBytesConfig | None:
@@ -98,6 +106,19 @@ def _quantization_config(base: FrozenBase) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=base.dtype,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if base.quantization == "int8" else None
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what PEFT warns of whenever it puts an adapter on certain models.
+
+    GPT-2's layers are transposed, which it detects by itself. An adapter on one of two tied layers
+    leaves the other as it is, here and in `merging`. A bias of LoRA has one dimension.
+    """
+    with warnings.catch_warnings():
+        for message in _PEFT_NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def adapter_name(iterate: int) -> str:

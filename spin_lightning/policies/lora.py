@@ -21,8 +21,13 @@ from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
 from spin_lightning.policies.base import Policy, RowRouting
-from spin_lightning.policies.loading import adapter_name, load_base
-from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
+from spin_lightning.policies.loading import adapter_name, load_base, quiet_peft
+from spin_lightning.policies.lora_settings import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LoraSettings,
+    check_embeddings,
+)
 from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
@@ -83,8 +88,10 @@ class LoraPolicy(Policy):
             model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": recomputing_alike(model.config)}
             )
+        if initial_adapter is not None:
+            check_embeddings(model, base, initial_adapter)
         # The initial weights depend on the seed alone, not on earlier random draws.
-        with _isolated_random_state(torch.device(device)):
+        with _isolated_random_state(torch.device(device)), quiet_peft():
             torch.manual_seed(seed)
             self.model = (
                 peft.get_peft_model(model, lora.peft_config(base), adapter_name=_TRAINED)
@@ -94,7 +101,7 @@ class LoraPolicy(Policy):
                 )
             )
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(f".{_TRAINED}." in name)
+            parameter.requires_grad_(_is_trained(name))
         if fused:
             fused_lora.fuse(self.model, in_4_bits=base.quantization == "nf4")
         self._compiled = compiled
@@ -113,7 +120,7 @@ class LoraPolicy(Policy):
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the trained adapter."""
-        return ((n, p) for n, p in self.named_parameters() if f".{_TRAINED}." in n)
+        return ((n, p) for n, p in self.named_parameters() if _is_trained(n))
 
     def logps(self, batch: SequenceBatch) -> Tensor:
         """log p(y|x) of each sequence under the active policy, nats, float64, shape [n]."""
@@ -134,9 +141,10 @@ class LoraPolicy(Policy):
 
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained adapter in PEFT's format; return the SHA-256 of each file by name."""
-        weights = get_peft_model_state_dict(
-            self.model, adapter_name=_TRAINED, save_embedding_layers=False
-        )
+        with quiet_peft():
+            weights = get_peft_model_state_dict(
+                self.model, adapter_name=_TRAINED, save_embedding_layers=False
+            )
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         with writing(folder / ADAPTER_WEIGHTS):
             folder.mkdir(parents=True, exist_ok=True)
@@ -266,11 +274,26 @@ class LoraPolicy(Policy):
         name = adapter_name(iterate)
         if name not in self.model.peft_config:
             # PEFT initializes an adapter at random before it reads the weights.
-            with _isolated_random_state(self.device):
-                self.model.load_adapter(
-                    str(folder), adapter_name=name, torch_device=str(self.device)
-                )
+            try:
+                with _isolated_random_state(self.device), quiet_peft():
+                    self.model.load_adapter(
+                        str(folder), adapter_name=name, torch_device=str(self.device)
+                    )
+            except BaseException:
+                # Half loaded, it has random or zero weights, and the next call would find it.
+                if name in self.model.peft_config:
+                    self.model.delete_adapter(name)
+                raise
         return name
+
+
+def _is_trained(name: str) -> bool:
+    """Whether a parameter belongs to the trained adapter; PEFT puts the adapter into its name.
+
+    LoRA's weights are modules, `lora_A.policy.weight`; those of embeddings and of single tokens are
+    parameters, `lora_embedding_A.policy`.
+    """
+    return _TRAINED in name.split(".")
 
 
 def _isolated_random_state(device: torch.device) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Initializations that subtract the adapter's start from the base's weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
     import peft
     from peft.utils import get_peft_model_state_dict
 
+    from spin_lightning.policies.loading import quiet_peft
+
     model = copy.deepcopy(skeleton(base))
     if initial_adapter is None:
         _check_targets(base, model, lora)
@@ -148,15 +154,116 @@ def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | N
         raise refusal(f"it cannot be read ({first_line(error)})") from error
     if not isinstance(config, peft.LoraConfig):
         raise refusal(f"it is a {config.peft_type} adapter")
+    _check_base_stays(initial_adapter, config)
     try:
-        wanted = get_peft_model_state_dict(peft.get_peft_model(model, config))
+        with quiet_peft():
+            adapted = peft.get_peft_model(model, config)
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except Exception as error:
         raise refusal(f"it does not fit {base.name} ({first_line(error)})") from error
     if any(not t.is_floating_point() or not t.isfinite().all() for t in tensors.values()):
         raise refusal("it has non-finite weights")
     given = {name: weight.shape for name, weight in tensors.items()}
+    # `check_embeddings` compares the base's own once they are loaded.
+    copies = {n: w.shape for n, w in skeleton(base).state_dict(prefix=_PREFIX).items()}
+    given = {n: s for n, s in given.items() if n in wanted or copies.get(_plain_name(n)) != s}
     if given != {name: weight.shape for name, weight in wanted.items()}:
         raise refusal(f"its weights do not have the shapes of {base.name}")
+
+
+def _check_base_stays(initial_adapter: str, config: peft.LoraConfig) -> None:
+    """Refuse an adapter that would train or replace weights of the base.
+
+    The base is the same for all iterates, and iterates are adapters alone.
+    """
+    if config.bias != "none":
+        raise SettingError(
+            "initial_adapter",
+            initial_adapter,
+            f"it was trained with bias={config.bias!r}, which trains biases of the base itself",
+            fix="merge it into the model (PEFT's merge_and_unload, then save_pretrained) and give "
+            "that folder as model, or train it again with bias: none",
+        )
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise SettingError(
+            "initial_adapter",
+            initial_adapter,
+            f"its init_lora_weights is {start!r}, which changes the base's weights: it does not "
+            "fit the model as it is",
+            fix="save it as plain LoRA with PEFT's save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=<the adapter before training>), or merge it "
+            "into its own base and give that folder as model",
+        )
+    if config.ensure_weight_tying and config.target_modules_to_tie:
+        raise SettingError(
+            "initial_adapter",
+            initial_adapter,
+            "its ensure_weight_tying ties LoRA of the embedding to LoRA of the head",
+            fix="merge it into the model and give that folder as model",
+        )
+
+
+def check_mixes_with_base(base: FrozenBase, initial_adapter: str) -> None:
+    """Refuse an adapter that PEFT cannot mix with the base row by row in one batch.
+
+    Every iterate has the layers of the initial adapter, and token-level mixtures need both.
+
+    Raises:
+        SettingError: It is DoRA, or has whole layers other than embeddings and linear maps.
+    """
+    import peft
+
+    config: Any = peft.PeftConfig.from_pretrained(initial_adapter)
+    whole = [
+        name
+        for name, module in skeleton(base).named_modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+        and any(f".{name}".endswith(f".{saved}") for saved in config.modules_to_save or [])
+    ]
+    if config.use_dora or whole:
+        raise SettingError(
+            "initial_adapter",
+            initial_adapter,
+            f"it {'is a DoRA adapter' if config.use_dora else f'replaces {whole[0]}'}, which PEFT "
+            "cannot mix with the base at every token",
+            fix="give another adapter, or a variant without token-level mixtures (alpha: 0, or "
+            "mixture: sequence)",
+        )
+
+
+def check_embeddings(model: nn.Module, base: FrozenBase, initial_adapter: str) -> None:
+    """Refuse an adapter that comes with another embedding or head than the base's.
+
+    PEFT saves them with an adapter that targets them, and would load them over the base's.
+
+    Args:
+        model: The loaded base, without adapters.
+        base: What it was loaded from.
+        initial_adapter: Folder of the adapter.
+
+    Raises:
+        SettingError: Weights of the base that are saved with the adapter differ from the model's.
+    """
+    own = model.state_dict(prefix=_PREFIX)
+    with safe_open(Path(initial_adapter) / ADAPTER_WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if ".base_layer." not in name:
+                continue
+            given, weight = file.get_tensor(name), own[_plain_name(name)].cpu()
+            if not torch.equal(given.to(base.dtype), weight.to(base.dtype)):
+                raise SettingError(
+                    "initial_adapter",
+                    initial_adapter,
+                    f"it was trained on another embedding or head than that of {base.name}: it "
+                    f"comes with {name}, whose values differ",
+                    fix="merge it into its own base and give that folder as model",
+                )
+
+
+def _plain_name(name: str) -> str:
+    """Name of a weight of the base, from its name below an adapter."""
+    return name.replace(".base_layer.", ".")
 
 
 def _check_targets(base: FrozenBase, model: nn.Module, lora: LoraSettings) -> None:

@@ -127,6 +127,14 @@ def context_length_of(config: PretrainedConfig) -> int:
     return int(length or _UNKNOWN_CONTEXT)
 
 
+def generation_config(base: FrozenBase) -> GenerationConfig:
+    """The model's own generation config; without one, that of its configuration."""
+    try:
+        return GenerationConfig.from_pretrained(base.name, **base.source)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(base))
+
+
 def generation_stop_ids(base: FrozenBase) -> int | list[int] | None:
     """Stop ids from the model's own generation config."""
     try:

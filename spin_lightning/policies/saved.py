@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spin_lightning.errors import RunFolderError, SettingError, first_line
+from spin_lightning.errors import RunFolderError, SettingError, first_line, is_whole
 from spin_lightning.mixtures import Mixture, uniform
-from spin_lightning.policies.loading import load_with_adapter, merge_adapter
+from spin_lightning.policies.loading import load_with_adapter
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
+from spin_lightning.policies.merging import carry_stop_ids, write_merged
 from spin_lightning.policies.mixture_model import MixtureModel
-from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.policies.pretrained import FrozenBase, generation_config
 from spin_lightning.run.folder import ITERATE_FILE, RunFolder
 
 
@@ -37,7 +38,8 @@ def load_iterate(
 
     Returns:
         The model in eval mode (a PEFT model, or the bare base for an iterate without adapter),
-        quantized as the run was, and the run's tokenizer.
+        quantized as the run was, and the run's tokenizer. Its generation config has the run's stop
+        ids.
 
     Raises:
         RunFolderError: The run has no iterate t.
@@ -46,8 +48,12 @@ def load_iterate(
     if t == "mixture":
         return load_mixture(run_dir, device=device)
     run = RunFolder(Path(run_dir))
-    base, adapter = _parts(run, run.index_of(t))
-    return load_with_adapter(base, adapter, device), _tokenizer(run)
+    t = run.index_of(t)
+    base, adapter = _parts(run, t)
+    model = load_with_adapter(base, adapter, device)
+    if stops := _stop_ids(run, t):
+        carry_stop_ids(model, stops)
+    return model, _tokenizer(run)
 
 
 def load_mixture(
@@ -103,8 +109,12 @@ def export_iterate(
     t: int | str,
     out: str | Path,
     merge: bool = False,
+    notify: Callable[[str], None] = print,
 ) -> Path:
     """Write iterate t as a folder that does not depend on the run.
+
+    The folder has the run's tokenizer, and a generation config with its stop ids. A merged model is
+    read back and compared with the iterate before the folder gets its name.
 
     Args:
         run_dir: The run folder.
@@ -112,13 +122,14 @@ def export_iterate(
         out: The folder to write; it must be empty or not exist.
         merge: Write a full model with the adapter merged into (de-quantized) base weights, instead
             of a PEFT adapter folder.
+        notify: Receives what the user should know about a merged model, line by line.
 
     Returns:
         The folder.
 
     Raises:
         SettingError: `out` is not empty, or iterate t has no adapter to write.
-        RunFolderError: The run has no iterate t.
+        RunFolderError: The run has no iterate t, or the merged model is not the iterate.
     """
     run, out = RunFolder(Path(run_dir)), Path(out)
     if t == "mixture":
@@ -139,18 +150,55 @@ def export_iterate(
             f"it is the base model {base.name} itself, without an adapter",
             fix="use the base model as it is, or export with --merge",
         )
-    if merge:
-        merge_adapter(base, adapter).save_pretrained(out)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copy2(run.iterate(t) / name, out / name)
-    _tokenizer(run).save_pretrained(out)
+    tokenizer, stops = _tokenizer(run), _stop_ids(run, t)
+    staged = out.with_name(f".{out.name}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        if merge:
+            _merge_into(staged, base, adapter, stops, notify)
+        else:
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                shutil.copy2(run.iterate(t) / name, staged / name)
+            generation = generation_config(base)
+            generation.eos_token_id = stops or generation.eos_token_id
+            generation.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        if out.exists():
+            out.rmdir()
+        staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     return out
+
+
+def _merge_into(
+    folder: Path,
+    base: FrozenBase,
+    adapter: Path | None,
+    stops: list[int] | None,
+    notify: Callable[[str], None],
+) -> None:
+    comparison, is_untied = write_merged(base, adapter, folder, stops)
+    if is_untied:
+        notify(
+            "Embedding and head were tied in the base and differ after the merge: the exported "
+            "model has both (tie_word_embeddings: false)."
+        )
+    notify(str(comparison))
+
+
+def _stop_ids(run: RunFolder, t: int) -> list[int] | None:
+    """The ids that ended the run's responses; None if its version did not record them."""
+    stops = run.record(t).fingerprint_fields.get("stop_ids")
+    is_known = isinstance(stops, list) and all(is_whole(stop, 0) for stop in stops)
+    return list(stops) if is_known and stops else None
 
 
 def _policy(run: RunFolder, base: FrozenBase, device: torch.device | str) -> LoraPolicy:
     policy = LoraPolicy(base, LoraSettings(r=1), device=device)
+    if stops := _stop_ids(run, min(run.known_iterates())):
+        carry_stop_ids(policy.model, stops)
     policy.use_iterates(run.iterate_folders())
     return policy
 

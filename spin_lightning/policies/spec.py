@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from spin_lightning.policies import pretrained
-from spin_lightning.policies.lora_settings import LoraSettings, check_adapter
+from spin_lightning.policies.lora_settings import (
+    LoraSettings,
+    check_adapter,
+    check_mixes_with_base,
+)
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import Packing, shares_prefixes
 from spin_lightning.run.fingerprint import folder_hashes
@@ -66,6 +70,16 @@ class PolicySpec:
         pretrained.check_quantizable(self.base)
         shares_prefixes(self.base, self.packing)
         check_adapter(self.base, self.lora, self.initial_adapter)
+
+    def check_mixes_with_base(self) -> None:
+        """Check that iterates can be mixed with the base at every token.
+
+        Raises:
+            SettingError: The initial adapter does not fit, or has layers that PEFT cannot mix.
+        """
+        if self.initial_adapter is not None:
+            check_adapter(self.base, self.lora, self.initial_adapter)
+            check_mixes_with_base(self.base, self.initial_adapter)
 
     def build(self, device: torch.device | str, seed: int) -> LoraPolicy:
         """Load the base onto `device` and add the trained adapter.

@@ -14,9 +14,10 @@ from transformers import GPT2Config
 
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.packing import pack_padded
-from spin_lightning.policies.loading import load_base, load_with_adapter, merge_adapter
+from spin_lightning.policies.loading import load_base, load_with_adapter
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings, check_adapter
+from spin_lightning.policies.merging import merge_adapter
 from spin_lightning.policies.pretrained import FrozenBase
 from tests.toys.adapters import (
     IDS,
@@ -384,7 +385,7 @@ def test_quantized_policy_learns_and_its_snapshot_acts_as_it_did(quantized, fold
 
 @pytest.mark.parametrize("t", [0, 1, 2])
 def test_merge_adapter_plain_is_the_adapter_model_without_peft(t, folders, base, model_dir):
-    merged = merge_adapter(base, adapter_of(folders, t))
+    merged = merge_adapter(base, adapter_of(folders, t))[0]
     assert not any("lora" in name for name, _ in merged.named_modules())
     with torch.no_grad():
         found = logits(merged.eval())
@@ -395,7 +396,7 @@ def test_merge_adapter_plain_is_the_adapter_model_without_peft(t, folders, base,
 @pytest.mark.parametrize("t", [0, 1])
 def test_merge_adapter_nf4_is_the_dequantized_adapter_model_in_full_precision(t, folders, base):
     nf4 = replace(base, quantization="nf4")
-    merged = merge_adapter(nf4, adapter_of(folders, t))
+    merged = merge_adapter(nf4, adapter_of(folders, t))[0]
     assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     with torch.no_grad():
@@ -412,3 +413,26 @@ def test_load_with_adapter_is_in_eval_mode_and_has_its_logits(t, folders, base, 
     assert not any(module.training for module in model.modules())
     wanted = plain_logits(model_dir, adapter_of(folders, t))
     torch.testing.assert_close(logits(model).detach(), wanted, atol=1e-6, rtol=0)
+
+
+def test_adapter_whose_load_fails_half_way_is_not_used_by_the_next_call(
+    policy, folders, model_dir, monkeypatch
+):
+    """PEFT registers the adapter first, with random weights, and then reads them."""
+    load = type(policy.model).load_adapter
+
+    def fail(self, folder, adapter_name, **kwargs):
+        load(self, folder, adapter_name=adapter_name, **kwargs)
+        for name, parameter in self.named_parameters():
+            if f".{adapter_name}." in name:
+                parameter.data.zero_()
+        raise torch.OutOfMemoryError("while its weights were copied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(policy.model), "load_adapter", fail)
+        with pytest.raises(torch.OutOfMemoryError), policy.at(1):
+            pass
+    assert set(policy.model.peft_config) == {"policy"}
+    wanted = plain_logits(model_dir, folders[1])
+    with policy.at(1):
+        torch.testing.assert_close(logits(policy.model), wanted, atol=1e-6, rtol=0)
