@@ -21,21 +21,9 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics
 from spin_lightning.mixtures import Mixture, Reference
-from spin_lightning.modules import checkpointing
-from spin_lightning.modules.checks import (
-    check_opponents,
-    check_per_iterate,
-    iterates_to_play,
-    mixes_tokens,
-)
+from spin_lightning.modules import checkpointing, checks, skipping
 from spin_lightning.modules.epoch_loss import EpochLoss
 from spin_lightning.modules.settings import at_iterate, check_choices, check_ranges, values_before
-from spin_lightning.modules.skipping import (
-    BatchContext,
-    SkippedBatches,
-    is_non_finite,
-    zero_loss,
-)
 from spin_lightning.modules.step_log import log_first_margin, log_step
 from spin_lightning.modules.trainer_access import rank_share, steps_per_epoch
 from spin_lightning.policies.base import Policy
@@ -170,7 +158,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.epochs_per_iterate = epochs_per_iterate
         self.schedule_epochs = epochs_per_iterate if schedule_epochs is None else schedule_epochs
         self.max_skipped_batches = max_skipped_batches
-        self.skipped_batches = SkippedBatches(max_skipped_batches)
+        self.skipped_batches = skipping.SkippedBatches(max_skipped_batches)
         self.generation = generation
         self.iterate = 0
         self.epoch_loss = EpochLoss()
@@ -252,18 +240,18 @@ class SelfPlayModule(L.LightningModule, ABC):
             SettingError: The Trainer's settings do not fit, a list does not have one value per
                 iterate, or the opponents and references do not fit the loss or `refresh`.
         """
-        iterates = iterates_to_play(self.trainer, self.epochs_per_iterate)
-        check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
+        iterates = checks.iterates_to_play(self.trainer, self.epochs_per_iterate)
+        checks.check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
         opponents = [self.opponent(t) for t in range(iterates)]
         references = [self.reference(t) for t in range(iterates)]
-        check_opponents(
+        checks.check_opponents(
             type(self).__name__,
             opponents,
             references,
             normalizer_cancels=self.normalizer_cancels,
             keeps_rows=self.refresh == "reservoir",
         )
-        if mixes_tokens(opponents, references):
+        if checks.mixes_tokens(opponents, references):
             self.policy_spec.check_mixes_with_base()
         return iterates
 
@@ -325,9 +313,9 @@ class SelfPlayModule(L.LightningModule, ABC):
         loss = self.anchored_objective(logps)
         if self.max_skipped_batches:
             self.log("train/skipped_batches", float(self.skipped_batches.count))
-        if is_non_finite(self.trainer, logps, loss):
+        if skipping.is_non_finite(self.trainer, logps, loss):
             self._skip(batch, logps, loss)
-            return zero_loss(self.policy)
+            return skipping.zero_loss(self.policy)
         share = rank_share(self.trainer, self.iterate, batch_idx)
         log_step(self, logps, loss, share)
         if batch_idx == 0 and self.current_epoch % self.epochs_per_iterate == 0:
@@ -335,7 +323,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         return loss * share
 
     def _skip(self, batch: PairBatch, logps: PairLogps, loss: Tensor) -> None:
-        context = BatchContext(
+        context = skipping.BatchContext(
             iterate=self.iterate,
             beta=self.reward_scale,
             decode=lambda ids: str(self.tokenizer.decode(list(ids))),
