@@ -95,7 +95,7 @@ RUNS = [
         opponent_of_texts=edited(opponent={"0": "all"}),
     ),
     *cases(MANIFEST, "rows", ("schema version 99",), of_the_future=edited(schema_version=99)),
-    *cases(MANIFEST, "rows", ("manifest says 5",), other_count=edited(rows=5)),
+    *cases(MANIFEST, "rows", ("manifest lists 5",), other_count=edited(rows=5)),
     *cases(MANIFEST, "rows", ("part-00004.parquet is damaged",), more_units=edited(units=10**6)),
     *cases(MANIFEST, "rows", ("there is no manifest.json",), gone=gone),
     *cases(
@@ -149,7 +149,7 @@ RUNS = [
     *cases(
         ADAPTER,
         "load",
-        ("adapter_model.safetensors is", "restore it"),
+        ("adapter_model.safetensors", "restore it"),
         gone=gone,
         empty=bytes_(b""),
         half=half,
@@ -185,7 +185,7 @@ RUNS = [
     *cases(
         "tokenizer/tokenizer.json",
         "load",
-        ("tokenizer.json is", "restore it"),
+        ("tokenizer.json", "restore it"),
         gone=gone,
         half=half,
         another_one=edited(truncation=None, added_tokens=[]),
