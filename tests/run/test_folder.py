@@ -94,8 +94,11 @@ def test_discard_after_in_a_folder_without_rows_does_nothing(tmp_path):
 # ------------------------------------------------------------------------------------------ hashes
 
 
-@pytest.mark.parametrize("damage", ["edited", "missing"])
-def test_check_iterate_with_a_file_that_is_not_what_was_written_names_it(damage, run):
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [("edited", "has changed since it was written"), ("missing", "is missing")],
+)
+def test_check_iterate_with_a_changed_or_missing_file_names_it(damage, problem, run):
     folder = run.iterate(1)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -107,12 +110,17 @@ def test_check_iterate_with_a_file_that_is_not_what_was_written_names_it(damage,
         (folder / "adapter_model.safetensors").write_bytes(b"weightz")
     else:
         (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(RunFolderError, match=r"adapter_model.safetensors is .*Fix: restore it"):
+    with pytest.raises(
+        RunFolderError, match=rf"adapter_model.safetensors {problem}.*Fix: restore it"
+    ):
         run.check_iterate(1)
 
 
-@pytest.mark.parametrize("damage", ["edited", "missing"])
-def test_check_tokenizer_with_a_file_that_is_not_what_was_written_names_it(damage, run):
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [("edited", "has changed since the run wrote it"), ("missing", "is missing")],
+)
+def test_check_tokenizer_with_a_changed_or_missing_file_names_it(damage, problem, run):
     run.tokenizer.mkdir()
     (run.tokenizer / "tokenizer.json").write_text("{}")
     run.check_tokenizer()  # older versions recorded no hashes
@@ -122,7 +130,7 @@ def test_check_tokenizer_with_a_file_that_is_not_what_was_written_names_it(damag
         (run.tokenizer / "tokenizer.json").write_text("[]")
     else:
         (run.tokenizer / "tokenizer.json").unlink()
-    with pytest.raises(RunFolderError, match=r"tokenizer.json is .*Fix: restore it"):
+    with pytest.raises(RunFolderError, match=rf"tokenizer.json {problem}.*Fix: restore it"):
         run.check_tokenizer()
 
 
