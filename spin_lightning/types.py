@@ -329,5 +329,8 @@ class DataForModule(Protocol):
     def rank_share(self, t: int, batch_idx: int, *, held_out: bool = False) -> float:
         """Weight of this rank's batch mean in the mean over all ranks."""
 
+    def window_share(self, t: int, batch_idx: int, batches: int, limit: int) -> float:
+        """Weight of a batch in the mean over the batches of its optimizer step."""
+
     def rows_folder(self, t: int) -> Path:
         """Folder of the training rows of iterate t."""

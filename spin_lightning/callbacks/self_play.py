@@ -29,6 +29,7 @@ from spin_lightning.callbacks.requirements import (
     check_objective,
     check_start,
     check_strategy,
+    check_trainer_is_new,
     check_validation,
     how_to_continue,
     run_root,
@@ -36,7 +37,14 @@ from spin_lightning.callbacks.requirements import (
 from spin_lightning.callbacks.row_making import DryRunFinished, RowMaker, ScratchRun
 from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
+from spin_lightning.callbacks.unfinished import (
+    as_after_batch,
+    missing_batches,
+    report_unfinished,
+)
+from spin_lightning.callbacks.validating import validate_ended_epoch, validate_now
 from spin_lightning.modules.checkpointing import check_weights
+from spin_lightning.modules.checks import check_precision
 from spin_lightning.modules.step_log import log_epoch_loss
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
@@ -86,6 +94,7 @@ class SelfPlay(Callback):
         self._iterates = 0
         self._limit: int | float | None = None
         self._iterate_step = 0
+        self._is_unfinished = False  # whether the epoch that just ended lacks batches
         self._clock = TrainingClock()
         self._early = EarlySteps()
         self._named: set[str] = set()
@@ -104,9 +113,13 @@ class SelfPlay(Callback):
         session = Session.of(trainer, pl_module, run)
         self.run = session.data.run_folder = run
         read_safely(trainer)
+        check_precision(trainer)
         if stage != "fit":
             return
         self._iterates = session.module.check_trainer()
+        self._is_unfinished = False
+        check_trainer_is_new(trainer)
+        session.module.forget_earlier_fit()
         check_strategy(trainer.strategy)
         check_validation(session, self._iterates)
         check_objective(session.module)
@@ -161,7 +174,7 @@ class SelfPlay(Callback):
             # The checkpoint of an untouched optimizer holds the settings of the run it ended.
             trainer.strategy.setup_optimizers(trainer)
         if trainer.global_step == 0 and session.data.val:
-            _validate_now(trainer)
+            validate_now(trainer)
         self._clock.restart(trainer.global_step)
 
     def on_train_batch_end(
@@ -179,6 +192,12 @@ class SelfPlay(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last epoch of an iterate, keep it and make the next one's rows."""
         session = self._session(trainer, pl_module)
+        if missing_batches(trainer, session.module.iterate):
+            self._is_unfinished = True
+            if report_unfinished(trainer, session.module.iterate):
+                with as_after_batch(trainer):
+                    self.guard.save(trainer, session.run)
+            return
         log_epoch_loss(session.module)
         if (trainer.current_epoch + 1) % session.module.epochs_per_iterate == 0:
             self._finish_iterate(session)
@@ -248,8 +267,10 @@ class SelfPlay(Callback):
             Whether there was such an iterate.
         """
         trainer, module = session.trainer, session.module
+        if self._is_unfinished:
+            return False
         if trainer.current_epoch > module.epoch_loss.epoch and module.epoch_loss.has_batches:
-            _validate_ended_epoch(trainer)
+            validate_ended_epoch(trainer)
             log_epoch_loss(module)
         behind = trainer.current_epoch // module.epochs_per_iterate > module.iterate
         if behind:
@@ -311,27 +332,3 @@ class SelfPlay(Callback):
     def _rows(self) -> RowMaker:
         assert self._maker is not None, "on_fit_start() made it"
         return self._maker
-
-
-def _validate_ended_epoch(trainer: L.Trainer) -> None:
-    """Validate at the end of the epoch before, if Lightning would have."""
-    every, epoch = trainer.check_val_every_n_epoch, trainer.fit_loop.epoch_progress.current
-    batches, interval = trainer.num_training_batches, trainer.val_check_batch
-    if not trainer.enable_validation or (every is not None and epoch.completed % every):
-        return
-    if isinstance(interval, int) and batches % interval:
-        return
-    # Loggers get the index of the epoch in which the checkpoint was taken.
-    epoch.completed -= 1
-    try:
-        _validate_now(trainer)
-    finally:
-        epoch.completed += 1
-
-
-def _validate_now(trainer: L.Trainer) -> None:
-    """Run the validation loop once, as Lightning does it in the middle of training."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    trainer.validating = True
-    loop.run()
-    trainer.training = True

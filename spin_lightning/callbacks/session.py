@@ -68,6 +68,7 @@ class Session:
             "seed": keyed.global_seed(),
             "batch_size": batch,
             "gradient_clip_val": trainer.gradient_clip_val,
+            "precision": str(trainer.precision),
             "limit_train_batches": trainer.limit_train_batches,
         }
 

@@ -193,6 +193,12 @@ class SelfPlayDataModule(L.LightningDataModule):
         rows = len(self.val) if held_out else self.rows_at(t)
         return EpochBatches(rows, self.batch_size, **ranks).share(batch_idx)
 
+    def window_share(self, t: int, batch_idx: int, batches: int, limit: int) -> float:
+        """Weight of a batch of iterate t in its step, see `EpochBatches.window_share`."""
+        world_size = self._trainer.world_size
+        rows = EpochBatches(self.rows_at(t), self.batch_size, world_size=world_size)
+        return rows.window_share(batch_idx, batches, limit)
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings and data that all rows of a run have in common."""
         assert self.format is not None

@@ -115,9 +115,30 @@ class EpochBatches(Sampler[list[int]]):
         It is 1 except in an uneven last batch. With these weights the mean of the ranks is the mean
         over the rows of the global batch, and a repeated row has no weight.
         """
-        size = self.batch_size * self.world_size
-        rows = min(size, self.rows - index * size)
+        rows = self._rows_of(index)
         return len(range(self.rank, rows, self.world_size)) * self.world_size / rows
+
+    def window_share(self, index: int, batches: int, limit: int) -> float:
+        """Weight of batch `index` of all ranks in the mean over the batches of its window.
+
+        A window is the batches whose gradients are accumulated for one step. The weight is 1 except
+        in the last window of an epoch, whose batches are fewer, or of which the last has fewer
+        rows: with these weights the sum over the window divided by `batches` is the mean over its
+        rows.
+
+        Args:
+            index: Index of the batch in its epoch.
+            batches: Batches of a full window.
+            limit: Batches of the epoch that are used.
+        """
+        first = index - index % batches
+        window = [self._rows_of(i) for i in range(first, min(first + batches, len(self), limit))]
+        return self._rows_of(index) * batches / sum(window)
+
+    def _rows_of(self, index: int) -> int:
+        """Rows of a batch of all ranks together."""
+        size = self.batch_size * self.world_size
+        return min(size, self.rows - index * size)
 
 
 class RowLoader(DataLoader[Any]):

@@ -25,7 +25,7 @@ from spin_lightning.modules import checkpointing, checks, skipping
 from spin_lightning.modules.epoch_loss import EpochLoss
 from spin_lightning.modules.settings import at_iterate, check_choices, check_ranges, values_before
 from spin_lightning.modules.step_log import log_first_margin, log_step
-from spin_lightning.modules.trainer_access import rank_share, steps_per_epoch
+from spin_lightning.modules.trainer_access import rank_share, step_share, steps_per_epoch
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.optimizers import (
@@ -242,17 +242,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         """
         iterates = checks.iterates_to_play(self.trainer, self.epochs_per_iterate)
         checks.check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
-        opponents = [self.opponent(t) for t in range(iterates)]
-        references = [self.reference(t) for t in range(iterates)]
-        checks.check_opponents(
-            type(self).__name__,
-            opponents,
-            references,
-            normalizer_cancels=self.normalizer_cancels,
-            keeps_rows=self.refresh == "reservoir",
-        )
-        if checks.mixes_tokens(opponents, references):
-            self.policy_spec.check_mixes_with_base()
+        checks.check_variant(self, iterates)
         return iterates
 
     def fingerprint_fields(self, t: int) -> dict[str, Any]:
@@ -283,6 +273,14 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Load the policy; further calls do nothing."""
         if "policy" not in self._modules:
             self.policy = self.make_policy()
+
+    def forget_earlier_fit(self) -> None:
+        """Start from the settings again: a checkpoint, if there is one, is restored later."""
+        self._modules.pop("policy", None)
+        self.iterate = 0
+        self.skipped_batches.count = 0
+        self._open_gradients = {}
+        self.val_metrics.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build a fresh optimizer and schedule for the iterate in training."""
@@ -320,7 +318,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         log_step(self, logps, loss, share)
         if batch_idx == 0 and self.current_epoch % self.epochs_per_iterate == 0:
             log_first_margin(self, logps)
-        return loss * share
+        return loss * step_share(self.trainer, self.iterate, batch_idx)
 
     def _skip(self, batch: PairBatch, logps: PairLogps, loss: Tensor) -> None:
         context = skipping.BatchContext(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
 from spin_lightning.errors import SettingError
 from spin_lightning.mixtures import Geometric, Mixture, Reference
+
+if TYPE_CHECKING:
+    from spin_lightning.modules.base import SelfPlayModule
 
 # Lightning's max_epochs if neither epochs nor steps are given.
 _LIGHTNINGS_DEFAULT_EPOCHS = 1000
@@ -18,9 +21,10 @@ def iterates_to_play(trainer: L.Trainer, epochs_per_iterate: int) -> int:
     """Number of iterates in a Trainer's `max_epochs`.
 
     Raises:
-        SettingError: `max_epochs` is missing or not a multiple of `epochs_per_iterate`, or a
-            setting cuts epochs short or repeats batches.
+        SettingError: `max_epochs` is missing or not a multiple of `epochs_per_iterate`, a setting
+            cuts epochs short or repeats batches, or the precision is not 32-true.
     """
+    check_precision(trainer)
     # Connectors set these two, where mypy does not see them.
     fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     repeats_batches = trainer.overfit_batches != 0  # type: ignore[attr-defined]
@@ -60,6 +64,26 @@ def iterates_to_play(trainer: L.Trainer, epochs_per_iterate: int) -> int:
     return int(epochs // epochs_per_iterate)
 
 
+def check_precision(trainer: L.Trainer) -> None:
+    """Refuse a precision of the Trainer's own: weights compute in `compute_dtype` by themselves.
+
+    A true precision changes the type of the adapter, which is trained in float32; a mixed one casts
+    inside layers whose products are written for one type, and doubles the memory of the head.
+
+    Raises:
+        SettingError: The Trainer's precision is not 32-true.
+    """
+    if trainer.precision != "32-true":
+        bits = str(trainer.precision)
+        dtype = "bfloat16" if "bf16" in bits else "float16" if "16" in bits else "float32"
+        raise SettingError(
+            "trainer.precision",
+            trainer.precision,
+            "the frozen base computes in model.compute_dtype, the adapter is trained in float32",
+            fix=f"leave it out (32-true), and set model.compute_dtype: {dtype}",
+        )
+
+
 def check_per_iterate(settings: Mapping[str, object], iterates: int) -> None:
     """Check that every list has one value per iterate.
 
@@ -75,6 +99,29 @@ def check_per_iterate(settings: Mapping[str, object], iterates: int) -> None:
                 "epochs_per_iterate)",
                 fix=f"give one value, or a list of {iterates}",
             )
+
+
+def check_variant(module: SelfPlayModule, iterates: int) -> None:
+    """Check a variant's opponents and references, and that its policy can act as they require.
+
+    Args:
+        module: The variant.
+        iterates: Number of iterates to play.
+
+    Raises:
+        SettingError: See `check_opponents`; or the initial adapter cannot be mixed with the base.
+    """
+    opponents = [module.opponent(t) for t in range(iterates)]
+    references = [module.reference(t) for t in range(iterates)]
+    check_opponents(
+        type(module).__name__,
+        opponents,
+        references,
+        normalizer_cancels=module.normalizer_cancels,
+        keeps_rows=module.refresh == "reservoir",
+    )
+    if _mixes_tokens(opponents, references):
+        module.policy_spec.check_mixes_with_base()
 
 
 def check_opponents(
@@ -122,7 +169,7 @@ def check_opponents(
         )
 
 
-def mixes_tokens(opponents: Sequence[Mixture | None], references: Sequence[Reference]) -> bool:
+def _mixes_tokens(opponents: Sequence[Mixture | None], references: Sequence[Reference]) -> bool:
     """Whether an iterate is mixed with the base at every token, to generate or to score."""
     return any(opponent is not None and opponent.token_alpha for opponent in opponents) or any(
         reference.token_members for reference in references

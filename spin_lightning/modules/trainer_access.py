@@ -23,10 +23,28 @@ def is_mid_step(trainer: L.Trainer) -> bool:
 
 def steps_per_epoch(trainer: L.Trainer, t: int) -> int:
     """Optimizer steps in an epoch on the rows of iterate t, which need not be made yet."""
+    return max(1, math.ceil(batches_per_epoch(trainer, t) / trainer.accumulate_grad_batches))
+
+
+def batches_per_epoch(trainer: L.Trainer, t: int) -> int:
+    """Batches of an epoch on the rows of iterate t that the Trainer uses."""
     batches = datamodule_of(trainer).batches_per_epoch(t, trainer.world_size)
     limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def step_share(trainer: L.Trainer, t: int, batch_idx: int) -> float:
+    """Factor of a training batch's mean loss, so that each step is the mean over all its rows.
+
+    Lightning divides by `accumulate_grad_batches` even in the last window of an epoch, which may
+    have fewer batches, and gives all batches and ranks the same weight, whatever their rows.
+    """
+    share = rank_share(trainer, t, batch_idx)
+    batches = trainer.accumulate_grad_batches
+    if batches == 1:
+        return share
+    limit = batches_per_epoch(trainer, t)
+    return share * datamodule_of(trainer).window_share(t, batch_idx, batches, limit)
 
 
 def rank_share(trainer: L.Trainer, t: int, batch_idx: int, *, held_out: bool = False) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
@@ -51,6 +52,11 @@ class FrozenBase:
     compute_dtype: ComputeDtype = "auto"
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        """Expand a `~` in the folder's name."""
+        if self.name.startswith("~"):
+            object.__setattr__(self, "name", str(Path(self.name).expanduser()))
+
     @property
     def dtype(self) -> torch.dtype:
         """`compute_dtype` as a torch type."""
@@ -71,13 +77,35 @@ class FrozenBase:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-@cache
+# The files of a base that are read without its weights, and are read again when one has changed.
+_SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
+# Name, size and time of change of each.
+Files = tuple[tuple[str, int, int], ...]
+
+
+def _files(base: FrozenBase) -> Files:
+    """The state of a folder's small files; empty for a hub id, whose revisions don't change."""
+    folder = Path(base.name)
+    if not folder.is_dir():
+        return ()
+    found = sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")])
+    found = [path for path in found if path.name.endswith(_SMALL_FILES)]
+    states = ((str(path.relative_to(folder)), path.stat()) for path in found if path.is_file())
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
 def load_config(base: FrozenBase) -> PretrainedConfig:
     """Read the model's configuration, with every dropout of the base switched off.
 
     Raises:
-        SettingError: The model cannot be read.
+        SettingError: The model cannot be read, or the folder holds an adapter.
     """
+    return _load_config(base, _files(base))
+
+
+@cache
+def _load_config(base: FrozenBase, _files_read: Files) -> PretrainedConfig:
+    _check_no_adapter(base)
     try:
         config = AutoConfig.from_pretrained(base.name, **base.source)
     # A config class may raise anything at unexpected values.
@@ -95,13 +123,44 @@ def load_config(base: FrozenBase) -> PretrainedConfig:
     return config
 
 
-@cache
+def _check_no_adapter(base: FrozenBase) -> None:
+    """Refuse a folder with an adapter, which transformers would load into the model unasked."""
+    folder = Path(base.name)
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise SettingError(
+            "model",
+            base.name,
+            "the folder holds a model and an adapter (adapter_config.json), which transformers "
+            "would load unasked: base and iterates would be different models from call to call",
+            fix="move adapter_config.json and adapter_model.safetensors into a folder of their own "
+            "and start from it with --model.initial_adapter <that folder>, or delete them",
+        )
+    try:
+        own = json.loads(file.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError):  # no JSON, or no object
+        own = None
+    raise SettingError(
+        "model",
+        base.name,
+        "it is an adapter, not a model",
+        fix=f"give --model.model {own or '<its base model>'} --model.initial_adapter {base.name}",
+    )
+
+
 def load_tokenizer(base: FrozenBase) -> PreTrainedTokenizerBase:
-    """Read the model's tokenizer.
+    """Read the model's tokenizer; the same object until one of its files changes.
 
     Raises:
         SettingError: The tokenizer is missing or damaged.
     """
+    return _load_tokenizer(base, _files(base))
+
+
+@cache
+def _load_tokenizer(base: FrozenBase, _files_read: Files) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(base.name, **base.source)
     except Exception as error:
@@ -152,9 +211,13 @@ def content_hashes(base: FrozenBase) -> dict[str, str]:
     return {"commit": str(getattr(load_config(base), "_commit_hash", None))}
 
 
-@cache
 def skeleton(base: FrozenBase) -> PreTrainedModel:
     """The model on the meta device, without weights, to check names and sizes before loading."""
+    return _skeleton(base, _files(base))
+
+
+@cache
+def _skeleton(base: FrozenBase, _files_read: Files) -> PreTrainedModel:
     config = load_config(base)
     try:
         with torch.device("meta"), warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,6 +59,12 @@ class PolicySpec:
     packing: Packing = "auto"
     fused_lora: bool = True
     torch_compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Expand a `~` in the adapter's path."""
+        if self.initial_adapter is not None and self.initial_adapter.startswith("~"):
+            expanded = str(Path(self.initial_adapter).expanduser())
+            object.__setattr__(self, "initial_adapter", expanded)
 
     def check(self) -> None:
         """Check all that can be checked before weights are read.
@@ -118,9 +125,9 @@ class PolicySpec:
         shared = shares_prefixes(self.base, self.packing)
         return f"{'shared' if shared else 'padded'} ({model_type!r}, packing={self.packing})"
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, the same object at each access."""
+        """The model's tokenizer; the same object at each access, even if its files change."""
         return pretrained.load_tokenizer(self.base)
 
     @property

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _READ_BYTES = 1 << 20
+# Fields that earlier versions did not record, and that their runs are not compared by.
+_LATER = frozenset({"precision"})
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
@@ -21,6 +23,7 @@ def differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """One line `field: run has …, you gave …` for each field that differs, sorted by field."""
     # The run's fields were read from JSON, which turns tuples into lists.
     run, given = json.loads(json.dumps(run)), json.loads(json.dumps(given))
+    given = {name: value for name, value in given.items() if name in run or name not in _LATER}
     lines = []
     for name in sorted({*run, *given}):
         had, has = run.get(name), given.get(name)

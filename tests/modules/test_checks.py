@@ -1,9 +1,11 @@
 """Opponents and references that cannot be played are refused before rows are made."""
 
+import lightning as L
 import pytest
 
 from spin_lightning import Geometric, Mixture, SelfPlayModule, base, latest, uniform
 from spin_lightning.errors import SettingError
+from spin_lightning.modules.checks import iterates_to_play
 from tests.toys.runs import play, write_examples
 
 
@@ -70,3 +72,33 @@ def test_members_up_to_t_and_the_base_are_taken(tiny_model_dir, tmp_path, monkey
     data = write_examples(tmp_path / "examples.jsonl", 40)
     play(tmp_path / "run", tiny_model_dir, data, variant=Answers)
     assert (tmp_path / "run" / "iterates" / "iterate_002").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("bf16-true", "bfloat16"),
+        ("bf16-mixed", "bfloat16"),
+        ("16-true", "float16"),
+        ("64-true", "float32"),
+    ],
+)
+def test_precision_of_the_trainer_is_refused_and_compute_dtype_named(precision, dtype):
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", precision=precision, logger=False, barebones=True
+    )
+    with pytest.raises(
+        SettingError, match=rf"trainer.precision='{precision}'.*model.compute_dtype: {dtype}"
+    ):
+        iterates_to_play(trainer, 1)
+
+
+def test_precision_of_the_trainer_is_refused_before_anything_is_read(tiny_model_dir, tmp_path):
+    with pytest.raises(SettingError, match=r"trainer.precision='bf16-true'"):
+        play(
+            tmp_path / "run",
+            tiny_model_dir,
+            tmp_path / "missing.jsonl",
+            trainer_settings={"precision": "bf16-true"},
+        )
+    assert not (tmp_path / "run" / "rows").exists()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from spin_lightning import SPIN
 from spin_lightning.errors import SettingError
 from spin_lightning.policies.pretrained import (
     FrozenBase,
@@ -26,6 +29,7 @@ from spin_lightning.policies.pretrained import (
     load_tokenizer,
     skeleton,
 )
+from tests.toys.adapters import write_adapter
 
 SMALL = {"vocab_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, **SMALL)
@@ -158,3 +162,72 @@ def test_check_quantizable_refuses_a_model_that_is_quantized_already(saved):
     config = LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with pytest.raises(SettingError, match=r"already quantized by its own config.*Fix: set"):
         check_quantizable(saved(config, quantization="nf4"))
+
+
+# ------------------------------------------------------------------------------ files that change
+
+
+def test_files_that_change_in_the_same_process_are_read_again(tiny_base, tmp_path):
+    shutil.copytree(tiny_base.name, tmp_path / "model")
+    base, folder = FrozenBase(str(tmp_path / "model")), tmp_path / "model"
+    before = load_tokenizer(base), load_config(base), skeleton(base)
+    again = load_tokenizer(base), load_config(base), skeleton(base)
+    assert all(one is other for one, other in zip(before, again, strict=True))
+
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert load_tokenizer(base).chat_template == "{{ messages[0].content }}"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert load_tokenizer(base)("w3 w4")["input_ids"] == [7, 8]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert load_config(base).num_hidden_layers == 1
+    assert len(skeleton(base).model.layers) == 1
+
+
+def test_tokenizer_of_a_module_stays_while_a_new_module_reads_the_mended_one(
+    tiny_model_dir, tmp_path
+):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    old = SPIN(str(tmp_path / "model"))
+    assert old.tokenizer.chat_template is None
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert old.tokenizer.chat_template is None
+    new = SPIN(str(tmp_path / "model"))
+    assert new.tokenizer.chat_template == "{{ messages[0].content }}"
+
+
+# ------------------------------------------------------------------------------ adapters as models
+
+
+def test_folder_with_a_model_and_an_adapter_is_refused(tiny_model_dir, tmp_path):
+    """transformers loads the adapter of such a folder without a word."""
+    folder = tmp_path / "both"
+    shutil.copytree(tiny_model_dir, folder)
+    write_adapter(tiny_model_dir, folder, seed=1)
+    with pytest.raises(SettingError, match=r"model=.*a model and an adapter.*--model.initial_ad"):
+        load_config(FrozenBase(str(folder)))
+
+
+def test_adapter_as_model_names_the_command(tiny_model_dir, tmp_path):
+    adapter = write_adapter(tiny_model_dir, tmp_path / "adapter", seed=1)
+    wanted = f"--model.model {tiny_model_dir} --model.initial_adapter {adapter}"
+    with pytest.raises(SettingError, match=rf"it is an adapter, not a model.*{re.escape(wanted)}"):
+        load_config(FrozenBase(str(adapter)))
+    (adapter / "adapter_config.json").write_text("null")
+    with pytest.raises(SettingError, match=r"--model.model <its base model> --model.initial_adap"):
+        load_config(FrozenBase(str(adapter)))
+
+
+def test_tilde_in_paths_of_model_and_adapter_is_the_home_folder(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    adapter = write_adapter(tiny_model_dir, tmp_path / "adapter", seed=1)
+    module = SPIN("~/model", initial_adapter="~/adapter")
+    assert module.policy_spec.base.name == str(tmp_path / "model")
+    assert module.policy_spec.initial_adapter == str(adapter)
+    module.check_model()
+    assert module.policy_spec.fingerprint_fields()["initial_adapter"]

@@ -64,3 +64,11 @@ def test_folder_hashes_are_of_the_files_with_these_endings(tmp_path):
         "model.safetensors": OF_ABC,
     }
     assert folder_hashes(tmp_path, (".bin",)) == {}
+
+
+def test_precision_is_compared_only_with_runs_that_recorded_it():
+    given = {"seed": 1, "precision": "32-true"}
+    assert differences({"seed": 1}, given) == []
+    assert differences({"seed": 1, "precision": "bf16-true"}, given) == [
+        "precision: run has 'bf16-true', you gave '32-true'"
+    ]
