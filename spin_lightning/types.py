@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 
-class Message(TypedDict):
-    """One turn of a chat, in the form that chat templates take."""
+class Message(TypedDict, total=False):
+    """One turn of a chat, in the form that chat templates take.
+
+    Turns go to the template as the data have them, so other keys may stand beside these.
+    """
 
     role: str
     content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+    reasoning_content: str
+    thinking: str
 
 
 class PolicyId(NamedTuple):
@@ -41,11 +50,17 @@ class Conversation:
         example_id: Position of the example in its source, counted from 0.
         prompt: The turns before the response; a plain prompt is a single user turn.
         response: The response of the data set ("real").
+        reasoning: The thought before the response, where the data have it apart.
+        tool_calls: Tool calls of the response.
+        tools: Schemas of the tools that the whole conversation may call.
     """
 
     example_id: int
     prompt: tuple[Message, ...]
     response: str
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
