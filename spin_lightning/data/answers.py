@@ -7,8 +7,9 @@ from functools import cached_property
 
 from spin_lightning.data.invariant import Breach, Fit, Frame, Invariant
 from spin_lightning.data.special_text import SpecialText
-from spin_lightning.data.templates import LeftOut
-from spin_lightning.data.thoughts import Spoken, thinking_message
+from spin_lightning.data.template_fixes import answer_error, thought_error
+from spin_lightning.data.templates import ChatTemplate, LeftOut
+from spin_lightning.data.thoughts import Spoken, Thoughts, thinking_message
 from spin_lightning.types import Message
 
 
@@ -33,12 +34,15 @@ class Answers:
     """Finds answers, and refuses those that a policy could not have written.
 
     Args:
-        invariant: The template, and what becomes of thoughts.
+        template: The chat template.
+        thoughts: What becomes of thoughts.
         special: Masks the special tokens of the data.
     """
 
-    def __init__(self, invariant: Invariant, special: SpecialText) -> None:
-        self._invariant = invariant
+    def __init__(self, template: ChatTemplate, thoughts: Thoughts, special: SpecialText) -> None:
+        self._template = template
+        self._thoughts = thoughts
+        self._invariant = Invariant(template)
         self._special = special
         self._thinking: dict[bool, Frame | Breach] = {}
 
@@ -55,12 +59,15 @@ class Answers:
         if isinstance(frame, Frame):
             message = thinking_message(spoken, in_text=frame.in_text)
             return Said(message, frame, spoken.answer, spoken.thought)
-        template = self._invariant.template
-        if spoken.in_text and "</think>" not in template.text and isinstance(self._plain, Frame):
+        if (
+            spoken.in_text
+            and "</think>" not in self._template.text
+            and isinstance(self._plain, Frame)
+        ):
             # The template takes thoughts for text, so they stay the text that they are.
             message = Message(role="assistant", content=spoken.text)
             return Said(message, self._plain, spoken.text)
-        raise self._invariant.error(frame, thought=True)
+        raise thought_error(self._template, frame)
 
     def check(self, said: Said, before: str, whole: str) -> Fit:
         """Hold what the template wrote for a conversation against the data set's answer.
@@ -95,12 +102,12 @@ class Answers:
     def _plain_frame(self) -> Frame:
         if isinstance(self._plain, Frame):
             return self._plain
-        if self._invariant.thoughts == "keep":
+        if self._thoughts == "keep":
             raise LeftOut(
                 "an answer without a thought, where the chat template needs one and "
                 "data.thoughts=keep"
             )
-        raise self._invariant.error(self._plain, thought=False)
+        raise answer_error(self._template, self._plain)
 
     def _thinking_frame(self, *, in_text: bool) -> Frame | Breach:
         if in_text not in self._thinking:

@@ -9,25 +9,15 @@ self-play learns.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2 import TemplateError
 
 from spin_lightning.data.templates import ANSWER, QUESTION, THOUGHT, ChatTemplate
-from spin_lightning.data.thoughts import Spoken, Thoughts, thinking_message
-from spin_lightning.errors import SettingError
+from spin_lightning.data.thoughts import Spoken, thinking_message
 from spin_lightning.types import Message
 
-# Variables by which templates switch thoughts off or on, in the order in which they are tried.
-_SWITCHES: tuple[Mapping[str, Any], ...] = (
-    {"enable_thinking": False},
-    {"thinking": False},
-    {"enable_thinking": True},
-    {"thinking": True},
-)
 _SHOWN = 60
 
 Fit = Literal["exact", "trimmed"]
@@ -122,11 +112,9 @@ class Invariant:
 
     Attributes:
         template: The template.
-        thoughts: What becomes of thoughts.
     """
 
     template: ChatTemplate
-    thoughts: Thoughts
 
     def plain(self) -> Frame | Breach:
         """What stands around an answer without a thought."""
@@ -146,84 +134,6 @@ class Invariant:
         if isinstance(second, Breach):
             return second if in_text else first
         return Frame(second.lead, second.bridge, second.tail, in_text=True)
-
-    def error(self, breach: Breach, *, thought: bool) -> SettingError:
-        """The breach with the fix that works, found by trying."""
-        if thought:
-            difference = "it does not write a thought as part of the answer"
-        elif breach.header is None and ANSWER not in breach.written:
-            difference = "it does not write the answer"
-        else:
-            difference = "real answers would differ from generated ones by the template's own text"
-        return SettingError(
-            "tokenizer.chat_template",
-            self.template.text[:_SHOWN],
-            f"{difference}: {breach.problem}",
-            fix=self.fix(breach, thought=thought),
-        )
-
-    def fix(self, breach: Breach, *, thought: bool) -> str:
-        """What to set so that the template holds the invariant."""
-        ways = [self._switch(thought=thought) or self._other_file(breach, thought=thought)]
-        if not thought and isinstance(self.thinking(in_text=False), Frame):
-            ways.append("set data.thoughts: keep where the answers of the data have thoughts")
-        if thought:
-            ways.append("set data.thoughts: drop")
-        found = [way for way in ways if way]
-        if not found or (thought and len(found) == 1):
-            found.insert(
-                0,
-                "set data.chat_template to a file that writes nothing but the answer and a special "
-                "token such as eos_token after its generation prompt",
-            )
-        return ", or ".join(found)
-
-    def _holds(self, template: ChatTemplate, *, thought: bool) -> bool:
-        other = Invariant(template, self.thoughts)
-        return isinstance(other.thinking(in_text=False) if thought else other.plain(), Frame)
-
-    def _switch(self, *, thought: bool) -> str | None:
-        """A variable of the template that mends it."""
-        for switch in self._switches():
-            if self._holds(self.template.having(switch), thought=thought):
-                return f"set data.chat_template_kwargs: {_yaml(switch)}"
-        return None
-
-    def _switches(self) -> list[Mapping[str, Any]]:
-        text = self.template.text
-        return [s for s in _SWITCHES if all(re.search(rf"\b{name}\b", text) for name in s)]
-
-    def _other_file(self, breach: Breach, *, thought: bool) -> str | None:
-        """A change of the template's text that mends it."""
-        if thought:
-            return None
-        # The model's own way to leave out a thought comes before one of ours.
-        for switch in (*self._switches(), {}):
-            template = self.template.having(switch) if switch else self.template
-            found = Invariant(template, self.thoughts).plain()
-            header = found.header if isinstance(found, Breach) else None
-            if header is None or (switch and header.strip()):
-                continue
-            line = f"{{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}"
-            if self._holds(
-                template.reading(template.text.removesuffix("\n") + line), thought=False
-            ):
-                also = f"data.chat_template_kwargs: {_yaml(switch)} and " if switch else ""
-                return (
-                    f"set {also}data.chat_template to a copy of the template with {line} at its end"
-                )
-        return self._without_extra(breach)
-
-    def _without_extra(self, breach: Breach) -> str | None:
-        text = self.template.text
-        for extra in (breach.extra, breach.extra.replace("\n", "\\n")):
-            head, found, rest = text.rpartition(extra) if extra else ("", "", "")
-            if found and self._holds(self.template.reading(head + rest), thought=False):
-                return (
-                    f"set data.chat_template to a copy of the template without the {breach.extra!r}"
-                    " of its generation prompt"
-                )
-        return None
 
     def _probe(self, answer: Message, thought: str | None) -> Frame | Breach:
         question = Message(role="user", content=QUESTION)
@@ -251,7 +161,3 @@ class Invariant:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}…{text[-_SHOWN:]}"
-
-
-def _yaml(switch: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{k}: {str(v).lower()}" for k, v in switch.items()) + "}"

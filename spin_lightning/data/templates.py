@@ -204,15 +204,22 @@ def with_variables(
     texts = list(whole.values()) if isinstance(whole, Mapping) else [whole]
     for name, value in variables.items():
         _check_variable(name, value, texts)
-    # With trim_blocks, as transformers sets it, a newline after a tag is not written.
-    lines = "".join(f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
     changed = copy.copy(tokenizer)
     changed.chat_template = (
-        {key: lines + text for key, text in whole.items()}
+        {key: _setting(variables, text) for key, text in whole.items()}
         if isinstance(whole, Mapping)
-        else lines + whole
+        else _setting(variables, whole)
     )
     return changed
+
+
+def _setting(variables: Mapping[str, Any], text: str) -> str:
+    """A template's source with variables set before all else, instead of such lines in it."""
+    old = re.compile(rf"\{{% set (?:{'|'.join(variables)}) = .* %\}}\n")
+    while (line := old.match(text)) is not None:
+        text = text[line.end() :]
+    # With trim_blocks, as transformers sets it, a newline after a tag is not written.
+    return "".join(f"{{% set {k} = {v!r} %}}\n" for k, v in variables.items()) + text
 
 
 def _check_variable(name: str, value: object, texts: Sequence[str]) -> None:

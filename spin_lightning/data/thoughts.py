@@ -94,7 +94,7 @@ def _thought(conversation: Conversation, *, split: bool) -> tuple[str | None, st
         return text, text, True
     thought, answer = _split(text)
     if reasoning is None:
-        return thought, answer, True
+        return thought.strip(), answer, True
     if reasoning.strip() != thought.strip():
         raise LeftOut("two different thoughts before the answer")
     return reasoning, answer, False

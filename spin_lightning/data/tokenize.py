@@ -16,7 +16,6 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning.data.answers import Answers
-from spin_lightning.data.invariant import Invariant
 from spin_lightning.data.special_text import SpecialText
 from spin_lightning.data.templates import (
     ANSWER,
@@ -236,9 +235,11 @@ class PromptFormat:
             whole, ids = self._templated_response(before, prompt, spoken)
         # A sampled response would have ended there.
         if any(token in self.stop_ids for token in ids[:-1]):
-            raise LeftOut("a stop token inside the response")
-        self.counts[SPELLED] += self._special.is_masked(whole)
-        self.counts[DROPPED] += spoken.dropped
+            raise LeftOut("a stop token inside the response, where a generated one would end")
+        if self._special.is_masked(whole):
+            self.counts[SPELLED] += 1
+        if spoken.dropped:
+            self.counts[DROPPED] += 1
         return ids
 
     def _plain_response(self, spoken: Spoken) -> str:
@@ -255,7 +256,8 @@ class PromptFormat:
         said = self._answers.said(spoken)
         turns = (*spoken.turns, said.message)
         whole = self._rendered(turns, spoken.tools, to_be_answered=False)
-        self.counts[TRIMMED] += self._answers.check(said, before, whole) == "trimmed"
+        if self._answers.check(said, before, whole) == "trimmed":
+            self.counts[TRIMMED] += 1
         after = whole[len(before) :]
         if not said.frame.tail.strip():
             after = after.removesuffix(said.frame.tail)
@@ -306,7 +308,7 @@ class PromptFormat:
     @cached_property
     def _answers(self) -> Answers:
         assert self.template is not None
-        return Answers(Invariant(self.template, self.thoughts), self._special)
+        return Answers(self.template, self.thoughts, self._special)
 
 
 def _prompt_problem(length: int, longest: int | None, context: int) -> str | None:
