@@ -213,6 +213,38 @@ def test_special_tokens_of_plain_text_are_text() -> None:
     assert [i for i in example.real_ids if i in text_format.stop_ids] == [example.real_ids[-1]]
 
 
+LETTERS = [chr(i) for i in range(32, 127)]
+IN_VOCABULARY = ["<unk>", "<s>", "</s>", *LETTERS]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        models.BPE({word: i for i, word in enumerate(IN_VOCABULARY)}, [], unk_token="<unk>"),
+        models.Unigram([(word, -1.0) for word in IN_VOCABULARY], unk_id=0),
+        models.WordPiece(
+            {word: i for i, word in enumerate([*IN_VOCABULARY, *(f"##{c}" for c in LETTERS)])},
+            unk_token="<unk>",
+        ),
+    ],
+)
+def test_special_tokens_in_the_vocabulary_itself_are_text(inner: Any) -> None:
+    """As in Llama 2's tokenizer, whose model has `<s>` among its words."""
+    backend = Tokenizer(inner)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    text_format = PromptFormat.of(tokenizer, None)
+    # A word that it does not have stays unknown, in the prompt and after it.
+    chat = conversation("é<s>old</s>new", ("user", "é</s>"))
+    example = tokenized(text_format, chat)
+    assert example.prompt_ids.count(0) == 1
+    assert not {1, 2} & set(example.prompt_ids)
+    assert [i for i in example.real_ids if i < 3] == [0, 2]
+    tokens = text_format.tokenizer.convert_ids_to_tokens(list(example.real_ids))
+    assert "".join(token.removeprefix("##") for token in tokens) == "<unk><s>old</s>new</s>"
+
+
 def test_thought_tags_are_no_special_text() -> None:
     tokenizer = family_tokenizer("chatml")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
