@@ -7,7 +7,7 @@ import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class ChatTemplate:
             jinja2.TemplateError: It takes no question with an answer.
         """
         text = cls(tokenizer, date)
-        if "strftime_now(" in text._dated:
+        if any("strftime_now(" in _dated(source, date) for source in text._sources):
             raise SettingError(
                 "tokenizer.chat_template",
                 text.text[:60],
@@ -89,7 +89,7 @@ class ChatTemplate:
     @property
     def writes_date(self) -> bool:
         """Whether today's date can be in what it writes."""
-        return self._dated != self.text
+        return any(_dated(source, self.date) != source for source in self._sources)
 
     def having(self, variables: Mapping[str, Any]) -> ChatTemplate:
         """The same template with these variables set in it."""
@@ -110,12 +110,14 @@ class ChatTemplate:
         Raises:
             jinja2.TemplateError: The template does not take them.
         """
+        offered: list[Any] | None = [dict(tool) for tool in tools] or None
         try:
+            source = self.tokenizer.get_chat_template(tools=offered)
             return str(
                 self.tokenizer.apply_chat_template(
                     [self._message(turn) for turn in turns],
-                    chat_template=self._dated if self.writes_date else None,
-                    tools=[dict(tool) for tool in tools] or None,
+                    chat_template=_dated(source, self.date),
+                    tools=offered,
                     tokenize=False,
                     add_generation_prompt=to_be_answered,
                 )
@@ -132,10 +134,11 @@ class ChatTemplate:
         added = self.tokenizer.get_added_vocab().values()
         return int(ids[0]) if ids and ids[0] in {*self.tokenizer.all_special_ids, *added} else None
 
-    @cached_property
-    def _dated(self) -> str:
-        """The source with the run's date for today's."""
-        return _DATE_CALL.sub(lambda call: repr(self.date.strftime(call[2])), self.text)
+    @property
+    def _sources(self) -> tuple[str, ...]:
+        """Every template of the tokenizer: some have one for tools alone."""
+        whole = self.tokenizer.chat_template
+        return tuple(whole.values()) if isinstance(whole, Mapping) else (str(whole),)
 
     def _message(self, turn: Message) -> dict[str, Any]:
         content = turn.get("content")
@@ -157,6 +160,12 @@ class ChatTemplate:
         answer = Message(role="assistant", content=ANSWER)
         turns = (Message(role="user", content=QUESTION), answer)
         return self.render(turns, to_be_answered=False)
+
+
+@lru_cache(maxsize=32)
+def _dated(source: str, date: dt.date) -> str:
+    """A template's source with this date for today's."""
+    return _DATE_CALL.sub(lambda call: repr(date.strftime(call[2])), source)
 
 
 def with_text(tokenizer: PreTrainedTokenizerBase, text: str) -> PreTrainedTokenizerBase:

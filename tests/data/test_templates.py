@@ -495,6 +495,25 @@ def test_date_of_a_template_is_the_date_of_the_run() -> None:
     assert "strftime_now" in str(text_format.tokenizer.chat_template)
 
 
+def test_tokenizer_with_a_template_for_tools_uses_both() -> None:
+    tokenizer = chatml("")
+    tokenizer.chat_template = {
+        "default": NO_GENERATION_PROMPT
+        + "{% if add_generation_prompt %}{{ '>' + hint }}{% endif %}",
+        "tool_use": DATED + "{# hint #}",
+    }
+    text_format = PromptFormat.of(
+        tokenizer, None, chat_template_kwargs={"hint": "x"}, date=dt.date(2024, 2, 29)
+    )
+    assert text_format.template is not None
+    assert text_format.template.writes_date
+    turns = (QUESTION,)
+    plain = text_format.template.render(turns, to_be_answered=True)
+    assert plain == "<|im_start|>user\n2+2?<|im_end|>\n>x"
+    tooled = text_format.template.render(turns, to_be_answered=True, tools=(TOOL,))
+    assert tooled.startswith("<|im_start|>system\nToday is 29 Feb 2024.")
+
+
 def test_date_is_today_by_default() -> None:
     days = {dt.date.today()}
     text_format = format_of(DATED)
