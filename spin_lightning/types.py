@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Message(TypedDict):
-    """One turn of a chat, in the form that chat templates expect."""
+class Message(TypedDict, total=False):
+    """One turn of a chat, in the form that chat templates take.
+
+    Turns go to the template as the data have them, so other keys may stand beside these.
+    """
 
     role: str
     content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+    reasoning_content: str
+    thinking: str
 
 
 class PolicyId(NamedTuple):
@@ -45,12 +53,18 @@ class Conversation:
     Attributes:
         example_id: Position of the example in its source, from 0.
         prompt: The turns before the response; a plain prompt is a single user turn.
-        response: The data set's response ("real").
+        response: The response of the data set ("real").
+        reasoning: The thought before the response, where the data have it apart.
+        tool_calls: Tool calls of the response.
+        tools: Schemas of the tools that the whole conversation may call.
     """
 
     example_id: int
     prompt: tuple[Message, ...]
     response: str
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
