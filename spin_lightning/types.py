@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 
-class Message(TypedDict):
-    """One turn of a chat, in the form that chat templates take."""
+class Message(TypedDict, total=False):
+    """One turn of a chat, in the form that chat templates take.
+
+    Every message has a role and a content; the other fields are there where the data have them.
+    """
 
     role: str
     content: str
+    name: str
+    tool_calls: Sequence[Mapping[str, Any]]
+    tool_call_id: str
+    tool_responses: Sequence[Mapping[str, Any]]
+    reasoning_content: str
+    reasoning: str
+    thinking: str
 
 
 class PolicyId(NamedTuple):
@@ -38,14 +49,22 @@ class Conversation:
     """One example as text.
 
     Attributes:
-        example_id: Position of the example in its source, counted from 0.
+        example_id: Row of the source, counted from 0. Where a row gives several examples, those
+            before the last one have larger numbers, see `data.numbering`.
         prompt: The turns before the response; a plain prompt is a single user turn.
-        response: The response of the data set ("real").
+        response: The response of the data set ("real"): the text of the assistant's turn. Empty
+            only where the turn consists of tool calls.
+        reasoning: The thought before the response, where the data keep it apart.
+        tool_calls: The tool calls of the response.
+        tools: Schemas of the tools offered in the conversation.
     """
 
     example_id: int
     prompt: tuple[Message, ...]
     response: str
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

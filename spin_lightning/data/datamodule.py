@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from spin_lightning import keyed
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
-from spin_lightning.data.formats import describe_bad_rows, read_conversations
+from spin_lightning.data.formats import read_data
+from spin_lightning.data.read_report import checked_bad_rows
+from spin_lightning.data.sources import source_name
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import (
     MOST,
-    DataError,
     RunFolderError,
     SettingError,
     is_number,
@@ -60,7 +61,8 @@ class SelfPlayDataModule(L.LightningDataModule):
         val_data: Held-out examples from another file or hub id, instead of a share.
         batch_size: Pairs of a batch on one device.
         num_workers: Processes that collate batches.
-        bad_rows: Leave out rows that cannot be used and say so, or refuse the file.
+        bad_rows: Leave out rows that cannot be used and report them (`skip`, up to half of the
+            rows; `skip_any`, however many), or refuse the data (`refuse`).
 
     Raises:
         SettingError: A value is out of range.
@@ -80,7 +82,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         val_data: str | None = None,
         batch_size: int = 8,
         num_workers: int = 0,
-        bad_rows: Literal["skip", "refuse"] = "skip",
+        bad_rows: Literal["skip", "skip_any", "refuse"] = "skip",
     ) -> None:
         """Keep the settings; data is read by `setup`."""
         super().__init__()
@@ -131,7 +133,7 @@ class SelfPlayDataModule(L.LightningDataModule):
             self.train = examples
             limit = _MOST_VAL_EXAMPLES if self.val_examples is None else self.val_examples
             self.val = self._read(self.val_data, "val_data", text_format, limit)
-            held_out = f"{len(self.val)} examples of {self.val_data}"
+            held_out = f"{len(self.val)} examples of {source_name(self.val_data)}"
         else:
             self.train, self.val, held_out = hold_out(examples, self._val_count(len(examples)))
         _check_ids([*self.train, *self.val], text_format, module.vocabulary)
@@ -239,25 +241,18 @@ class SelfPlayDataModule(L.LightningDataModule):
         return self._trainer.lightning_module
 
     def _read(
-        self, source: str, setting: str, text_format: PromptFormat, limit: int | None
+        self, source: object, setting: str, text_format: PromptFormat, limit: int | None
     ) -> list[Example]:
-        conversations, bad = read_conversations(source, self.columns, setting)
-        total = len(conversations) + len(bad)
+        conversations, report = read_data(source, self.columns, setting)
+        for note in report.notes():
+            rank_zero_info(f"{report.source}: {note}")
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
             conversations = [conversations[i] for i in picked]
-        examples, too_long = self._tokenize(conversations, text_format)
-        bad = [*bad, *too_long]
-        if bad and (self.bad_rows == "refuse" or not examples):
-            raise DataError(
-                f"{setting}={source!r}: {describe_bad_rows(bad, total)}",
-                fix="mend these rows, or leave them out with data.bad_rows: skip"
-                if examples
-                else "mend the rows; where prompts are too long, raise data.max_prompt_tokens, or "
-                "take a model with a longer context",
-            )
-        if bad:
-            rank_zero_info(f"{source}: left out {describe_bad_rows(bad, total)}")
+        examples, unfit = self._tokenize(conversations, text_format)
+        skipped = checked_bad_rows(report, unfit, len(conversations), self.bad_rows)
+        if skipped:
+            rank_zero_info(f"{report.source}: left out {skipped}")
         return examples
 
     def _tokenize(
@@ -304,9 +299,12 @@ class SelfPlayDataModule(L.LightningDataModule):
                 raise SettingError(
                     f"data.{name}", value, "out of range", fix="give a whole number, 1 or more"
                 )
-        if self.bad_rows not in ("skip", "refuse"):
+        if self.bad_rows not in ("skip", "skip_any", "refuse"):
             raise SettingError(
-                "data.bad_rows", self.bad_rows, "there is no such choice", fix="skip, or refuse"
+                "data.bad_rows",
+                self.bad_rows,
+                "there is no such choice",
+                fix="skip, skip_any, or refuse",
             )
         for name, most in (("val_examples", MOST), ("num_workers", _MOST_WORKERS)):
             value = getattr(self, name)

@@ -239,7 +239,9 @@ def test_bad_rows_skipped_are_left_out_and_counted(set_up, write, said):
 @pytest.mark.parametrize("rows", [BAD[:1], BAD[1:], [LONG]])
 def test_bad_rows_refused_name_setting_file_and_row(rows, set_up, write):
     source = write([*pairs(9), *rows])
-    with pytest.raises(DataError, match=r"data='.*data.jsonl': 1 of 10 .*\(row 9.*Fix: mend these"):
+    with pytest.raises(
+        DataError, match=r"data='.*data.jsonl': 1 of 10 .*\(row 9.*Fix: correct these"
+    ):
         set_up(source, bad_rows="refuse")
 
 
@@ -250,7 +252,7 @@ def test_bad_rows_of_val_data_name_val_data(set_up, write):
 
 
 def test_bad_rows_alone_are_refused_even_where_they_are_skipped(set_up, write):
-    with pytest.raises(DataError, match=r"2 of 2 rows.*Fix: mend the rows"):
+    with pytest.raises(DataError, match=r"2 of 2 rows.*Fix: correct the rows"):
         set_up(write(BAD))
 
 

@@ -14,7 +14,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from spin_lightning.data.formats import describe_bad_rows, read_conversations
+from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.read_report import describe_bad_rows
 from spin_lightning.errors import DataError
 from spin_lightning.types import BadRow, Conversation
 
@@ -257,8 +258,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "no user turn before the first answer",
     ),
     "unknown role": (
-        {"messages": [{"role": "human", "content": "a"}, assistant("b")]},
-        "a message without a known role",
+        {"messages": [{"role": "narrator", "content": "a"}, assistant("b")]},
+        "a message without a known role: 'narrator'",
     ),
     "no role": ({"messages": [{"content": "a"}]}, "a message without a known role"),
     "not a message": ({"messages": ["a", "b"]}, "a message without a known role"),
@@ -269,20 +270,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "contents None": (
         {"messages": [user("a"), assistant(None)]},
-        "an assistant turn that is no text",
+        "an assistant turn that is not text",
     ),
-    "contents in parts": (
-        {"messages": [user([{"type": "text", "text": "a"}]), assistant("b")]},
-        "a user turn that is no text",
+    "a picture among the parts": (
+        {"messages": [user([{"type": "text", "text": "a"}, {"type": "image"}]), assistant("b")]},
+        "a user turn with a part that is not text: image",
     ),
     "empty prompt": ({"prompt": "", "response": "a"}, "an empty prompt"),
     "blank prompt": ({"prompt": " \t\n", "response": "a"}, "an empty prompt"),
-    "prompt None": ({"prompt": None, "response": "a"}, "a prompt that is no text"),
-    "prompt number": ({"prompt": 3, "response": "a"}, "a prompt that is no text"),
+    "prompt None": ({"prompt": None, "response": "a"}, "a prompt that is not text"),
+    "prompt number": ({"prompt": 3, "response": "a"}, "a prompt that is not text"),
     "prompt no turns": ({"prompt": [], "response": "a"}, "no messages"),
     "empty response": ({"prompt": "a", "response": ""}, "an empty response"),
-    "response None": ({"prompt": "a", "response": None}, "a response that is no text"),
-    "response number": ({"prompt": "a", "response": 7}, "a response that is no text"),
+    "response None": ({"prompt": "a", "response": None}, "a response that is not text"),
+    "response number": ({"prompt": "a", "response": 7}, "a response that is not text"),
     "response of a user": (
         {"prompt": "a", "response": [user("b")]},
         "a response that is more than the answer to its prompt",
@@ -314,7 +315,7 @@ def test_read_row_without_an_example_is_left_out_with_its_reason(
 
 def test_read_row_without_the_column_is_bad(write: Callable[..., str]) -> None:
     conversations, bad = read_conversations(write([{"prompt": "a", "response": "b"}, {"x": "a"}]))
-    assert (len(conversations), bad) == (1, [BadRow(1, "a prompt that is no text")])
+    assert (len(conversations), bad) == (1, [BadRow(1, "a prompt that is not text")])
 
 
 def test_describe_bad_rows_groups_by_kind_and_keeps_details() -> None:
@@ -371,30 +372,35 @@ def test_read_parquet_without_rows_or_bytes_says_so(write: Callable[..., str]) -
 
 def test_read_folder_without_data_says_so(tmp_path: Path, write: Callable[..., str]) -> None:
     source = write("text", "data.txt")
-    assert "is no .json, .jsonl, .parquet, .csv file" in message_of(source)
-    assert "holds no .json, .jsonl, .parquet, .csv file" in message_of(str(tmp_path))
+    assert "is no .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow file" in message_of(source)
+    assert "holds no .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow file" in message_of(
+        str(tmp_path)
+    )
 
 
 def test_read_unknown_columns_lists_those_that_are_there(write: Callable[..., str]) -> None:
-    message = message_of(write([{"instruction": "a", "output": "b"}]))
-    assert "it has instruction, output" in message
+    message = message_of(write([{"task": "a", "output": "b"}]))
+    assert "it has task, output" in message
     assert "--data.columns" in message
 
 
 @pytest.mark.parametrize(
     ("columns", "parts"),
     [
-        ({"prompt": "x", "response": "output"}, ["maps prompt to 'x'", "instruction, output"]),
-        ({"messages": "chat"}, ["maps messages to 'chat'", "instruction, output"]),
-        ({"promt": "instruction"}, ["has a key 'promt'", "use messages, or prompt and response"]),
-        ({"prompt": "instruction"}, ["no columns that are recognized"]),
-        ({"messages": "output", "prompt": "instruction"}, ["names messages and parts of them"]),
+        ({"prompt": "x", "response": "output"}, ["maps prompt to 'x'", "task, output"]),
+        ({"messages": "chat"}, ["maps messages to 'chat'", "task, output"]),
+        (
+            {"promt": "task"},
+            ["has a key 'promt'", "use messages, tools, functions, system, prompt"],
+        ),
+        ({"prompt": "task"}, ["no columns that are recognized"]),
+        ({"messages": "output", "response": "task"}, ["mixes the names of several formats"]),
     ],
 )
 def test_read_wrong_mapping_names_it(
     write: Callable[..., str], columns: dict[str, str], parts: list[str]
 ) -> None:
-    message = message_of(write([{"instruction": "a", "output": "b"}]), columns)
+    message = message_of(write([{"task": "a", "output": "b"}]), columns)
     assert all(part in message for part in ["data", *parts])
 
 
@@ -406,7 +412,6 @@ BROKEN: dict[str, tuple[bytes, str, str]] = {
     "list of texts": (b'["a"]', "data.json", "object 1 has no columns"),
     "binary": (bytes(range(256)), "data.jsonl", "it is not UTF-8"),
     "zeros": (bytes(64), "data.jsonl", "line 1 is not valid json"),
-    "parquet named jsonl": (b"PAR1\x15\x04\xff\xfe", "data.jsonl", "it is not UTF-8"),
     "parquet of text": (b'{"prompt": "a"}', "data.parquet", "arquet"),
     "csv cut": (b'prompt,response\na,"b', "data.csv", "unexpected end of data"),
     "csv short": (b"prompt,response\na\n", "data.csv", "record 1 has 1 cells, the header has 2"),
@@ -422,7 +427,7 @@ def test_read_broken_file_names_it_and_the_cause(
     message = message_of(source)
     assert f"data={source!r} cannot be read (" in message
     assert cause in message
-    assert "Fix: check that the file is whole and of the kind its name says" in message
+    assert "check that the file is whole and of the kind its name says" in message
 
 
 def test_read_parquet_cut_short_names_it(write: Callable[..., str]) -> None:
