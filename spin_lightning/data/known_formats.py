@@ -116,8 +116,7 @@ def read_pair(row: Cells) -> Dialogue:
         if _messages(answer[: len(repeated)]) == _messages(repeated):
             answer = answer[len(repeated) :]
             break
-    roles = [turn.message["role"] for turn in answer]
-    if roles[-1:] != ["assistant"] or not {*roles} <= {"assistant", "tool"}:
+    if not _is_one_answer([turn.message["role"] for turn in answer]):
         raise UnusableError("a response that is more than the answer to its prompt")
     return Dialogue((*prompt, *answer), len(prompt), _tools(row))
 
@@ -152,6 +151,13 @@ def read_alpaca(row: Cells) -> Dialogue:
     turns = (*_system_turn(row, ()), *_rounds(row.get("history")), asked)
     answer = text_turn("assistant", row.get("output"), "output")
     return Dialogue((*turns, answer), tools=_tools(row))
+
+
+def _is_one_answer(roles: Sequence[str]) -> bool:
+    """Whether the assistant answers once, perhaps after calls of tools and what they return."""
+    is_framed = roles[:1] == roles[-1:] == ["assistant"]
+    is_alternating = ("assistant", "assistant") not in zip(roles, roles[1:], strict=False)
+    return is_framed and is_alternating and {*roles} <= {"assistant", "tool"}
 
 
 def _prompt_turns(prompt: Any) -> tuple[Turn, ...]:

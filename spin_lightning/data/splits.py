@@ -246,6 +246,9 @@ def _files_by_split(
 
 
 def _patterns(given: Any) -> Iterator[tuple[str, str]]:
+    """Splits with their patterns: a pattern, a list of them, or each with the split it makes."""
+    if isinstance(given, dict):
+        given = [{"split": split, "path": path} for split, path in given.items()]
     for one in given if isinstance(given, list) else [given]:
         paths = one.get("path", []) if isinstance(one, dict) else one
         split = str(one.get("split", "train")) if isinstance(one, dict) else "train"
