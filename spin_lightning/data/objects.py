@@ -28,7 +28,7 @@ def describe(data: object) -> str:
     kind = type(data).__name__
     rows = len(data) if hasattr(data, "__len__") else None
     counted = "" if rows is None else f" of {rows} row{'s' * (rows != 1)}"
-    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}{counted}"
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}{counted}"
 
 
 def object_table(data: object, setting: str) -> Table:

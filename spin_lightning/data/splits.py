@@ -144,8 +144,9 @@ def read_configs(root: Path) -> dict[str, Mapping[str, Any]]:
         text = (root / "README.md").read_text(encoding="utf-8-sig")
         head = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
         configs = (yaml.safe_load(head) or {}).get("configs") or []
-        return {str(c["config_name"]): c for c in configs if "data_files" in c or "data_dir" in c}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError, IndexError):
+        named = {str(one.get("config_name", "default")): one for one in configs}
+        return {name: c for name, c in named.items() if "data_files" in c or "data_dir" in c}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, IndexError):
         return {}
 
 
