@@ -261,7 +261,9 @@ class _Losses:
         if not self._rows or self._unmapped is None:
             return
         layout, names = self._unmapped
-        lost = ", ".join(f"{name} ({rows} rows)" for name, rows in self._rows.items())
+        lost = ", ".join(
+            f"{name} ({rows} row{'s' * (rows != 1)})" for name, rows in self._rows.items()
+        )
         raise DataError(
             f"{label}: data.columns={dict(self._mapped)!r} would lose what is in {lost}",
             fix=f"leave out data.columns: the file is read as {layout.name}, with "

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from spin_lightning.data.turns import (
@@ -156,7 +157,7 @@ def read_alpaca(row: Cells) -> Dialogue:
 def _is_one_answer(roles: Sequence[str]) -> bool:
     """Whether the assistant answers once, perhaps after calls of tools and what they return."""
     is_framed = roles[:1] == roles[-1:] == ["assistant"]
-    is_alternating = ("assistant", "assistant") not in zip(roles, roles[1:], strict=False)
+    is_alternating = ("assistant", "assistant") not in pairwise(roles)
     return is_framed and is_alternating and {*roles} <= {"assistant", "tool"}
 
 

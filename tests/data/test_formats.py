@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.formats import read_conversations, read_data
 from spin_lightning.data.read_report import describe_bad_rows
 from spin_lightning.errors import DataError
 from spin_lightning.types import BadRow, Conversation
@@ -28,8 +28,8 @@ def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def assistant(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
+def assistant(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **fields}
 
 
 def system(content: Any) -> dict[str, Any]:
@@ -434,6 +434,140 @@ def test_read_parquet_cut_short_names_it(write: Callable[..., str]) -> None:
     source = write([{"prompt": "a", "response": "b"}], "data.parquet")
     Path(source).write_bytes(Path(source).read_bytes()[:-20])
     assert f"data={source!r} cannot be read (" in message_of(source)
+
+
+# ------------------------------------------------------------------------ nothing is lost unsaid
+
+ALPACA = {"instruction": "Say what it is.", "input": "oak", "output": "plant"}
+PAIR = {"prompt": "instruction", "response": "output"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "lost", "read_as"),
+    [
+        (ALPACA, PAIR, "input (1 row)", "Alpaca, with instruction, output, input"),
+        (ALPACA, {"prompt": "input", "response": "output"}, "instruction (1 row)", "Alpaca"),
+        (
+            {**ALPACA, "history": [["q", "a"]]},
+            {**PAIR},
+            "input (1 row), history (1 row)",
+            "Alpaca",
+        ),
+        (
+            {"conversations": [user("q"), assistant("a")], "system": "s"},
+            {"messages": "conversations"},
+            "system (1 row)",
+            "ShareGPT, with conversations, system",
+        ),
+        (
+            {"prompt": "q", "chosen": [user("other"), assistant("a")], "rejected": "b"},
+            {"messages": "chosen"},
+            "prompt (1 row)",
+            "preferences",
+        ),
+    ],
+)
+def test_mapping_that_loses_a_column_is_refused_with_the_way_out(
+    write: Callable[..., str], row: dict[str, Any], columns: dict[str, str], lost: str, read_as: str
+) -> None:
+    message = message_of(write([row]), columns)
+    assert "would lose what is in " in message
+    assert lost in message
+    assert f"Fix: leave out data.columns: the file is read as {read_as}" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({**ALPACA, "input": ""}, PAIR),
+        ({"instruction": "Say what it is.", "output": "plant"}, PAIR),
+        ({**ALPACA, "category": "trees"}, {**PAIR, "prompt": "category"}),
+        ({"prompt": "q", "chosen": [user("q"), assistant("a")]}, {"messages": "chosen"}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"response": "chosen"}),
+        ({"x": "q", "y": "a", "context": "c"}, {"prompt": "x", "response": "y"}),
+    ],
+)
+def test_mapping_that_loses_nothing_of_a_known_format_is_used(
+    write: Callable[..., str], row: dict[str, Any], columns: dict[str, str]
+) -> None:
+    assert len(read_conversations(write([row]), columns)[0]) == 1
+
+
+def test_any_of_our_names_is_mapped(write: Callable[..., str]) -> None:
+    row = {"chat": [user("q"), assistant("a")], "persona": "s", "api": [{"name": "f"}]}
+    columns = {"messages": "chat", "system": "persona", "tools": "api"}
+    (found,), report = read_data(write([row]), columns)
+    assert found.prompt == (system("s"), user("q"))
+    assert found.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert report.columns_not_used == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"Prompt": "q", "Response": "a"}, "{prompt: Prompt, response: Response}"),
+        ({"Instruction": "q", "Output": "a", "Input": ""}, "output: Output, input: Input}"),
+        ({"Conversations": []}, "{messages: Conversations}"),
+        ({"text": "q"}, "{prompt: X, response: Y}"),
+    ],
+)
+def test_advice_for_unknown_columns_loses_nothing(
+    write: Callable[..., str], row: dict[str, Any], advice: str
+) -> None:
+    message = message_of(write([row]))
+    assert advice in message
+    assert "columns that are not named are not used" in message
+
+
+def test_rows_of_another_format_in_one_file_are_named_as_such(write: Callable[..., str]) -> None:
+    rows = [{"messages": [user("q"), assistant("a")]}] * 2 + [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"x": "q"},
+        {},
+    ]
+    _, bad = read_conversations(write(rows))
+    assert [row.reason for row in bad] == [
+        "columns of another format: conversations",
+        "columns of another format: instruction, output",
+        "no messages",
+        "no messages",
+    ]
+
+
+def test_turns_all_makes_an_example_of_each_answer(write: Callable[..., str]) -> None:
+    weighed = [user("q"), assistant("no") | {"weight": 0}, user("q2"), assistant("yes")]
+    source = write([{"messages": CHAT}, {"messages": weighed}, {"messages": [user("q")]}])
+    conversations, report = read_data(source, turns="all")
+    assert conversations == [
+        Conversation(2**32, (CHAT[0], CHAT[1]), "b"),
+        Conversation(0, tuple(CHAT[:4]), "d"),
+        Conversation(1, (user("q"), assistant("no"), user("q2")), "yes"),
+    ]
+    assert (report.rows, report.used_rows, report.conversations) == (3, 2, 3)
+    assert report.bad == (BadRow(2, "no assistant turn"),)
+    last, _ = read_data(source)
+    assert last == [c for c in conversations if c.example_id < 2**32]
+
+
+def test_last_answer_of_weight_1_is_read(write: Callable[..., str]) -> None:
+    chat = [user("q"), assistant("good") | {"weight": 1}, user("q2"), assistant("no", weight=0)]
+    assert read_conversations(write([{"messages": chat}]))[0] == [
+        Conversation(0, (user("q"),), "good")
+    ]
+
+
+def test_thought_of_the_answer_is_kept_apart(write: Callable[..., str]) -> None:
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        chat = [
+            user("q"),
+            assistant("a0", **{name: "h0"}),
+            user("q2"),
+            assistant("a", **{name: "hm"}),
+        ]
+        (found,), _ = read_conversations(write([{"messages": chat}]))
+        assert (found.response, found.reasoning) == ("a", "hm")
+        assert found.prompt[1] == assistant("a0", **{name: "h0"})
 
 
 # ------------------------------------------------------------------------ the hub
