@@ -12,8 +12,10 @@ from spin_lightning import keyed
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.examples import ExampleReader, check_ids, content_hash
-from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.formats import read_data
 from spin_lightning.data.held_out import MOST_HELD_OUT, held_out_count, hold_out
+from spin_lightning.data.read_report import ReadReport
+from spin_lightning.data.sources import source_name
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import (
     MOST,
@@ -25,7 +27,7 @@ from spin_lightning.errors import (
 )
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
-from spin_lightning.types import BadRow, Conversation, Example, ModuleForData
+from spin_lightning.types import Conversation, Example, ModuleForData
 
 # Collating is fast: more processes would only use up the machine.
 _MOST_WORKERS = 256
@@ -64,7 +66,8 @@ class SelfPlayDataModule(L.LightningDataModule):
         val_data: Held-out examples from another file or hub id, instead of a share.
         batch_size: Pairs in a batch on one device.
         num_workers: Processes that collate batches.
-        bad_rows: skip: skip rows that cannot be used, and log them. refuse: raise for them.
+        bad_rows: Leave out rows that cannot be used and report them (`skip`, up to half of the
+            rows; `skip_any`, however many), or refuse the data (`refuse`).
 
     Raises:
         SettingError: A value is out of range.
@@ -84,7 +87,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         val_data: str | None = None,
         batch_size: int = 8,
         num_workers: int = 0,
-        bad_rows: Literal["skip", "refuse"] = "skip",
+        bad_rows: Literal["skip", "skip_any", "refuse"] = "skip",
     ) -> None:
         """Keep the settings. `setup` reads the data."""
         super().__init__()
@@ -144,7 +147,7 @@ class SelfPlayDataModule(L.LightningDataModule):
             max_prompt_tokens=self.max_prompt_tokens,
             max_response_tokens=self.max_response_tokens,
             context=self._module.context_length,
-            refuse_bad_rows=self.bad_rows == "refuse",
+            bad_rows=self.bad_rows,
             seed=self.seed,
         )
         examples = reader.read(self.data, "data", self.max_examples)
@@ -154,11 +157,11 @@ class SelfPlayDataModule(L.LightningDataModule):
             return held_out
         limit = MOST_HELD_OUT if self.val_examples is None else self.val_examples
         self.train, self.val = examples, reader.read(self.val_data, "val_data", limit)
-        return f"{len(self.val)} examples of {self.val_data}"
+        return f"{len(self.val)} examples of {source_name(self.val_data)}"
 
     def read_conversations(
-        self, source: str, setting: str
-    ) -> tuple[list[Conversation], list[BadRow]]:
+        self, source: object, setting: str
+    ) -> tuple[list[Conversation], ReadReport]:
         """Read a source as text; override this for a format of your own.
 
         Args:
@@ -166,9 +169,9 @@ class SelfPlayDataModule(L.LightningDataModule):
             setting: Which of the two, for messages.
 
         Returns:
-            The conversations, and the rows that cannot be used with the reason.
+            The conversations, and what became of the rows (`ReadReport.of_rows`).
         """
-        return read_conversations(source, self.columns, setting)
+        return read_data(source, self.columns, setting)
 
     def iterate_examples(self, t: int) -> list[Example]:
         """The examples that rows of iterate t are made from."""
@@ -274,9 +277,12 @@ class SelfPlayDataModule(L.LightningDataModule):
         return cast(ModuleForData, self._trainer.lightning_module)
 
     def _check_ranges(self) -> None:
-        if self.bad_rows not in ("skip", "refuse"):
+        if self.bad_rows not in ("skip", "skip_any", "refuse"):
             raise SettingError(
-                "data.bad_rows", self.bad_rows, "there is no such choice", fix="skip, or refuse"
+                "data.bad_rows",
+                self.bad_rows,
+                "there is no such choice",
+                fix="skip, skip_any, or refuse",
             )
         counts = {
             name: (value is None or is_whole(value, 1), "a whole number, 1 or more")

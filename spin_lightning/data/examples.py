@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
-from spin_lightning.data.formats import describe_bad_rows
+from spin_lightning.data.read_report import BadRows, ReadReport, checked_bad_rows
 from spin_lightning.data.tokenize import PromptFormat
-from spin_lightning.errors import DataError, SettingError
+from spin_lightning.errors import SettingError
 from spin_lightning.types import BadRow, Conversation, Example
 
 
@@ -26,23 +26,23 @@ class ExampleReader:
         max_prompt_tokens: Longest prompt; None for the context's length.
         max_response_tokens: Cap of a response, including the stop id.
         context: Longest sequence that the model supports, in tokens.
-        refuse_bad_rows: Raise for a row that cannot be used, instead of skipping it.
+        bad_rows: Whether rows that cannot be used are skipped or refused.
         seed: Determines the examples that are used if there are more than the limit.
     """
 
     text_format: PromptFormat
-    read_conversations: Callable[[str, str], tuple[list[Conversation], list[BadRow]]]
+    read_conversations: Callable[[object, str], tuple[list[Conversation], ReadReport]]
     max_prompt_tokens: int | None
     max_response_tokens: int
     context: int
-    refuse_bad_rows: bool
+    bad_rows: BadRows
     seed: int
 
-    def read(self, source: str, setting: str, limit: int | None) -> list[Example]:
+    def read(self, source: object, setting: str, limit: int | None) -> list[Example]:
         """The examples of a source, in its order.
 
         Args:
-            source: A file, a folder or a hub id.
+            source: What `data.sources` reads.
             setting: Setting that names the source, for messages.
             limit: Most examples; None for all.
 
@@ -50,8 +50,9 @@ class ExampleReader:
             DataError: The source cannot be read, has no usable rows, or has a bad row that is
                 refused.
         """
-        conversations, bad = self.read_conversations(source, setting)
-        total = len(conversations) + len(bad)
+        conversations, report = self.read_conversations(source, setting)
+        for note in report.notes():
+            rank_zero_info(f"{report.source}: {note}")
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
             conversations = [conversations[i] for i in picked]
@@ -65,17 +66,10 @@ class ExampleReader:
             for conversation in conversations
         ]
         examples = [example for example in tokenized if isinstance(example, Example)]
-        bad = [*bad, *(row for row in tokenized if isinstance(row, BadRow))]
-        if bad and (self.refuse_bad_rows or not examples):
-            raise DataError(
-                f"{setting}={source!r}: {describe_bad_rows(bad, total)}",
-                fix="correct these rows, or skip them with data.bad_rows: skip"
-                if examples
-                else "correct the rows; if prompts are too long, raise data.max_prompt_tokens or "
-                "use a model with a longer context",
-            )
-        if bad:
-            rank_zero_info(f"{source}: skipped {describe_bad_rows(bad, total)}")
+        unfit = [row for row in tokenized if isinstance(row, BadRow)]
+        skipped = checked_bad_rows(report, unfit, len(conversations), self.bad_rows)
+        if skipped:
+            rank_zero_info(f"{report.source}: skipped {skipped}")
         return examples
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import pandas as pd
 import pytest
 
 from spin_lightning import SPIN, SelfPlayDataModule
@@ -174,6 +176,7 @@ def test_rows_of_an_iterate_are_counted_before_they_are_made(
 
 # ------------------------------------------------------------------------ bad rows
 
+NOTEBOOK = {"data": pairs(20), "val_data": pairs(25)[20:]}
 BAD = [{"prompt": " ", "response": "w1"}, {"prompt": "w1", "response": ""}]
 LONG = {"prompt": " ".join(["w1"] * CONTEXT), "response": "w1"}
 
@@ -199,6 +202,47 @@ def test_bad_rows_of_val_data_name_val_data(set_up, write):
     other = write(BAD, "other.jsonl")
     with pytest.raises(DataError, match=r"val_data='.*other.jsonl': 2 of 2 rows"):
         set_up(write(pairs(10)), val_data=other)
+
+
+def test_more_than_half_of_the_rows_are_not_left_out_unless_asked(set_up, write, said):
+    source = write([*pairs(9), *[{"question": "w1", "answer": "w2"}] * 10])
+    with pytest.raises(DataError) as caught:
+        set_up(source)
+    assert "10 of 19 rows (columns of another format: 10 (rows 9: question, answer" in str(
+        caught.value
+    )
+    assert "give each format a file of its own" in str(caught.value)
+    assert len(set_up(source, bad_rows="skip_any", val_examples=0).train) == 9
+    assert "left out 10 of 19 rows" in said()
+
+
+def test_prompts_over_the_cap_count_as_lost(set_up, write):
+    source = write([*pairs(4), *[LONG] * 5])
+    with pytest.raises(DataError, match=r"5 of 9 rows .*more than half"):
+        set_up(source)
+
+
+def test_columns_and_files_that_are_not_used_are_named_once(set_up, write, said):
+    rows = [{**row, "context": "c", "id": 7} for row in pairs(20)]
+    source = Path(write(rows)).parent
+    write(pairs(3), "test.jsonl")
+    data = set_up(source)
+    assert len(data.train) + len(data.val) == 20
+    once = said().count("Data: ")  # pytest's handler may see each line twice
+    assert said().count("columns not used: context (20 rows), id (20 rows)") == once
+    assert said().count("files not read: test.jsonl (split test)") == once
+
+
+@pytest.mark.parametrize("kind", [list, Path, pd.DataFrame, datasets.Dataset.from_list])
+def test_data_of_a_notebook_gives_the_examples_of_a_file(kind, set_up, write, said):
+    files = {name: write(rows, f"{name}.jsonl") for name, rows in NOTEBOOK.items()}
+    from_file = set_up(files["data"], val_data=files["val_data"])
+    given = files if kind is Path else NOTEBOOK
+    data = set_up(kind(given["data"]), val_data=kind(given["val_data"]))
+    assert (data.train, data.val) == (from_file.train, from_file.val)
+    assert data.fingerprint_fields() == from_file.fingerprint_fields()
+    if kind is list:
+        assert "held out 5 examples of a list of 5 rows." in said()
 
 
 def test_bad_rows_alone_are_refused_even_where_they_are_skipped(set_up, write):

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spin_lightning import SPACE, SPIN, AlphaSPIN, MixtureSPIN, SelfPlayDataModule
-from spin_lightning.cli.main import main
-from spin_lightning.data.formats import describe_bad_rows, read_conversations
+from spin_lightning.cli.fit import main
+from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.read_report import describe_bad_rows
 from spin_lightning.errors import RunFolderError, SpinError
 from spin_lightning.evaluation.mt_bench.judge import read_verdicts
 from spin_lightning.generation.settings import GenerationSettings
