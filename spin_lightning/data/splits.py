@@ -112,7 +112,7 @@ def files_of_pattern(place: Place, pattern: str, matches: Iterable[str]) -> File
     if not files.read:
         raise DataError(
             f"{place.label} matches no {KINDS}",
-            fix="mend the pattern; `**` stands for any number of folders",
+            fix="correct the pattern; `**` stands for any number of folders",
         )
     wanted = place.split or _split_of(PurePath(pattern).relative_to(place.root))
     place = Place(place.label, place.root, wanted)

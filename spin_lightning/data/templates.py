@@ -35,7 +35,7 @@ class LeftOut(DataError):
     """An example that cannot be used; `problem` is the reason that is counted."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason, fix="mend the row, or leave it out with data.bad_rows: skip")
+        super().__init__(reason, fix="correct the row, or skip it with data.bad_rows: skip")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ChatTemplate:
             tools: Schemas of the tools that the conversation may call.
 
         Raises:
-            jinja2.TemplateError: The template does not take them.
+            jinja2.TemplateError: The template does not accept them.
         """
         offered: list[Any] | None = [dict(tool) for tool in tools] or None
         try:

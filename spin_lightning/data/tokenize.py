@@ -145,7 +145,7 @@ class PromptFormat:
         Raises:
             SettingError: Several turns without a chat template.
             DataError: A turn spells out a special token that cannot be read as text.
-            jinja2.TemplateError: The template does not take these turns.
+            jinja2.TemplateError: The template does not accept these turns.
         """
         turns = without_thoughts(prompt) if self.thoughts == "drop" else prompt
         return self._prompt(turns, tools)[1]
@@ -161,7 +161,7 @@ class PromptFormat:
             SettingError: Several turns without a chat template, or a template by whose own text
                 real responses would differ from generated ones.
             DataError: The response cannot be used.
-            jinja2.TemplateError: The template does not take these turns.
+            jinja2.TemplateError: The template does not accept these turns.
         """
         spoken = settle(conversation, self.thoughts)
         return self._response(*self._prompt(spoken.turns, spoken.tools), spoken)
@@ -334,10 +334,10 @@ def _template(
         raise SettingError(
             "tokenizer.chat_template" if file is None else "data.chat_template",
             str(tokenizer.chat_template)[:60] if file is None else str(file),
-            f"it does not take a question with an answer ({error})",
-            fix="mend the template and save the tokenizer into the model folder"
+            f"it does not accept a question with an answer ({error})",
+            fix="correct the template and save the tokenizer into the model folder"
             if file is None
-            else "mend the template in that file",
+            else "correct the template in that file",
         ) from error
     end = template.end_of_turn(after) if found else None
     return template, int(tokenizer.eos_token_id) if end is None else end

@@ -213,7 +213,7 @@ def test_more_than_half_of_the_rows_are_not_left_out_unless_asked(set_up, write,
     )
     assert "give each format a file of its own" in str(caught.value)
     assert len(set_up(source, bad_rows="skip_any", val_examples=0).train) == 9
-    assert "left out 10 of 19 rows" in said()
+    assert "skipped 10 of 19 rows" in said()
 
 
 def test_prompts_over_the_cap_count_as_lost(set_up, write):
