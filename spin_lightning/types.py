@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
@@ -69,10 +69,17 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """An example that cannot be used, and why."""
+    """An example that cannot be used, and why.
+
+    Attributes:
+        example_id: Position of the example in its source, from 0.
+        reason: Why; after a colon, details of the row.
+        prompt_tokens: Length of its prompt, where that is the reason.
+    """
 
     example_id: int
     reason: str
+    prompt_tokens: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

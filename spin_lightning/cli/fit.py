@@ -238,7 +238,8 @@ def _refusal_behind(error: Exception) -> MisconfigurationException | None:
 def _resolve_testbed(config: Namespace) -> None:
     """Replace the name of the embedded testbed by its paths."""
     for namespace, key in ((config.model.init_args, "model"), (config.data.init_args, "data")):
-        if named := _EMBEDDED.fullmatch(namespace[key]):
+        named = _EMBEDDED.fullmatch(namespace[key]) if isinstance(namespace[key], str) else None
+        if named:
             seed = config.seed_everything if named[1] == "seed" else named[1]
             namespace[key] = str(getattr(ensure(int(seed or 0)), key))
 

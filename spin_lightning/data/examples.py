@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
+from spin_lightning.data.lengths import cut
+from spin_lightning.data.overview import Overview
 from spin_lightning.data.read_report import BadRows, ReadReport, checked_bad_rows
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import SettingError
@@ -38,8 +41,10 @@ class ExampleReader:
     bad_rows: BadRows
     seed: int
 
-    def read(self, source: object, setting: str, limit: int | None) -> list[Example]:
-        """The examples of a source, in its order.
+    def read(
+        self, source: object, setting: str, limit: int | None
+    ) -> tuple[list[Example], Overview]:
+        """The examples of a source, in its order, and what was read; the log names what is lost.
 
         Args:
             source: What `data.sources` reads.
@@ -50,27 +55,41 @@ class ExampleReader:
             DataError: The source cannot be read, has no usable rows, or has a bad row that is
                 refused.
         """
+        examples, overview = self.survey(source, setting, limit)
+        label = overview.report.source
+        for note in overview.notes():
+            rank_zero_info(f"{label}: {note}")
+        skipped = checked_bad_rows(overview.report, overview.unfit, overview.tried, self.bad_rows)
+        if skipped:
+            rank_zero_info(f"{label}: skipped {skipped}")
+        return examples, overview
+
+    def survey(
+        self, source: object, setting: str, limit: int | None
+    ) -> tuple[list[Example], Overview]:
+        """The same, however many rows cannot be used, and without a word to the log."""
         conversations, report = self.read_conversations(source, setting)
-        for note in report.notes():
-            rank_zero_info(f"{report.source}: {note}")
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
             conversations = [conversations[i] for i in picked]
+        counted = Counter(self.text_format.counts)
         tokenized = [
-            self.text_format.tokenize(
-                conversation,
-                max_prompt_tokens=self.max_prompt_tokens,
-                max_response_tokens=self.max_response_tokens,
-                context=self.context,
+            self.text_format.whole(
+                conversation, max_prompt_tokens=self.max_prompt_tokens, context=self.context
             )
             for conversation in conversations
         ]
-        examples = [example for example in tokenized if isinstance(example, Example)]
-        unfit = [row for row in tokenized if isinstance(row, BadRow)]
-        skipped = checked_bad_rows(report, unfit, len(conversations), self.bad_rows)
-        if skipped:
-            rank_zero_info(f"{report.source}: skipped {skipped}")
-        return examples
+        whole = [example for example in tokenized if isinstance(example, Example)]
+        overview = Overview.of(
+            report,
+            whole,
+            [row for row in tokenized if isinstance(row, BadRow)],
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens,
+            context=self.context,
+            handled=self.text_format.counts - counted,
+        )
+        return [cut(e, self.max_response_tokens, self.context) for e in whole], overview
 
 
 def check_ids(examples: Sequence[Example], text_format: PromptFormat, vocabulary: int) -> None:

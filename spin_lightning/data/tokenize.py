@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning.data.answers import Answers
+from spin_lightning.data.lengths import cut, prompt_problem
 from spin_lightning.data.special_text import SpecialText
 from spin_lightning.data.templates import (
     ANSWER,
@@ -120,6 +121,12 @@ class PromptFormat:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
+    @property
+    def date_written(self) -> str | None:
+        """The date that the template writes as today's, such as 2026-01-31; None without one."""
+        writes = self.template is not None and self.template.writes_date
+        return self.template.date.isoformat() if self.template and writes else None
+
     @cached_property
     def template_hash(self) -> str | None:
         """SHA-256 of the chat template, its variables and what becomes of thoughts.
@@ -192,13 +199,20 @@ class PromptFormat:
             SettingError: Several turns without a chat template, or a template by whose own text
                 real responses would differ from generated ones.
         """
+        whole = self.whole(conversation, max_prompt_tokens=max_prompt_tokens, context=context)
+        return whole if isinstance(whole, BadRow) else cut(whole, max_response_tokens, context)
+
+    def whole(
+        self, conversation: Conversation, *, max_prompt_tokens: int | None, context: int
+    ) -> Example | BadRow:
+        """The same example with its whole response, however long that is."""
         example_id = conversation.example_id
         try:
             spoken = settle(conversation, self.thoughts)
             before, prompt = self._prompt(spoken.turns, spoken.tools)
-            problem = _prompt_problem(len(prompt), max_prompt_tokens, context)
+            problem = prompt_problem(len(prompt), max_prompt_tokens, context)
             if problem is not None:
-                return BadRow(example_id, problem)
+                return BadRow(example_id, problem, len(prompt))
             response = self._response(before, prompt, spoken)
         except TemplateError as error:
             return BadRow(example_id, f"the chat template refuses it ({error})")
@@ -206,8 +220,7 @@ class PromptFormat:
             return BadRow(example_id, error.problem)
         if len(response) < 2:
             return BadRow(example_id, "a response without a token before its end")
-        cap = min(max_response_tokens, context - len(prompt))
-        return Example(example_id, prompt, response[:cap], real_finished=len(response) <= cap)
+        return Example(example_id, prompt, response, real_finished=True)
 
     # ------------------------------------------------------------------ text to ids
 
@@ -309,17 +322,6 @@ class PromptFormat:
     def _answers(self) -> Answers:
         assert self.template is not None
         return Answers(self.template, self.thoughts, self._special)
-
-
-def _prompt_problem(length: int, longest: int | None, context: int) -> str | None:
-    """What is wrong with a prompt of this length, if anything is."""
-    if not length:
-        return "a prompt without tokens"
-    if longest is not None and length > longest:
-        return f"a prompt of more than max_prompt_tokens={longest}: {length} tokens"
-    if length >= context:
-        return f"a prompt that fills the model's context of {context} tokens: {length} tokens"
-    return None
 
 
 def _template(

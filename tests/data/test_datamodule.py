@@ -45,18 +45,24 @@ def write(tmp_path: Path) -> WriteData:
     return write_data
 
 
+def attached(module: SPIN, **place: Any) -> Any:
+    """What a data module uses of a trainer."""
+    place = {"current_epoch": 0, "global_rank": 0, "world_size": 1, **place}
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    given = {"lightning_module": module, "strategy": strategy, "default_root_dir": ".", **place}
+    return SimpleNamespace(**given)
+
+
 @pytest.fixture
 def set_up(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
     """A data module that has read its data, attached to a trainer with the tiny model."""
 
     def set_up_data(
-        data: str, *, seed: int = 0, trainer: dict[str, Any] | None = None, **settings: Any
+        data: object, *, seed: int = 0, trainer: dict[str, Any] | None = None, **settings: Any
     ) -> SelfPlayDataModule:
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
         module = SelfPlayDataModule(data, **settings)
-        place = {"current_epoch": 0, "global_rank": 0, "world_size": 1, **(trainer or {})}
-        attached: Any = SimpleNamespace(lightning_module=SPIN(model=str(tiny_model_dir)), **place)
-        module.trainer = attached
+        module.trainer = attached(SPIN(model=str(tiny_model_dir)), **(trainer or {}))
         module.setup("validate")  # any stage reads the same; "fit" asks for a real trainer too
         return module
 
@@ -350,9 +356,7 @@ def test_other_prompts_in_every_iterate_and_rows_that_are_kept_are_refused(
 ):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     data = SelfPlayDataModule(write(pairs(20)), prompts_per_iterate=5)
-    module = SPIN(model=str(tiny_model_dir), refresh="reservoir")
-    attached: Any = SimpleNamespace(lightning_module=module)
-    data.trainer = attached
+    data.trainer = attached(SPIN(model=str(tiny_model_dir), refresh="reservoir"))
     with pytest.raises(SettingError, match=r"data.prompts_per_iterate=5.*refresh: all"):
         data.setup("validate")
 

@@ -462,7 +462,7 @@ def test_template_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"data\.chat_template=.*cannot be read"):
         format_of(TOOLS, chat_template=tmp_path / "bytes.jinja")
     (tmp_path / "broken.jinja").write_text("{% for")
-    with pytest.raises(SettingError, match=r"data\.chat_template=.*does not accept a question.*Fix"):
+    with pytest.raises(SettingError, match=r"data\.chat_template=.*does not accept.*Fix"):
         format_of(TOOLS, chat_template=tmp_path / "broken.jinja")
 
 
