@@ -62,9 +62,9 @@ class DataPage:
         overview, report = self.overview, self.overview.report
         drawn = "" if overview.tried == report.conversations else f", {overview.tried:,} drawn"
         line = (
-            f"{report.rows:,} rows read, {report.conversations:,} examples in them{drawn}, "
-            f"{overview.examples:,} used. Left out: {len(report.bad):,} rows, "
-            f"{len(overview.unfit):,} examples."
+            f"{_counted(report.rows, 'row')} read, {_counted(report.conversations, 'example')} in "
+            f"them{drawn}, {overview.examples:,} used. Left out: {_counted(len(report.bad), 'row')}, "
+            f"{_counted(len(overview.unfit), 'example')}."
         )
         kinds: dict[str, list[str]] = {}
         for row in overview.left_out:
@@ -130,6 +130,10 @@ def chosen(examples: Sequence[Example], count: int = 3) -> list[Example]:
     count = min(count, len(examples))
     at = [round(i * (len(examples) - 1) / max(1, count - 1)) for i in range(count)]
     return [examples[i] for i in at]
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'s' * (count != 1)}"
 
 
 def _heading(text: str) -> Text:

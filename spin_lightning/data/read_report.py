@@ -137,10 +137,9 @@ def checked_bad_rows(
     text = describe_bad_rows(bad, report.rows)
     left = report.used_rows / report.rows * (1 - len(unfit) / max(1, tried))
     if not left:
-        fix = (
-            "correct the rows; if prompts are too long, raise data.max_prompt_tokens or use a "
-            "model with a longer context"
-        )
+        fix = "correct the rows"
+        if any(row.prompt_tokens is not None for row in unfit):
+            fix = "raise data.max_prompt_tokens, use a model with a longer context, or correct the rows"
     elif bad_rows == "refuse":
         fix = "correct these rows, or skip them with data.bad_rows: skip"
     elif bad_rows == "skip" and left < 1 - MOST_LOST:
