@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Message(TypedDict):
-    """One turn of a chat, in the form that chat templates expect."""
+class Message(TypedDict, total=False):
+    """One turn of a chat, in the form that chat templates take.
+
+    Turns go to the template as the data have them, so other keys may stand beside these.
+    """
 
     role: str
     content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+    reasoning_content: str
+    thinking: str
 
 
 class PolicyId(NamedTuple):
@@ -45,20 +53,33 @@ class Conversation:
     Attributes:
         example_id: Position of the example in its source, from 0.
         prompt: The turns before the response; a plain prompt is a single user turn.
-        response: The data set's response ("real").
+        response: The response of the data set ("real").
+        reasoning: The thought before the response, where the data have it apart.
+        tool_calls: Tool calls of the response.
+        tools: Schemas of the tools that the whole conversation may call.
     """
 
     example_id: int
     prompt: tuple[Message, ...]
     response: str
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """An example that cannot be used, and why."""
+    """An example that cannot be used, and why.
+
+    Attributes:
+        example_id: Position of the example in its source, from 0.
+        reason: Why; after a colon, details of the row.
+        prompt_tokens: Length of its prompt, where that is the reason.
+    """
 
     example_id: int
     reason: str
+    prompt_tokens: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

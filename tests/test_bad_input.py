@@ -19,7 +19,7 @@ from tests.toys.runs import contents, write_examples
 GOOD = {"prompt": "w1 w2", "response": "w3"}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "empty": [],
-    "columns": [{"instruction": "w1", "output": "w2"}],
+    "columns": [{"task": "w1", "output": "w2"}],
     "questions": [{"messages": [{"role": "user", "content": "w1"}]}],
     "no_prompt": [GOOD, {"prompt": "", "response": "w3"}],
     "no_response": [GOOD, {"prompt": "w1", "response": "  "}],
@@ -142,14 +142,14 @@ def case(settings: dict[str, Any], *words: str) -> Any:
 DATA = [
     case({"data.data": "{nowhere}.jsonl"}, "nowhere.jsonl'", "no such file", "Fix: check the path"),
     case({"data.data": "{empty}"}, "empty.jsonl'", "no rows", "Fix: give data"),
-    case({"data.data": "{columns}"}, "it has instruction, output", "Fix: name them"),
+    case({"data.data": "{columns}"}, "it has task, output", "Fix: name them"),
     case(
         {
             "data.data": "{columns}",
             "data.columns": '{{"prompt": "question", "response": "output"}}',
         },
         "maps prompt to 'question'",
-        "Fix: choose from its columns: instruction, output",
+        "Fix: choose from its columns: task, output",
     ),
     case({"data.data": "{questions}"}, "1 of 1 rows", "no assistant turn", "Fix: correct"),
     case(

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.callbacks.console import show_table
 from spin_lightning.callbacks.interfaces import IterateEvaluator
-from spin_lightning.callbacks.session import run_folder_of
+from spin_lightning.callbacks.session import run_folder_of, tokenizer_of
 from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.base import Benchmark, EvaluatedRun
 from spin_lightning.evaluation.contestants import iterate_contestant
@@ -76,8 +76,8 @@ class EvaluateIterates(IterateEvaluator):
 
     def evaluate_iterate(self, module: SelfPlayModule, t: int) -> dict[str, float]:
         """Score iterate t, and show all scores so far."""
-        folder = run_folder_of(module.trainer)
-        run = EvaluatedRun(folder, lambda: module.policy, module.tokenizer, module.make_generator)
+        folder, tokenizer = run_folder_of(module.trainer), tokenizer_of(module.trainer)
+        run = EvaluatedRun(folder, lambda: module.policy, tokenizer, module.make_generator)
         contestant = iterate_contestant(folder, t)
         results: list[Result] = []
         for benchmark in self._benchmarks:

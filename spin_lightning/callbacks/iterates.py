@@ -52,10 +52,10 @@ class TrainingClock:
 
 
 def keep_start(session: Session) -> None:
-    """Write the run's tokenizer and iterate 0."""
+    """Write the tokenizer, with the chat template as used, and iterate 0."""
     tokenizer = session.run.tokenizer
     with writing(tokenizer):
-        session.module.tokenizer.save_pretrained(tokenizer)
+        session.text_format.tokenizer.save_pretrained(tokenizer)
     keep_iterate(session, 0, step=0, training=None)
 
 
@@ -87,6 +87,7 @@ def keep_iterate(session: Session, t: int, step: int, training: TrainingRecord |
         step=step,
         training=training,
         tokenizer_files=None if t else run.tokenizer_hashes(),
+        template_date=None if t else session.text_format.date_written,
     )
     write_json(staged / ITERATE_FILE, record.to_json())
     replace_synced(staged, run.iterate(t))
@@ -103,7 +104,7 @@ def measure(session: Session, pairs_shown: int, log: RunLog) -> None:
         log: Which iterates were logged before.
     """
     module, run, t = session.module, session.run, session.module.iterate
-    record = run.record(t)
+    record, tokenizer = run.record(t), session.text_format.tokenizer
     table = read_rows(run.val_rows(t)) if session.data.val else None
     metrics = record.metrics
     if metrics is None:
@@ -118,11 +119,11 @@ def measure(session: Session, pairs_shown: int, log: RunLog) -> None:
         session.log({**metrics, **speed, "iterate": t}, record.step)
         log.iterate = t
         if table is not None:
-            pairs = sample_pairs(table, module.tokenizer, _PAIRS_LOGGED)
+            pairs = sample_pairs(table, tokenizer, _PAIRS_LOGGED)
             log_samples(session.trainer.loggers, pairs, record.step)
     show_iterates([run.record(i) for i in range(t + 1)])
     if table is not None:
-        show_samples(sample_pairs(table, module.tokenizer, pairs_shown))
+        show_samples(sample_pairs(table, tokenizer, pairs_shown))
 
 
 def measure_training_rows(session: Session, plan: RowPlan, log: RunLog) -> None:

@@ -180,8 +180,7 @@ class RowMaker:
         self.guard.wait(trainer)
 
     def _synthesis(self) -> Synthesis:
-        module, text_format = self.session.module, self.session.data.format
-        assert text_format is not None, "setup() of the data module chose it"
+        module, text_format = self.session.module, self.session.text_format
         generator = module.make_generator(
             text_format.stop_ids, text_format.pad_id, module.generation
         )

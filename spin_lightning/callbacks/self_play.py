@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -158,6 +159,9 @@ class SelfPlay(Callback):
             if 0 not in run.known_iterates():
                 keep_start(session)
             if module.iterate < self._iterates:
+                if self.dry_run:
+                    for line in chain(*(o.summary() for o in session.data.overviews)):
+                        console.print(line, markup=False)
                 console.print(self._maker.cost())
         self.guard.wait(trainer)
         self._prepare(session)

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import keyed
 from spin_lightning.data.datamodule import SelfPlayDataModule
+from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import SettingError
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.run.folder import RunFolder
@@ -18,10 +20,22 @@ from spin_lightning.run.folder import RunFolder
 
 def run_folder_of(trainer: L.Trainer) -> RunFolder:
     """The run folder of a trainer with a `SelfPlay` callback, once that is set up."""
+    folder = _data_of(trainer).run_folder
+    assert folder is not None, "SelfPlay.setup() has set it"
+    return folder
+
+
+def tokenizer_of(trainer: L.Trainer) -> PreTrainedTokenizerBase:
+    """The tokenizer of a trainer's run, with the chat template as used."""
+    text_format = _data_of(trainer).format
+    assert text_format is not None, "setup() of the data module chose it"
+    return text_format.tokenizer
+
+
+def _data_of(trainer: L.Trainer) -> SelfPlayDataModule:
     data = getattr(trainer, "datamodule", None)
     assert isinstance(data, SelfPlayDataModule), "SelfPlay.setup() has checked it"
-    assert data.run_folder is not None, "SelfPlay.setup() has set it"
-    return data.run_folder
+    return data
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,12 @@ class Session:
             "precision": str(trainer.precision),
             "limit_train_batches": trainer.limit_train_batches,
         }
+
+    @property
+    def text_format(self) -> PromptFormat:
+        """How text becomes ids in this run."""
+        assert self.data.format is not None, "setup() of the data module chose it"
+        return self.data.format
 
     @property
     def callbacks(self) -> list[Callback]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -112,6 +112,54 @@ def evaluate(args: list[str]) -> None:
     show_table(score_table(read_results(run)))
 
 
+def data(args: list[str]) -> None:
+    """Show how data are read for a model: counts, what is left out, lengths, examples as ids."""
+    parser = _parser("data", data)
+    parser.add_argument("--config", help="A config of `fit`; what is given beside it replaces its.")
+    parser.add_argument("--data", help="A file, folder, pattern or hub id, or testbed.")
+    parser.add_argument("--model", help="Folder or hub id of the model whose tokenizer reads them.")
+    parser.add_argument(
+        "--columns", type=dict[str, str] | None, help="Our names of columns to the source's."
+    )
+    parser.add_argument("--chat_template", help="File with a chat template.")
+    parser.add_argument(
+        "--chat_template_kwargs", type=dict[str, Any] | None, help="Variables of the template."
+    )
+    parser.add_argument("--thoughts", type=Literal["refuse", "keep", "drop"] | None)
+    parser.add_argument("--turns", type=Literal["last", "all"] | None)
+    parser.add_argument("--max_prompt_tokens", type=int | None)
+    parser.add_argument("--max_response_tokens", type=int | None)
+    parser.add_argument("--examples", type=int, default=3, help="How many examples to show.")
+    parser.add_argument(
+        "--tokens", nargs="?", type=bool, const=True, default=False, help="Show token by token."
+    )
+    given = parser.parse_args(args)
+    if given.config is None and None in (given.data, given.model):
+        raise SpinError("nothing to read", fix="give --data and --model, or --config")
+
+    from spin_lightning.callbacks.console import console, quiet_libraries
+    from spin_lightning.cli.data_page import DataPage, chosen
+    from spin_lightning.cli.fit import data_and_model
+
+    quiet_libraries()
+    settings = {
+        name: value
+        for name, value in given.items()
+        if value is not None and name not in ("config", "model", "examples", "tokens")
+    }
+    source, module = data_and_model(given.config, settings, given.model)
+    text_format = source.make_format(module)
+    reader = source.make_reader(module, text_format)
+    for name, limit in (("data", source.max_examples), ("val_data", source.val_examples)):
+        place = getattr(source, name)
+        if place is not None:
+            examples, overview = reader.survey(place, name, limit)
+            page = DataPage(
+                overview, text_format, chosen(examples, given.examples), tokens=given.tokens
+            )
+            page.show(console)
+
+
 def report(args: list[str]) -> None:
     """Compare runs: a table of every metric over the iterates, a figure and an HTML page."""
     parser = _parser("report", report)
@@ -208,6 +256,7 @@ def testbed(args: list[str]) -> None:
 
 
 COMMANDS: Final[dict[str, Callable[[list[str]], None]]] = {
+    "data": data,
     "export": export,
     "evaluate": evaluate,
     "report": report,

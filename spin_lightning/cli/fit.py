@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning import seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -202,6 +204,53 @@ class SpinCLI(LightningCLI):
         return callbacks
 
 
+def data_and_model(
+    config: str | None, data: dict[str, Any], model: str | None
+) -> tuple[SelfPlayDataModule, SelfPlayModule]:
+    """The data module and the module of a config of `fit`, before any weights are read.
+
+    Args:
+        config: Path of the config; None for the defaults.
+        data: Settings of the data module that replace the config's.
+        model: Folder or hub id that replaces the config's.
+    """
+    known = {} if config is None else read_config(Path(config))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(SelfPlayModule, "model", required=True)
+    parser.add_subclass_arguments(SelfPlayDataModule, "data", required=True)
+    given = {"model": {} if model is None else {"model": model}, "data": data}
+    default = {"model": "SPIN", "data": "SelfPlayDataModule"}
+    chosen = {}
+    for name, settings in given.items():
+        part = known.get(name) or {}
+        part = {"class_path": part} if isinstance(part, str) else part
+        init_args = {**(part.get("init_args") or {}), **settings}
+        chosen[name] = {"class_path": part.get("class_path", default[name]), "init_args": init_args}
+    parsed = parser.parse_object(chosen)
+    parsed.seed_everything = known.get("seed_everything") or 0
+    _resolve_testbed(parsed)
+    seed_everything(parsed.seed_everything, verbose=False)
+    made = parser.instantiate_classes(Namespace(model=parsed.model, data=parsed.data))
+    return made.data, made.model
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        SpinError: It cannot be read, or holds no settings.
+    """
+    fix = "give a config of `fit`, such as the config.yaml of a run"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        problem = f"config={str(path)!r} cannot be read ({first_line(error)})"
+        raise SpinError(problem, fix=fix) from error
+    if not isinstance(content, dict):
+        raise SpinError(f"config={str(path)!r} holds no settings", fix=fix)
+    return content
+
+
 def run(args: Sequence[str] | None = None) -> None:
     """Run `fit` or `validate` with these arguments; default: those of the process."""
     quiet_libraries()
@@ -243,7 +292,8 @@ def _refusal_behind(error: Exception) -> MisconfigurationException | None:
 def _resolve_testbed(config: Namespace) -> None:
     """Replace the name of the embedded testbed by its paths."""
     for namespace, key in ((config.model.init_args, "model"), (config.data.init_args, "data")):
-        if named := _EMBEDDED.fullmatch(namespace[key]):
+        named = _EMBEDDED.fullmatch(namespace[key]) if isinstance(namespace[key], str) else None
+        if named:
             seed = config.seed_everything if named[1] == "seed" else named[1]
             namespace[key] = str(getattr(ensure(int(seed or 0)), key))
 

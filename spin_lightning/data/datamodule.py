@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,32 +14,21 @@ from spin_lightning import keyed
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.examples import ExampleReader, check_ids, content_hash
-from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.formats import Turns, read_data
 from spin_lightning.data.held_out import MOST_HELD_OUT, held_out_count, hold_out
+from spin_lightning.data.overview import Overview
+from spin_lightning.data.read_report import BadRows, ReadReport
+from spin_lightning.data.settings import check_data_settings
+from spin_lightning.data.sources import source_name
+from spin_lightning.data.thoughts import Thoughts
 from spin_lightning.data.tokenize import PromptFormat
-from spin_lightning.errors import (
-    MOST,
-    RunFolderError,
-    SettingError,
-    check_settings,
-    is_number,
-    is_whole,
-)
+from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
-from spin_lightning.types import BadRow, Conversation, Example, ModuleForData
+from spin_lightning.types import Conversation, Example, ModuleForData
 
-# Collating is fast: more processes would only use up the machine.
-_MOST_WORKERS = 256
-# Settings that are positive integers.
-_COUNTS = (
-    "max_examples",
-    "prompts_per_iterate",
-    "samples_per_prompt",
-    "max_prompt_tokens",
-    "max_response_tokens",
-    "batch_size",
-)
+# Files, hub ids, lists of them, and data that lies in memory; see `sources.open_source`.
+Source = str | Path | list[str] | Any
 
 
 class SelfPlayDataModule(L.LightningDataModule):
@@ -50,8 +41,9 @@ class SelfPlayDataModule(L.LightningDataModule):
     the testbed.
 
     Args:
-        data: A json, jsonl, parquet or csv file, a folder of them, or a hub id
-            `owner/name[:split]`.
+        data: A file (json, jsonl, ndjson, csv, tsv, parquet, arrow), a folder of them, a pattern
+            such as `data/*.jsonl`, or a hub id, each with `:split` after it or without; a list of
+            these; in a notebook also a list of dictionaries, a DataFrame or a `Dataset`.
         columns: Our names (`messages`, or `prompt` and `response`) to the file's columns, if these
             are not recognized.
         max_examples: Number of examples to use, drawn with the seed; default all.
@@ -61,18 +53,26 @@ class SelfPlayDataModule(L.LightningDataModule):
         max_response_tokens: Cap of real and generated responses, including the stop id.
         val_fraction: Share of the examples to hold out, at most 256 of them; 0 for none.
         val_examples: Number of examples to hold out, instead of a share.
-        val_data: Held-out examples from another file or hub id, instead of a share.
+        val_data: Held-out examples from another source like `data`, instead of a share.
         batch_size: Pairs in a batch on one device.
         num_workers: Processes that collate batches.
-        bad_rows: skip: skip rows that cannot be used, and log them. refuse: raise for them.
+        bad_rows: Leave out rows that cannot be used and report them (`skip`, up to half of the
+            rows; `skip_any`, however many), or refuse the data (`refuse`).
+        chat_template: File with a Jinja chat template that replaces the tokenizer's.
+        chat_template_kwargs: Variables of the chat template, such as `enable_thinking: false`.
+        thoughts: What becomes of thoughts in the data (`reasoning_content`, `thinking` or a
+            `<think>` part): leave out examples that have one (`refuse`), make it part of the
+            answer (`keep`), or remove it (`drop`).
+        turns: Make an example of the `last` answer of a conversation, or of `all` of its answers,
+            each with the turns before it as its prompt.
 
     Raises:
-        SettingError: A value is out of range.
+        SettingError: A value is out of range, or there is no such choice.
     """
 
     def __init__(
         self,
-        data: str,
+        data: Source,
         columns: dict[str, str] | None = None,
         max_examples: int | None = None,
         prompts_per_iterate: int | None = None,
@@ -81,13 +81,18 @@ class SelfPlayDataModule(L.LightningDataModule):
         max_response_tokens: int = 256,
         val_fraction: float = 0.05,
         val_examples: int | None = None,
-        val_data: str | None = None,
+        val_data: Source = None,
         batch_size: int = 8,
         num_workers: int = 0,
-        bad_rows: Literal["skip", "refuse"] = "skip",
+        bad_rows: BadRows = "skip",
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        thoughts: Thoughts = "refuse",
+        turns: Turns = "last",
     ) -> None:
         """Keep the settings. `setup` reads the data."""
         super().__init__()
+        # Not by save_hyperparameters: data in memory do not belong into checkpoints and logs.
         self.data = data
         self.columns = columns
         self.max_examples = max_examples
@@ -101,23 +106,29 @@ class SelfPlayDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.bad_rows = bad_rows
+        self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
+        self.thoughts = thoughts
+        self.turns = turns
         self.format: PromptFormat | None = None
         self.train: list[Example] = []
         self.val: list[Example] = []
         self.run_folder: RunFolder | None = None
+        self.overviews: list[Overview] = []
         self._hashes: dict[str, str] = {}
-        self._check_ranges()
+        self._read_for: tuple[Hashable, ...] = ()
+        check_data_settings(self)
 
     # ------------------------------------------------------------------ examples
 
     def setup(self, stage: str) -> None:
         """Read and tokenize the examples, and hold some out.
 
+        Doing it again changes nothing, unless the model, the seed or the run has changed.
+
         Raises:
             DataError: The data cannot be used.
         """
-        if self.format is not None:
-            return
         module = self._module
         if stage == "fit":
             module.check_trainer()
@@ -129,36 +140,69 @@ class SelfPlayDataModule(L.LightningDataModule):
                 fix="set model.refresh: all, or play on all prompts",
             )
         module.check_model()
-        text_format = PromptFormat.of(module.tokenizer, module.generation_stop_ids)
-        held_out = self._read(text_format)
+        date = self._date()
+        read_for = (
+            module.tokenizer,
+            str(module.generation_stop_ids),
+            module.vocabulary,
+            module.context_length,
+            self.seed,
+            date,
+        )
+        if self.format is not None and self._read_for == read_for:
+            return
+        text_format = self.make_format(module, date)
+        held_out = self._read(self.make_reader(module, text_format))
         check_ids([*self.train, *self.val], text_format, module.vocabulary)
-        self.format = text_format
+        self.format, self._read_for = text_format, read_for
         self._hashes = {"data": content_hash(self.train), "val_data": content_hash(self.val)}
         rank_zero_info(f"Data: {len(self.train)} examples for training, held out {held_out}.")
 
-    def _read(self, text_format: PromptFormat) -> str:
-        """Read the examples of both sets, and return a description of those held out."""
-        reader = ExampleReader(
+    def make_format(self, module: ModuleForData, date: dt.date | None = None) -> PromptFormat:
+        """How these settings turn text into ids for a model.
+
+        Args:
+            module: The model's module.
+            date: The date that a chat template writes as today's; default today.
+        """
+        return PromptFormat.of(
+            module.tokenizer,
+            module.generation_stop_ids,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            thoughts=self.thoughts,
+            date=date,
+        )
+
+    def make_reader(self, module: ModuleForData, text_format: PromptFormat) -> ExampleReader:
+        """How these settings read a source for a model."""
+        return ExampleReader(
             text_format=text_format,
             read_conversations=self.read_conversations,
             max_prompt_tokens=self.max_prompt_tokens,
             max_response_tokens=self.max_response_tokens,
-            context=self._module.context_length,
-            refuse_bad_rows=self.bad_rows == "refuse",
+            context=module.context_length,
+            bad_rows=self.bad_rows,
             seed=self.seed,
         )
-        examples = reader.read(self.data, "data", self.max_examples)
+
+    def _read(self, reader: ExampleReader) -> str:
+        """Read the examples of both sets, and return a description of those held out."""
+        examples, overview = reader.read(self.data, "data", self.max_examples)
+        self.overviews = [overview]
         if self.val_data is None:
             count = held_out_count(len(examples), self.val_fraction, self.val_examples)
             self.train, self.val, held_out = hold_out(examples, count)
             return held_out
         limit = MOST_HELD_OUT if self.val_examples is None else self.val_examples
-        self.train, self.val = examples, reader.read(self.val_data, "val_data", limit)
-        return f"{len(self.val)} examples of {self.val_data}"
+        self.train = examples
+        self.val, overview = reader.read(self.val_data, "val_data", limit)
+        self.overviews.append(overview)
+        return f"{len(self.val)} examples of {source_name(self.val_data)}"
 
     def read_conversations(
-        self, source: str, setting: str
-    ) -> tuple[list[Conversation], list[BadRow]]:
+        self, source: object, setting: str
+    ) -> tuple[list[Conversation], ReadReport]:
         """Read a source as text; override this for a format of your own.
 
         Args:
@@ -166,9 +210,9 @@ class SelfPlayDataModule(L.LightningDataModule):
             setting: Which of the two, for messages.
 
         Returns:
-            The conversations, and the rows that cannot be used with the reason.
+            The conversations, and what became of the rows (`ReadReport.of_rows`).
         """
-        return read_conversations(source, self.columns, setting)
+        return read_data(source, self.columns, setting, self.turns)
 
     def iterate_examples(self, t: int) -> list[Example]:
         """The examples that rows of iterate t are made from."""
@@ -210,6 +254,8 @@ class SelfPlayDataModule(L.LightningDataModule):
             "batch_size": self.batch_size,
             "stop_ids": list(self.format.stop_ids),
             "chat_template": self.format.template_hash,
+            # The default is left out: runs of versions without this setting can be resumed.
+            **({} if self.turns == "last" else {"turns": self.turns}),
         }
 
     # ------------------------------------------------------------------ rows
@@ -266,6 +312,16 @@ class SelfPlayDataModule(L.LightningDataModule):
         """Seed of the run."""
         return keyed.global_seed()
 
+    def _date(self) -> dt.date:
+        """The date that a chat template writes as today's: that of the run's first start."""
+        trainer = self._trainer
+        root = Path(trainer.default_root_dir)
+        # A trainer without a folder of its own starts a new run.
+        first = None if root.resolve() == Path.cwd() else RunFolder(root).first_date()
+        # One date for all ranks, which may start on both sides of midnight.
+        date: dt.date = trainer.strategy.broadcast(first or dt.date.today())
+        return date
+
     @property
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:
@@ -278,33 +334,3 @@ class SelfPlayDataModule(L.LightningDataModule):
     @property
     def _module(self) -> ModuleForData:
         return cast(ModuleForData, self._trainer.lightning_module)
-
-    def _check_ranges(self) -> None:
-        if self.bad_rows not in ("skip", "refuse"):
-            raise SettingError(
-                "data.bad_rows", self.bad_rows, "there is no such choice", fix="skip, or refuse"
-            )
-        counts = {
-            name: (value is None or is_whole(value, 1), "a whole number, 1 or more")
-            for name, value in ((name, getattr(self, name)) for name in _COUNTS)
-        }
-        held_out, fraction = self.val_examples, self.val_fraction
-        check_settings(
-            self,
-            {
-                **counts,
-                "val_examples": (
-                    held_out is None or is_whole(held_out, 0),
-                    f"a whole number, 0 to {MOST}",
-                ),
-                "num_workers": (
-                    is_whole(self.num_workers, 0, _MOST_WORKERS),
-                    f"a whole number, 0 to {_MOST_WORKERS}",
-                ),
-                "val_fraction": (
-                    is_number(fraction) and 0 <= fraction < 1,
-                    "a number in [0, 1)",
-                ),
-            },
-            prefix="data.",
-        )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
-from spin_lightning.data.formats import describe_bad_rows
+from spin_lightning.data.lengths import cut
+from spin_lightning.data.overview import Overview
+from spin_lightning.data.read_report import BadRows, ReadReport, checked_bad_rows
 from spin_lightning.data.tokenize import PromptFormat
-from spin_lightning.errors import DataError, SettingError
+from spin_lightning.errors import SettingError
 from spin_lightning.types import BadRow, Conversation, Example
 
 
@@ -26,23 +29,25 @@ class ExampleReader:
         max_prompt_tokens: Longest prompt; None for the context's length.
         max_response_tokens: Cap of a response, including the stop id.
         context: Longest sequence that the model supports, in tokens.
-        refuse_bad_rows: Raise for a row that cannot be used, instead of skipping it.
+        bad_rows: Whether rows that cannot be used are skipped or refused.
         seed: Determines the examples that are used if there are more than the limit.
     """
 
     text_format: PromptFormat
-    read_conversations: Callable[[str, str], tuple[list[Conversation], list[BadRow]]]
+    read_conversations: Callable[[object, str], tuple[list[Conversation], ReadReport]]
     max_prompt_tokens: int | None
     max_response_tokens: int
     context: int
-    refuse_bad_rows: bool
+    bad_rows: BadRows
     seed: int
 
-    def read(self, source: str, setting: str, limit: int | None) -> list[Example]:
-        """The examples of a source, in its order.
+    def read(
+        self, source: object, setting: str, limit: int | None
+    ) -> tuple[list[Example], Overview]:
+        """The examples of a source, in its order, and what was read; the log names what is lost.
 
         Args:
-            source: A file, a folder or a hub id.
+            source: What `data.sources` reads.
             setting: Setting that names the source, for messages.
             limit: Most examples; None for all.
 
@@ -50,33 +55,41 @@ class ExampleReader:
             DataError: The source cannot be read, has no usable rows, or has a bad row that is
                 refused.
         """
-        conversations, bad = self.read_conversations(source, setting)
-        total = len(conversations) + len(bad)
+        examples, overview = self.survey(source, setting, limit)
+        label = overview.report.source
+        for note in overview.notes():
+            rank_zero_info(f"{label}: {note}")
+        skipped = checked_bad_rows(overview.report, overview.unfit, overview.tried, self.bad_rows)
+        if skipped:
+            rank_zero_info(f"{label}: skipped {skipped}")
+        return examples, overview
+
+    def survey(
+        self, source: object, setting: str, limit: int | None
+    ) -> tuple[list[Example], Overview]:
+        """The same, however many rows cannot be used, and without a word to the log."""
+        conversations, report = self.read_conversations(source, setting)
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
             conversations = [conversations[i] for i in picked]
+        counted = Counter(self.text_format.counts)
         tokenized = [
-            self.text_format.tokenize(
-                conversation,
-                max_prompt_tokens=self.max_prompt_tokens,
-                max_response_tokens=self.max_response_tokens,
-                context=self.context,
+            self.text_format.whole(
+                conversation, max_prompt_tokens=self.max_prompt_tokens, context=self.context
             )
             for conversation in conversations
         ]
-        examples = [example for example in tokenized if isinstance(example, Example)]
-        bad = [*bad, *(row for row in tokenized if isinstance(row, BadRow))]
-        if bad and (self.refuse_bad_rows or not examples):
-            raise DataError(
-                f"{setting}={source!r}: {describe_bad_rows(bad, total)}",
-                fix="correct these rows, or skip them with data.bad_rows: skip"
-                if examples
-                else "correct the rows; if prompts are too long, raise data.max_prompt_tokens or "
-                "use a model with a longer context",
-            )
-        if bad:
-            rank_zero_info(f"{source}: skipped {describe_bad_rows(bad, total)}")
-        return examples
+        whole = [example for example in tokenized if isinstance(example, Example)]
+        overview = Overview.of(
+            report,
+            whole,
+            [row for row in tokenized if isinstance(row, BadRow)],
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens,
+            context=self.context,
+            handled=self.text_format.counts - counted,
+        )
+        return [cut(e, self.max_response_tokens, self.context) for e in whole], overview
 
 
 def check_ids(examples: Sequence[Example], text_format: PromptFormat, vocabulary: int) -> None:

@@ -1,191 +1,213 @@
-"""Rows of files and hub data sets, unchanged: without type inference, with all columns."""
+"""Where rows come from: files, folders, patterns, hub data sets, and data that lies in memory."""
 
 from __future__ import annotations
 
-import csv
-import json
+import glob
+import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from spin_lightning.data.files import KINDS, is_data_file, read_file
+from spin_lightning.data.objects import dataset_table, describe, object_table
+from spin_lightning.data.splits import (
+    Files,
+    Place,
+    choose_split,
+    files_of_folder,
+    files_of_pattern,
+    read_configs,
+)
+from spin_lightning.data.tables import Table
 from spin_lightning.errors import DataError, first_line
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>\w[\w.-]*))?(:(?P<split>.+))?")
+# A pattern without its last parts, from the first wildcard on, is a folder.
+_FIXED_PART = re.compile(r"[^*?\[]*(?=/)")
 
-SourceRow = Mapping[str, Any]
+_Name = str | os.PathLike[str]
 
 
-def load_rows(source: str, setting: str) -> list[SourceRow]:
-    """All rows of a file, a folder of files or a hub data set, in order.
+@dataclass(frozen=True)
+class Opened:
+    """A source whose rows are about to be read.
+
+    Attributes:
+        label: The setting and its value, for messages.
+        tables: Its files or objects, one after the other; each is opened when it is asked for.
+        not_read: Files that are left alone, with the reason.
+    """
+
+    label: str
+    tables: Iterator[Table]
+    not_read: Mapping[str, str] = field(default_factory=dict)
+
+
+def source_name(source: object) -> str:
+    """A source in a sentence: as it was given, or what it is if it lies in memory."""
+    if _is_name(source):
+        return os.fspath(source)[:200]
+    if _is_names(source):
+        return ", ".join(os.fspath(name) for name in source[:5]) + ", …" * (len(source) > 5)
+    return describe(source)
+
+
+def source_label(source: object, setting: str) -> str:
+    """The setting and its value, for messages."""
+    is_named = _is_name(source) or _is_names(source)
+    return f"{setting}={source_name(source)!r}" if is_named else f"{setting} ({describe(source)})"
+
+
+def open_source(source: object, setting: str) -> Opened:
+    """Find the rows that a source stands for.
 
     Args:
-        source: A json (a list of objects, or one object per line), jsonl, parquet or csv file, a
-            folder of them, or a hub id `owner/name[/configuration][:split]`.
-        setting: Setting that names the source, for messages.
+        source: A file, a folder, a glob, a folder that is a clone of a hub data set or that
+            `save_to_disk` wrote, each with `:split` after it or without; a hub id
+            `owner/name[/configuration][:split]`; a list of these; or an object, see `objects`.
+        setting: Which setting named the source, for messages.
 
     Raises:
-        DataError: The data does not exist or cannot be read.
+        DataError: No such data, or data that cannot be read; also while the rows are iterated.
     """
+    label = source_label(source, setting)
+    if _is_names(source):
+        each = [_open_name(name, source_label(name, setting), setting) for name in source]
+        not_read = {file: why for opened in each for file, why in opened.not_read.items()}
+        return Opened(label, (t for opened in each for t in opened.tables), not_read)
+    if _is_name(source):
+        return _open_name(source, label, setting)
+    return Opened(label, iter([object_table(source, setting)]))
+
+
+def _is_name(source: object) -> TypeGuard[_Name]:
+    return isinstance(source, str | os.PathLike)
+
+
+def _is_names(source: object) -> TypeGuard[Sequence[_Name]]:
+    return isinstance(source, list | tuple) and bool(source) and all(map(_is_name, source))
+
+
+def _open_name(source: _Name, label: str, setting: str) -> Opened:
+    text = os.fspath(source)
     try:
-        path = Path(source).expanduser()
-        # (An empty path would be the current folder.)
-        if source.strip() and path.exists():
-            return [row for file in _files(path, setting) for row in _read_file(file, setting)]
+        found = _open_local(text, label, setting)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"{setting}={source[:200]!r} cannot be opened ({first_line(error)})",
-            fix="check the path and its permissions",
+            f"{label} cannot be opened ({first_line(error)})",
+            fix="check the path and who may read it",
         ) from error
-    hub_id = _HUB_ID.fullmatch(source)
-    if hub_id is None or path.suffix.lower() in _READERS:
+    if found is not None:
+        return found
+    hub_id = _HUB_ID.fullmatch(text)
+    if hub_id is None or not isinstance(source, str) or is_data_file(Path(text)):
         raise DataError(
-            f"{setting}={source!r}: there is no such file",
+            f"{label}: there is no such file",
             fix="check the path, or give a hub id owner/name[/configuration][:split]",
         )
-    return _read_hub(source, hub_id, setting)
+    return Opened(label, iter([_read_hub(text, hub_id, label)]))
 
 
-def _files(path: Path, setting: str) -> list[Path]:
-    is_folder = path.is_dir()
-    files = [
-        file
-        for file in (sorted(path.iterdir()) if is_folder else [path])
-        if file.is_file() and file.suffix.lower() in _READERS and not file.name.startswith(".")
-    ]
-    if not files:
+# ---------------------------------------------------------------------------- on this machine
+
+
+def _open_local(text: str, label: str, setting: str) -> Opened | None:
+    """A file, folder or pattern; None where there is nothing by this name."""
+    before, _, after = text.rpartition(":")
+    # A name with a colon in it comes before a split.
+    for name, split in ((text, None), (before, after)):
+        if not name.strip():  # an empty name would be the folder that the process was started in
+            continue
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return _open_folder(Place(label, path, split), setting)
+        if path.exists():
+            return _open_file(path, split, label, setting)
+        if glob.has_magic(name) and (matches := _matches(path)):
+            fixed = _FIXED_PART.match(str(path))
+            place = Place(label, Path(fixed[0] or "/") if fixed else Path(), split)
+            return _opened(place, files_of_pattern(place, str(path), matches), setting)
+        if path.parent.is_dir() and path.name in read_configs(path.parent):
+            place = Place(label, path.parent, split)
+            return _opened(place, files_of_folder(place, path.name), setting)
+    return None
+
+
+def _open_file(path: Path, split: str | None, label: str, setting: str) -> Opened:
+    if not is_data_file(path):
         raise DataError(
-            f"{setting}={str(path)!r} {'holds no' if is_folder else 'is not a'} "
-            f"{', '.join(_READERS)} file",
-            fix="give a file of one of these kinds, or a folder of them",
+            f"{label} is no {KINDS}", fix="give a file of one of these kinds, or a folder of them"
         )
-    return files
-
-
-def _read_file(file: Path, setting: str) -> Sequence[SourceRow]:
-    try:
-        return _READERS[file.suffix.lower()](file)
-    # Invalid JSON, text that is not UTF-8 and most errors of Arrow are ValueErrors.
-    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
+    if split is not None:
         raise DataError(
-            f"{setting}={str(file)!r} cannot be read ({_problem(error)})",
-            fix="check that the file is complete and in the format of its extension (json: a list "
-            "of objects, or one object per line)",
+            f"{label}: a single file has no splits",
+            fix=f"leave out ':{split}', or give the folder with the files of all splits",
+        )
+    return _opened(Place(label, path.parent), Files([path]), setting)
+
+
+def _open_folder(place: Place, setting: str) -> Opened:
+    if (place.root / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in place.root.iterdir() if (p / "state.json").is_file())
+        if splits:
+            chosen = choose_split(place, splits)
+            others = {name: f"split {name}" for name in splits if name != chosen}
+            return _open_saved(place.root / chosen, place, others)
+    if (place.root / "state.json").is_file() and (place.root / "dataset_info.json").is_file():
+        if place.split is not None:
+            raise DataError(
+                f"{place.label}: this folder is a single split", fix=f"leave out ':{place.split}'"
+            )
+        return _open_saved(place.root, place, {})
+    return _opened(place, files_of_folder(place), setting)
+
+
+def _open_saved(folder: Path, place: Place, not_read: Mapping[str, str]) -> Opened:
+    """A folder that `Dataset.save_to_disk` wrote."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    # Its errors have no base class in common.
+    except Exception as error:
+        raise DataError(
+            f"{place.label} cannot be read as what `save_to_disk` wrote ({first_line(error)})",
+            fix="save it again with the current version of datasets, or write it with to_parquet",
         ) from error
+    return Opened(place.label, iter([dataset_table(data, str(folder))]), not_read)
 
 
-def _problem(error: Exception) -> str:
-    """What is wrong with a file, and where."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}"
-    if isinstance(error, RecursionError):
-        return "its values are nested too deeply"
-    return first_line(error)
+def _matches(pattern: Path) -> list[str]:
+    # `Path.glob` takes no absolute patterns.
+    return glob.glob(str(pattern), recursive=True)  # noqa: PTH207
 
 
-def _read_json(file: Path) -> list[SourceRow]:
-    """Read a list of objects or one object per line, whether the file is .json or .jsonl."""
-    with file.open(encoding="utf-8-sig") as stream:
-        is_list = stream.read(64).lstrip().startswith("[")
-        stream.seek(0)
-        if is_list:
-            rows = list(enumerate(json.load(stream), 1))
-        else:
-            rows = [(n, _parsed(n, line)) for n, line in enumerate(stream, 1) if line.strip()]
-    for n, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{'object' if is_list else 'line'} {n} has no columns")
-    return [row for _, row in rows]
+def _opened(place: Place, files: Files, setting: str) -> Opened:
+    return Opened(place.label, (read_file(file, setting) for file in files.read), files.not_read)
 
 
-def _parsed(n: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {n} is not valid json: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits
-        raise ValueError(f"line {n}: {_problem(error)}") from error
+# ---------------------------------------------------------------------------- the hub
 
 
-def _read_csv(file: Path) -> list[SourceRow]:
-    with file.open(encoding="utf-8-sig", newline="") as stream, _cells_of_any_length():
-        header, *records = [cells for cells in csv.reader(stream, strict=True) if cells] or [[]]
-    _check_columns_differ(header)
-    for n, cells in enumerate(records, 1):
-        if len(cells) != len(header):
-            raise ValueError(f"record {n} has {len(cells)} cells, the header has {len(header)}")
-    return [dict(zip(header, cells, strict=True)) for cells in records]
-
-
-@contextmanager
-def _cells_of_any_length() -> Iterator[None]:
-    """Lift the csv module's limit of 131,072 characters per cell inside the block."""
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_parquet(file: Path) -> list[SourceRow]:
-    # `read_table` would add columns for folders with names such as `split=train`.
-    with pq.ParquetFile(file) as parquet:
-        table = parquet.read()
-    _check_columns_differ(table.column_names)
-    columns = {name: _cells(table, name) for name in table.column_names}
-    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-
-
-def _cells(table: pa.Table, name: str) -> list[Any]:
-    try:
-        cells: list[Any] = table[name].to_pylist()
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, OverflowError) as error:  # a date outside Python's range
-        raise ValueError(f"column {name!r}: {first_line(error)}") from error
-    return cells
-
-
-def _check_columns_differ(names: Sequence[str]) -> None:
-    """Raise for two columns of the same name, one of which would be lost."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(f"it has the column {name!r} twice")
-        seen.add(name)
-
-
-_READERS: Mapping[str, Callable[[Path], list[SourceRow]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}
-
-
-def _read_hub(source: str, hub_id: re.Match[str], setting: str) -> list[SourceRow]:
+def _read_hub(source: str, hub_id: re.Match[str], label: str) -> Table:
     import datasets
     import huggingface_hub
 
     try:
         if not huggingface_hub.is_offline_mode():
-            # Without a network `load_dataset` retries for half a minute before it fails.
+            # Without a network `load_dataset` tries for half a minute before it reports that.
             huggingface_hub.HfApi().dataset_info(hub_id["name"], timeout=10)
-        return list(
-            datasets.load_dataset(
-                hub_id["name"], hub_id["config"], split=hub_id["split"] or "train"
-            )
+        data = datasets.load_dataset(
+            hub_id["name"], hub_id["config"], split=hub_id["split"] or "train"
         )
-    # The errors of the network clients have no common base class.
+    # Whatever a client of the network raises: its errors have no base class in common.
     except Exception as error:
         raise DataError(
-            f"{setting}={source!r} is not a file, and reading it from the hub failed "
+            f"{label} is no file, and reading it from the hub failed "
             f"({first_line(error.__cause__ or error)})",
             fix="check the path or the hub id owner/name[/configuration][:split]; without a "
-            "network give a file, or set HF_HUB_OFFLINE=1 to use an earlier download",
+            "network give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before",
         ) from error
+    return dataset_table(data, source)

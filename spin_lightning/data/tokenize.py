@@ -1,48 +1,96 @@
-"""The only conversion of text to token ids, for generation and for training alike."""
+"""The one way from text to token ids, for generating and for training alike."""
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from spin_lightning.errors import SettingError, first_line
+from spin_lightning.data.answers import Answers
+from spin_lightning.data.lengths import cut, prompt_problem
+from spin_lightning.data.special_text import SpecialText
+from spin_lightning.data.templates import (
+    ANSWER,
+    QUESTION,
+    ChatTemplate,
+    LeftOut,
+    Tools,
+    with_file,
+    with_variables,
+)
+from spin_lightning.data.thoughts import (
+    THOUGHTS,
+    Spoken,
+    Thoughts,
+    settle,
+    without_thoughts,
+)
+from spin_lightning.errors import SettingError
 from spin_lightning.types import BadRow, Conversation, Example, Message
 
-# Content that no template writes by itself, to find what one writes after the assistant's turn.
-_SENTINEL = "spin-lightning-content"
+# What `PromptFormat.counts` counts.
+TRIMMED = "answers whose outer white space the chat template leaves out"
+SPELLED = "examples that spell out special tokens, which are read as text"
+DROPPED = "examples whose thoughts were dropped"
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Converts conversations to ids: with the chat template, or as plain text without one.
+    """How conversations become ids: by the chat template, or as plain text without one.
 
     Attributes:
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer, with the chat template as used: its variables are set in
+            the template, so that whoever loads the saved tokenizer writes the same.
         stop_ids: Ids that end a response, ascending: those of the generation config, the
-            tokenizer's end-of-sequence id and the template's end of turn.
-        end_of_turn: The last id of a finished real response.
+            tokenizer's end of sequence and the template's end of turn.
+        end_of_turn: The id that a finished real response ends with.
+        template: The chat template; None without one.
+        thoughts: What becomes of thoughts in the data.
+        counts: How many tokenized examples were used in a way that their user should see, by what
+            was done with them.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     end_of_turn: int
+    template: ChatTemplate | None = None
+    thoughts: Thoughts = "refuse"
+    counts: Counter[str] = field(default_factory=Counter, compare=False)
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_eos: int | list[int] | None,
+        *,
+        chat_template: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thoughts: Thoughts = "refuse",
+        date: dt.date | None = None,
     ) -> PromptFormat:
         """Read a tokenizer's format.
 
         Args:
             tokenizer: The model's tokenizer.
-            generation_eos: The stop ids in the model's generation config.
+            generation_eos: The stop ids that the model's generation config names.
+            chat_template: A file whose template replaces the tokenizer's.
+            chat_template_kwargs: Variables of the template, such as `enable_thinking`.
+            thoughts: Whether examples with a thought (`reasoning_content`, `thinking`, or a
+                `<think>` part of the text) are refused, keep it as part of the answer, or drop it.
+            date: The date that the template writes as today's; default today.
 
         Raises:
-            SettingError: The tokenizer has no end-of-sequence token.
+            SettingError: The tokenizer has no end-of-sequence token, the template takes no
+                question with an answer, or a setting cannot work with it.
         """
         if tokenizer.eos_token_id is None:
             raise SettingError(
@@ -51,65 +99,79 @@ class PromptFormat:
                 "it has no end-of-sequence token, so no response could ever end",
                 fix="set tokenizer.eos_token and save the tokenizer into the model folder",
             )
-        try:
-            end_of_turn = _end_of_turn(tokenizer)
-        except TemplateError as error:
+        if thoughts not in THOUGHTS:
             raise SettingError(
-                "tokenizer.chat_template",
-                str(tokenizer.chat_template)[:60],
-                f"it does not accept a question with an answer ({error})",
-                fix="correct the template and save the tokenizer into the model folder",
-            ) from error
+                "data.thoughts", thoughts, "there is no such choice", fix="refuse, keep, or drop"
+            )
+        if chat_template is not None:
+            tokenizer = with_file(tokenizer, chat_template)
+        if chat_template_kwargs:
+            tokenizer = with_variables(tokenizer, chat_template_kwargs)
+        template, end_of_turn = None, int(tokenizer.eos_token_id)
+        if tokenizer.chat_template is not None:
+            date = date or dt.date.today()
+            template, end_of_turn = _template(tokenizer, date, chat_template)
         named = generation_eos if isinstance(generation_eos, list) else [generation_eos]
         stops = {end_of_turn, tokenizer.eos_token_id, *(i for i in named if i is not None)}
-        return cls(tokenizer, tuple(sorted(stops)), end_of_turn)
+        return cls(tokenizer, tuple(sorted(stops)), end_of_turn, template, thoughts)
 
     @property
     def pad_id(self) -> int:
-        """The padding id, or without one the end-of-sequence id: padded columns are masked."""
+        """The padding id, or the end of sequence without one: padded columns are masked anyway."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
+    @property
+    def date_written(self) -> str | None:
+        """The date that the template writes as today's, such as 2026-01-31; None without one."""
+        writes = self.template is not None and self.template.writes_date
+        return self.template.date.isoformat() if self.template and writes else None
+
     @cached_property
     def template_hash(self) -> str | None:
-        """SHA-256 of the chat template; None without one."""
+        """SHA-256 of the chat template, its variables and what becomes of thoughts.
+
+        None without a template, where thoughts are refused. The date is no part of it.
+        """
         template = self.tokenizer.chat_template
-        return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
+        if self.thoughts != "refuse":
+            used = json.dumps([template and str(template), self.thoughts])
+        elif template is not None:
+            used = str(template)
+        else:
+            return None
+        return hashlib.sha256(used.encode()).hexdigest()
 
-    def prompt_ids(self, prompt: tuple[Message, ...]) -> tuple[int, ...]:
-        """Ids of the prompt, after which a response is sampled.
+    def prompt_ids(self, prompt: tuple[Message, ...], tools: Tools = ()) -> tuple[int, ...]:
+        """Ids that a response is sampled after.
 
-        A template writes its own special tokens, so none are added to its output. Plain text gets
-        the tokenizer's special tokens, such as a beginning of sequence, but no end of sequence.
+        A template writes its own special tokens, so none are added to what it wrote; plain text
+        gets the tokenizer's (a beginning of sequence, where it has one), but no end of sequence.
+        A special token that a turn spells out is text.
 
         Raises:
-            SettingError: There are several turns and no chat template.
+            SettingError: Several turns without a chat template.
+            DataError: A turn spells out a special token that cannot be read as text.
             jinja2.TemplateError: The template does not accept these turns.
         """
-        if self.tokenizer.chat_template is not None:
-            return self._ids(self._rendered(prompt, to_be_answered=True))
-        if len(prompt) > 1:
-            raise SettingError(
-                "tokenizer.chat_template",
-                None,
-                f"a prompt has {len(prompt)} turns, and there is no template to join them",
-                fix="set a chat template and save the tokenizer into the model folder",
-            )
-        ids = tuple(self.tokenizer(prompt[0]["content"], verbose=False)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        turns = without_thoughts(prompt) if self.thoughts == "drop" else prompt
+        return self._prompt(turns, tools)[1]
 
     def response_ids(self, conversation: Conversation) -> tuple[int, ...]:
         """Ids of a whole real response, up to and including its stop id.
 
-        With a template, these are the ids that follow the prompt in the whole conversation, without
-        what the template writes after the end of the turn, usually a newline. A stop token in the
-        response's text ends it, since a sampled response would end there, too.
+        With a template, they are those that follow the prompt in the whole conversation; what
+        comes after the end of the turn, usually a newline, is dropped. A special token that the
+        response spells out is text.
 
         Raises:
-            SettingError: There are several turns and no chat template.
+            SettingError: Several turns without a chat template, or a template by whose own text
+                real responses would differ from generated ones.
+            DataError: The response cannot be used.
             jinja2.TemplateError: The template does not accept these turns.
         """
-        return self._response_after(self.prompt_ids(conversation.prompt), conversation)
+        spoken = settle(conversation, self.thoughts)
+        return self._response(*self._prompt(spoken.turns, spoken.tools), spoken)
 
     def tokenize(
         self,
@@ -124,104 +186,160 @@ class PromptFormat:
         Args:
             conversation: The text.
             max_prompt_tokens: Longest prompt; None for the context's length.
-            max_response_tokens: Cap of the response, including the stop id.
-            context: Longest sequence that the model supports, in tokens.
+            max_response_tokens: Cap of the response, the stop id counted.
+            context: Longest sequence that the model was made for.
 
         Returns:
-            The example, whose response keeps its first ids and is not finished if it exceeds the
-            cap. A bad row if the prompt is too long, the response has no token before its stop id,
-            or the template does not accept the turns.
+            The example; a response over the cap keeps its first ids and is not finished. Or a bad
+            row: a prompt that is too long, a response without a token before its stop id, one that
+            the template changes, a thought that is refused, or turns that the template does not
+            take.
 
         Raises:
-            SettingError: There are several turns and no chat template.
+            SettingError: Several turns without a chat template, or a template by whose own text
+                real responses would differ from generated ones.
         """
+        whole = self.whole(conversation, max_prompt_tokens=max_prompt_tokens, context=context)
+        return whole if isinstance(whole, BadRow) else cut(whole, max_response_tokens, context)
+
+    def whole(
+        self, conversation: Conversation, *, max_prompt_tokens: int | None, context: int
+    ) -> Example | BadRow:
+        """The same example with its whole response, however long that is."""
         example_id = conversation.example_id
         try:
-            prompt = self.prompt_ids(conversation.prompt)
-            problem = _prompt_problem(len(prompt), max_prompt_tokens, context)
+            spoken = settle(conversation, self.thoughts)
+            before, prompt = self._prompt(spoken.turns, spoken.tools)
+            problem = prompt_problem(len(prompt), max_prompt_tokens, context)
             if problem is not None:
-                return BadRow(example_id, problem)
-            response = self._response_after(prompt, conversation)
+                return BadRow(example_id, problem, len(prompt))
+            response = self._response(before, prompt, spoken)
         except TemplateError as error:
             return BadRow(example_id, f"the chat template refuses it ({error})")
+        except LeftOut as error:
+            return BadRow(example_id, error.problem)
         if len(response) < 2:
             return BadRow(example_id, "a response without a token before its end")
-        cap = min(max_response_tokens, context - len(prompt))
-        return Example(example_id, prompt, response[:cap], real_finished=len(response) <= cap)
+        return Example(example_id, prompt, response, real_finished=True)
 
-    def _response_after(
-        self, prompt: tuple[int, ...], conversation: Conversation
-    ) -> tuple[int, ...]:
-        if self.tokenizer.chat_template is None:
-            ids = self._ids(conversation.response)
+    # ------------------------------------------------------------------ text to ids
+
+    def _prompt(self, turns: tuple[Message, ...], tools: Tools) -> tuple[str, tuple[int, ...]]:
+        """The text of a prompt, its special tokens masked, and its ids."""
+        if self.template is not None:
+            text = self._rendered(turns, tools, to_be_answered=True)
+            return text, self._ids(text)
+        if len(turns) > 1:
+            raise SettingError(
+                "tokenizer.chat_template",
+                None,
+                f"a prompt has {len(turns)} turns, and there is no template to join them",
+                fix="set a chat template and save the tokenizer into the model folder",
+            )
+        text = self._special.mask(turns[0]["content"])
+        ids = self._ids(text, add_special_tokens=True)
+        return text, ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _response(self, before: str, prompt: tuple[int, ...], spoken: Spoken) -> tuple[int, ...]:
+        if self.template is None:
+            text = self._plain_response(spoken)
+            whole, ids = before + text, (*self._ids(text), self.end_of_turn)
         else:
-            ids = self._templated_response(prompt, conversation)
-        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return (*ids[:stop], self.end_of_turn)
+            whole, ids = self._templated_response(before, prompt, spoken)
+        # A sampled response would have ended there.
+        if any(token in self.stop_ids for token in ids[:-1]):
+            raise LeftOut("a stop token inside the response, where a generated one would end")
+        if self._special.is_masked(whole):
+            self.counts[SPELLED] += 1
+        if spoken.dropped:
+            self.counts[DROPPED] += 1
+        return ids
+
+    def _plain_response(self, spoken: Spoken) -> str:
+        if spoken.tool_calls or spoken.tools:
+            raise LeftOut("tools, and there is no chat template to write them")
+        if spoken.thought is not None and not spoken.in_text:
+            raise LeftOut("a thought of its own, and there is no chat template to write it")
+        return self._special.mask(spoken.answer if spoken.thought is None else spoken.text)
 
     def _templated_response(
-        self, prompt: tuple[int, ...], conversation: Conversation
-    ) -> tuple[int, ...]:
-        answer = Message(role="assistant", content=conversation.response)
-        before = self._rendered(conversation.prompt, to_be_answered=True)
-        whole = self._rendered((*conversation.prompt, answer), to_be_answered=False)
-        # Some templates open the turn differently for generation; then use the text itself.
-        after = whole.removeprefix(before) if whole.startswith(before) else conversation.response
-        # Tokenize both together: some tokenizers put a space before a text on its own, which would
-        # distinguish real responses from generated ones.
+        self, before: str, prompt: tuple[int, ...], spoken: Spoken
+    ) -> tuple[str, tuple[int, ...]]:
+        """The text of the whole conversation, and the ids of the response in it."""
+        said = self._answers.said(spoken)
+        turns = (*spoken.turns, said.message)
+        whole = self._rendered(turns, spoken.tools, to_be_answered=False)
+        if self._answers.check(said, before, whole) == "trimmed":
+            self.counts[TRIMMED] += 1
+        after = whole[len(before) :]
+        if not said.frame.tail.strip():
+            after = after.removesuffix(said.frame.tail)
+        # Together, because some tokenizers put a space before a text that stands alone: it would
+        # tell real responses from generated ones.
         ids = self._ids(before + after)
-        return ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._ids(after)
+        ids = ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._ids(after)
+        if not said.frame.tail.strip():
+            return whole, (*ids, self.end_of_turn)
+        if spoken.tool_calls:
+            return whole, self._ended(ids)
+        return whole, ids[: len(ids) - self._ids_after_end(said.frame.tail)]
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        # Not verbose: sequences longer than the context are reported as bad rows.
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _ended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Ids up to the first stop token, which may be another after tool calls."""
+        stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        if stop == len(ids) or str(self.tokenizer.decode(list(ids[stop + 1 :]))).strip():
+            raise LeftOut("tool calls that the chat template does not end with a stop token")
+        return ids[: stop + 1]
 
-    def _rendered(self, turns: tuple[Message, ...], *, to_be_answered: bool) -> str:
-        return _render(self.tokenizer, turns, to_be_answered=to_be_answered)
+    @cached_property
+    def _ids_after_end(self) -> Callable[[str], int]:
+        """Number of ids that a template writes after the special token that ends a turn."""
+        return cache(lambda tail: len(self._ids(tail.lstrip())) - 1)
+
+    def _ids(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
+        if self._special.is_masked(text):
+            return self._special.ids(text, add_special_tokens=add_special_tokens)
+        # Not verbose: longer than the model takes is reported by us, as a bad row.
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return tuple(ids["input_ids"])
+
+    def _rendered(self, turns: tuple[Message, ...], tools: Tools, *, to_be_answered: bool) -> str:
+        """What the template writes, with the special tokens of the data masked."""
+        assert self.template is not None
+        masked, masked_tools = self._special.mask(turns), self._special.mask(tools)
+        text = self.template.render(masked, to_be_answered=to_be_answered, tools=masked_tools)
+        if masked != turns or masked_tools != tools:
+            plain = self.template.render(turns, to_be_answered=to_be_answered, tools=tools)
+            if self._special.unmask(text) != plain:
+                raise LeftOut("a special token in its text, which the chat template reads")
+        return text
+
+    @cached_property
+    def _special(self) -> SpecialText:
+        return SpecialText(self.tokenizer, self.stop_ids)
+
+    @cached_property
+    def _answers(self) -> Answers:
+        assert self.template is not None
+        return Answers(self.template, self.thoughts, self._special)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, turns: tuple[Message, ...], *, to_be_answered: bool
-) -> str:
-    """The template's text for some turns.
-
-    Raises:
-        jinja2.TemplateError: The template does not accept them.
-    """
+def _template(
+    tokenizer: PreTrainedTokenizerBase, date: dt.date, file: str | Path | None
+) -> tuple[ChatTemplate, int]:
+    """The tokenizer's chat template, and the token with which it ends an assistant's turn."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": turn["role"], "content": turn["content"]} for turn in turns],
-                tokenize=False,
-                add_generation_prompt=to_be_answered,
-            )
-        )
-    except TemplateError:
-        raise
-    # A template is a program: it may divide by zero, or add a string to a number.
-    except Exception as error:
-        raise TemplateError(first_line(error)) from error
-
-
-def _prompt_problem(length: int, longest: int | None, context: int) -> str | None:
-    """What is wrong with a prompt of this length; None if nothing is."""
-    if not length:
-        return "a prompt without tokens"
-    if longest is not None and length > longest:
-        return f"a prompt of more than max_prompt_tokens={longest}: {length} tokens"
-    if length >= context:
-        return f"a prompt that fills the model's context of {context} tokens: {length} tokens"
-    return None
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The special token that the template writes after the assistant's content; default eos."""
-    eos = int(tokenizer.eos_token_id)
-    if tokenizer.chat_template is None:
-        return eos
-    turns = Message(role="user", content="hello"), Message(role="assistant", content=_SENTINEL)
-    whole = _render(tokenizer, turns, to_be_answered=False)
-    _, found, after = whole.rpartition(_SENTINEL)
-    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    return int(ids[0]) if ids and ids[0] in special else eos
+        template = ChatTemplate.of(tokenizer, date)
+        turns = Message(role="user", content=QUESTION), Message(role="assistant", content=ANSWER)
+        _, found, after = template.render(turns, to_be_answered=False).rpartition(ANSWER)
+    except TemplateError as error:
+        raise SettingError(
+            "tokenizer.chat_template" if file is None else "data.chat_template",
+            str(tokenizer.chat_template)[:60] if file is None else str(file),
+            f"it does not accept a question with an answer ({error})",
+            fix="correct the template and save the tokenizer into the model folder"
+            if file is None
+            else "correct the template in that file",
+        ) from error
+    end = template.end_of_turn(after) if found else None
+    return template, int(tokenizer.eos_token_id) if end is None else end

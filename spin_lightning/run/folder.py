@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import shutil
 from collections.abc import Mapping
@@ -89,6 +90,15 @@ class RunFolder:
             RunFolderError: The run has no iterate t, or its record is damaged.
         """
         return read_json(self._record_file(t), _RESTORE, lambda known: IterateRecord.of(known, t))
+
+    def first_date(self) -> dt.date | None:
+        """The date that the run's chat template writes as today's; None where it writes none.
+
+        Raises:
+            RunFolderError: The record of iterate 0 is damaged.
+        """
+        date = self.record(0).template_date if 0 in self.known_iterates() else None
+        return None if date is None else dt.date.fromisoformat(date)
 
     def records(self) -> list[IterateRecord]:
         """The records of all iterates on disk, ascending; each call reads them from disk."""

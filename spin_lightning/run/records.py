@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from spin_lightning.run.validation import (
     COUNT,
+    DATE,
     FILE_HASHES,
     INDEX,
     NUMBER,
@@ -85,6 +86,8 @@ class IterateRecord:
         training: How it was trained; None for iterate 0.
         tokenizer_files: SHA-256 of each file of the run's tokenizer; recorded with iterate 0 only,
             and not by older versions.
+        template_date: The date (2026-01-31) that the chat template writes as today's; recorded with
+            iterate 0 only, and where the template writes one.
         metrics: Its held-out and benchmark metrics; None until it is measured.
         rows: Metrics of the rows that it generated for the next iterate; None until they are made.
         cues: What each single cue that tells real from generated responses says, in words;
@@ -101,6 +104,7 @@ class IterateRecord:
     step: int = 0
     training: TrainingRecord | None = None
     tokenizer_files: Mapping[str, str] | None = None
+    template_date: str | None = None
     metrics: Mapping[str, float] | None = None
     rows: Mapping[str, float] | None = None
     cues: Mapping[str, str] | None = None
@@ -181,12 +185,13 @@ _RULES: Final = {
     "step": WHOLE,
     "training": optional(OBJECT),
     "tokenizer_files": FILE_HASHES,
+    "template_date": DATE,
     "metrics": NUMBERS,
     "rows": NUMBERS,
     "cues": TEXT_BY_NAME,
 }
 # Every version wrote the other fields, at the moment it kept the iterate.
-_LATE: Final = ("tokenizer_files", "metrics", "rows", "cues")
+_LATE: Final = ("tokenizer_files", "template_date", "metrics", "rows", "cues")
 _TRAINING_RULES: Final = {
     "opponent": optional(TEXT),
     "reference": optional(TEXT),

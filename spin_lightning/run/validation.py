@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,13 @@ def _is_json_number(value: object) -> bool:
     return isinstance(value, float)
 
 
+def _is_date(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(dt.date.fromisoformat(value))
+    except ValueError:
+        return False
+
+
 def _is_hash_by_file(value: object) -> bool:
     # These files are opened, so no name may lead out of the folder.
     return isinstance(value, dict) and all(
@@ -37,6 +45,7 @@ def _is_hash_by_file(value: object) -> bool:
     )
 
 
+DATE: Final = Rule("a date such as 2026-01-31", _is_date)
 TEXT: Final = Rule("a string", lambda value: isinstance(value, str))
 LIST: Final = Rule("a list", lambda value: isinstance(value, list))
 TEXTS: Final = Rule(

@@ -41,8 +41,9 @@ class ExactMetrics(IterateEvaluator):
             SettingError: The file does not exist; the data is not the testbed's.
         """
         data = getattr(trainer, "datamodule", None)
-        if self._path is None and isinstance(data, SelfPlayDataModule):
-            self._path = Path(data.data).parent / _LANGUAGE_FILE
+        source = data.data if isinstance(data, SelfPlayDataModule) else None
+        if self._path is None and isinstance(source, str | Path):
+            self._path = Path(source).parent / _LANGUAGE_FILE
         if self._path is None or not self._path.is_file():
             raise SettingError(
                 "trainer.callbacks",

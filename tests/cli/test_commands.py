@@ -1,5 +1,7 @@
 """The commands other than `fit` and `validate`."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -75,3 +77,48 @@ def test_evaluate_dashes_are_accepted_where_underscores_are(finished, spin, tmp_
         with pytest.raises(SystemExit):
             spin("evaluate", finished, option, tmp_path / "nothing")
         assert "nothing to evaluate" not in capsys.readouterr().err
+
+
+def test_data_command_shows_counts_lengths_and_examples(spin, tiny_model_dir, tmp_path, capsys):
+    lines = [{"prompt": f"w{i % 9} w1", "response": "w2 w3 w4", "id": i} for i in range(10)]
+    lines.append({"prompt": "w1", "response": ""})
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spin(
+        *("data", "--data", source, "--model", tiny_model_dir),
+        *("--max_response_tokens", 3, "--examples", 1, "--tokens"),
+    )
+    shown = capsys.readouterr().out
+    assert "11 rows read with 10 examples, 10 used. Left out: 1 row, 0 examples." in shown
+    assert "1 left out: an empty response (row 10)" in shown
+    assert "Columns (rows with a value): prompt (11), response (10). Not used: id (10)." in shown
+    assert "10 of 10 responses are longer than max_response_tokens=3 and are cut" in shown
+    assert "1 example repeats" in shown or "1 examples repeat" in shown
+    assert "answer of 3, cut, without a stop id" in shown
+    assert "<s>·1" in shown
+
+
+def test_data_command_reads_a_config_as_fit_does(spin, finished, data, capsys):
+    spin("data", "--config", finished / "config.yaml", "--turns", "all", "--examples", 0)
+    shown = capsys.readouterr().out
+    assert f"data='{data}'" in shown
+    assert "120 rows read with 120 examples" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to read. Fix: give --data and --model, or --config"),
+        (["--config", "{run}/none.yaml"], "cannot be read"),
+        (["--data", "{run}/none.jsonl", "--model", "{model}"], "there is no such file"),
+        (["--data", "x", "--model", "{model}", "--turns", "first"], "turns"),
+    ],
+)
+def test_data_command_that_cannot_read_says_what_to_do(
+    arguments, message, spin, tiny_model_dir, tmp_path, capsys
+):
+    places = {"run": str(tmp_path), "model": str(tiny_model_dir)}
+    with pytest.raises(SystemExit) as end:
+        spin("data", *(argument.format(**places) for argument in arguments))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,5 +1,7 @@
+import datetime as dt
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -7,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import pandas as pd
 import pytest
 
 from spin_lightning import SPIN, SelfPlayDataModule
 from spin_lightning.data.dataset import EpochBatches
 from spin_lightning.errors import DataError, RunFolderError, SettingError
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import IterateRecord
 from spin_lightning.types import Example
 from tests.toys.rows import ROW, first_ids, write_rows
 
@@ -43,18 +48,24 @@ def write(tmp_path: Path) -> WriteData:
     return write_data
 
 
+def attached(module: SPIN, **place: Any) -> Any:
+    """What a data module uses of a trainer."""
+    place = {"current_epoch": 0, "global_rank": 0, "world_size": 1, **place}
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    given = {"lightning_module": module, "strategy": strategy, "default_root_dir": ".", **place}
+    return SimpleNamespace(**given)
+
+
 @pytest.fixture
 def set_up(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
     """A data module that has read its data, attached to a trainer with the tiny model."""
 
     def set_up_data(
-        data: str, *, seed: int = 0, trainer: dict[str, Any] | None = None, **settings: Any
+        data: object, *, seed: int = 0, trainer: dict[str, Any] | None = None, **settings: Any
     ) -> SelfPlayDataModule:
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
         module = SelfPlayDataModule(data, **settings)
-        place = {"current_epoch": 0, "global_rank": 0, "world_size": 1, **(trainer or {})}
-        attached: Any = SimpleNamespace(lightning_module=SPIN(model=str(tiny_model_dir)), **place)
-        module.trainer = attached
+        module.trainer = attached(SPIN(model=str(tiny_model_dir)), **(trainer or {}))
         module.setup("validate")  # any stage reads the same; "fit" asks for a real trainer too
         return module
 
@@ -174,6 +185,7 @@ def test_rows_of_an_iterate_are_counted_before_they_are_made(
 
 # ------------------------------------------------------------------------ bad rows
 
+NOTEBOOK = {"data": pairs(20), "val_data": pairs(25)[20:]}
 BAD = [{"prompt": " ", "response": "w1"}, {"prompt": "w1", "response": ""}]
 LONG = {"prompt": " ".join(["w1"] * CONTEXT), "response": "w1"}
 
@@ -199,6 +211,47 @@ def test_bad_rows_of_val_data_name_val_data(set_up, write):
     other = write(BAD, "other.jsonl")
     with pytest.raises(DataError, match=r"val_data='.*other.jsonl': 2 of 2 rows"):
         set_up(write(pairs(10)), val_data=other)
+
+
+def test_more_than_half_of_the_rows_are_not_left_out_unless_asked(set_up, write, said):
+    source = write([*pairs(9), *[{"question": "w1", "answer": "w2"}] * 10])
+    with pytest.raises(DataError) as caught:
+        set_up(source)
+    assert "10 of 19 rows (columns of another format: 10 (rows 9: question, answer" in str(
+        caught.value
+    )
+    assert "give each format a file of its own" in str(caught.value)
+    assert len(set_up(source, bad_rows="skip_any", val_examples=0).train) == 9
+    assert "skipped 10 of 19 rows" in said()
+
+
+def test_prompts_over_the_cap_count_as_lost(set_up, write):
+    source = write([*pairs(4), *[LONG] * 5])
+    with pytest.raises(DataError, match=r"5 of 9 rows .*more than half"):
+        set_up(source)
+
+
+def test_columns_and_files_that_are_not_used_are_named_once(set_up, write, said):
+    rows = [{**row, "context": "c", "id": 7} for row in pairs(20)]
+    source = Path(write(rows)).parent
+    write(pairs(3), "test.jsonl")
+    data = set_up(source)
+    assert len(data.train) + len(data.val) == 20
+    once = said().count("Data: ")  # pytest's handler may see each line twice
+    assert said().count("columns not used: context (20 rows), id (20 rows)") == once
+    assert said().count("files not read: test.jsonl (split test)") == once
+
+
+@pytest.mark.parametrize("kind", [list, Path, pd.DataFrame, datasets.Dataset.from_list])
+def test_data_of_a_notebook_gives_the_examples_of_a_file(kind, set_up, write, said):
+    files = {name: write(rows, f"{name}.jsonl") for name, rows in NOTEBOOK.items()}
+    from_file = set_up(files["data"], val_data=files["val_data"])
+    given = files if kind is Path else NOTEBOOK
+    data = set_up(kind(given["data"]), val_data=kind(given["val_data"]))
+    assert (data.train, data.val) == (from_file.train, from_file.val)
+    assert data.fingerprint_fields() == from_file.fingerprint_fields()
+    if kind is list:
+        assert "held out 5 examples of a list of 5 rows." in said()
 
 
 def test_bad_rows_alone_are_refused_even_where_they_are_skipped(set_up, write):
@@ -306,9 +359,7 @@ def test_other_prompts_in_every_iterate_and_rows_that_are_kept_are_refused(
 ):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     data = SelfPlayDataModule(write(pairs(20)), prompts_per_iterate=5)
-    module = SPIN(model=str(tiny_model_dir), refresh="reservoir")
-    attached: Any = SimpleNamespace(lightning_module=module)
-    data.trainer = attached
+    data.trainer = attached(SPIN(model=str(tiny_model_dir), refresh="reservoir"))
     with pytest.raises(SettingError, match=r"data.prompts_per_iterate=5.*refresh: all"):
         data.setup("validate")
 
@@ -328,3 +379,129 @@ def test_fingerprint_of_other_data_with_the_same_number_of_rows_differs(set_up, 
     rows[3]["response"] += " w1"
     changed = set_up(write(rows)).fingerprint_fields()
     assert {name for name in same if same[name] != changed[name]} == {"data"}
+
+
+# ------------------------------------------------------------------------ templates and turns
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' and loud %}w9 {% endif %}{{ m.content }}"
+    "{% if m.role == 'assistant' %} </s>{% endif %} {% endfor %}"
+)
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w3"},
+        {"role": "assistant", "content": "w4"},
+    ]
+}
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> str:
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    return str(tmp_path / "template.jinja")
+
+
+def test_chat_template_and_its_variables_reach_the_prompts_and_the_fingerprint(
+    set_up, write, template
+):
+    source = write(pairs(20))
+    plain = set_up(source, chat_template=template)
+    loud = set_up(source, chat_template=template, chat_template_kwargs={"loud": True})
+    nine = loud.format.tokenizer.convert_tokens_to_ids("w9")
+    assert loud.train[0].prompt_ids == (nine, *plain.train[0].prompt_ids)
+    assert "set loud = True" in loud.format.tokenizer.chat_template
+    changed = {
+        name
+        for name, value in plain.fingerprint_fields().items()
+        if loud.fingerprint_fields()[name] != value
+    }
+    assert changed == {"chat_template", "data", "val_data"}
+
+
+def test_turns_all_makes_an_example_of_each_answer_and_is_in_the_fingerprint(
+    set_up, write, template
+):
+    source = write([CHAT] * 5)
+    last = set_up(source, chat_template=template, val_examples=0)
+    every = set_up(source, chat_template=template, val_examples=0, turns="all")
+    assert (len(last.train), len(every.train)) == (5, 10)
+    assert {e.real_ids for e in every.train} > {e.real_ids for e in last.train}
+    # A run folder of a version without the setting has no such field.
+    assert "turns" not in last.fingerprint_fields()
+    assert every.fingerprint_fields()["turns"] == "all"
+
+
+def test_thoughts_are_left_out_or_dropped_as_set(set_up, write, said):
+    thinking = {"prompt": "w1", "response": "<think>w7</think> w2"}
+    source = write([*pairs(20), thinking])
+    assert len(set_up(source, val_examples=0).train) == 20
+    assert "data.thoughts=keep would make part of the answer" in said()
+    assert len(set_up(source, val_examples=0, thoughts="drop").train) == 21
+    assert "1 examples whose thoughts were dropped" in said()
+
+
+@pytest.mark.parametrize(
+    ("setting", "choices"),
+    [
+        ({"thoughts": "remove"}, "refuse, keep, or drop"),
+        ({"turns": "first"}, "last or all"),
+        ({"bad_rows": "mend"}, "skip, skip_any, or refuse"),
+    ],
+)
+def test_choice_that_there_is_not_is_refused_with_those_that_there_are(setting, choices):
+    ((name, value),) = setting.items()
+    with pytest.raises(SettingError, match=f"data.{name}='{value}'.*Fix: {choices}"):
+        SelfPlayDataModule("anything", **setting)
+
+
+def test_responses_over_the_cap_are_counted_in_the_log(set_up, write, said):
+    rows = [{**row, "response": "w1 w2 w3 w4 w5"} for row in pairs(8)]
+    set_up(write([*rows, *pairs(20)[8:]]), max_response_tokens=4)
+    assert (
+        "8 of 20 responses are longer than max_response_tokens=4 and are cut; "
+        "95 % fit in 6, all in 6" in said()
+    )
+
+
+# ------------------------------------------------------------------------ set up again
+
+
+def test_data_in_memory_is_no_hyper_parameter():
+    data = SelfPlayDataModule(pairs(20), val_data=pd.DataFrame(pairs(5)))
+    assert not data.hparams
+
+
+def test_second_model_reads_the_data_with_its_own_tokenizer(
+    set_up, write, tiny_model_dir, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    text = (other / "tokenizer.json").read_text()
+    # The other tokenizer has two words of the same vocabulary the other way round.
+    swapped = text.replace('"w1":', '"w?":').replace('"w2":', '"w1":').replace('"w?":', '"w2":')
+    (other / "tokenizer.json").write_text(swapped)
+    data = set_up(write([{"prompt": "w1 w2", "response": "w2"}] * 5), val_examples=0)
+    first = data.train
+    data.setup("validate")
+    assert data.train is first
+    data.trainer = attached(SPIN(model=str(other)))
+    data.setup("validate")
+    (_, a, b) = first[0].prompt_ids
+    assert data.train[0].prompt_ids[1:] == (b, a)
+
+
+def test_date_of_a_template_is_that_of_the_run(set_up, write, tmp_path):
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('w%d') }} " + TEMPLATE)
+    settings = {"chat_template": str(tmp_path / "dated.jinja"), "val_examples": 0}
+    run = RunFolder(tmp_path / "run")
+    run.iterate(0).mkdir(parents=True)
+    record = IterateRecord(index=0, template_date="2026-01-07")
+    run.write_record(record)
+    place = {"default_root_dir": str(run.root)}
+    data = set_up(write(pairs(20)), trainer=place, **settings)
+    assert data.format.date_written == "2026-01-07"
+    again = set_up(write(pairs(20)), **settings)
+    assert again.format.date_written == dt.date.today().isoformat()
+    assert data.format.template_hash == again.format.template_hash

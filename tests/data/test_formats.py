@@ -14,7 +14,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from spin_lightning.data.formats import describe_bad_rows, read_conversations
+from spin_lightning.data.formats import read_conversations, read_data
+from spin_lightning.data.read_report import describe_bad_rows
 from spin_lightning.errors import DataError
 from spin_lightning.types import BadRow, Conversation
 
@@ -27,8 +28,8 @@ def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def assistant(content: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content}
+def assistant(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **fields}
 
 
 def system(content: Any) -> dict[str, Any]:
@@ -257,8 +258,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "no user turn before the first answer",
     ),
     "unknown role": (
-        {"messages": [{"role": "human", "content": "a"}, assistant("b")]},
-        "a message without a known role",
+        {"messages": [{"role": "narrator", "content": "a"}, assistant("b")]},
+        "a message without a known role: 'narrator'",
     ),
     "no role": ({"messages": [{"content": "a"}]}, "a message without a known role"),
     "not a message": ({"messages": ["a", "b"]}, "a message without a known role"),
@@ -271,9 +272,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [user("a"), assistant(None)]},
         "an assistant turn that is not text",
     ),
-    "contents in parts": (
-        {"messages": [user([{"type": "text", "text": "a"}]), assistant("b")]},
-        "a user turn that is not text",
+    "a picture among the parts": (
+        {"messages": [user([{"type": "text", "text": "a"}, {"type": "image"}]), assistant("b")]},
+        "a user turn with a part that is not text: image",
     ),
     "empty prompt": ({"prompt": "", "response": "a"}, "an empty prompt"),
     "blank prompt": ({"prompt": " \t\n", "response": "a"}, "an empty prompt"),
@@ -329,8 +330,8 @@ def test_describe_bad_rows_groups_by_kind_and_keeps_details() -> None:
 
 
 def test_describe_bad_rows_of_many_kinds_stays_short() -> None:
-    text = describe_bad_rows([BadRow(i, f"kind {i}") for i in range(9)], 9)
-    assert text.endswith("kind 4: 1 (row 4); and 4 other reasons)")
+    told = describe_bad_rows([BadRow(i, f"kind {i}") for i in range(9)], 9)
+    assert told.endswith("kind 4: 1 (row 4); and 4 other reasons)")
 
 
 # ------------------------------------------------------------------------ errors
@@ -371,30 +372,35 @@ def test_read_parquet_without_rows_or_bytes_says_so(write: Callable[..., str]) -
 
 def test_read_folder_without_data_says_so(tmp_path: Path, write: Callable[..., str]) -> None:
     source = write("text", "data.txt")
-    assert "is not a .json, .jsonl, .parquet, .csv file" in message_of(source)
-    assert "holds no .json, .jsonl, .parquet, .csv file" in message_of(str(tmp_path))
+    assert "is no .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow file" in message_of(source)
+    assert "holds no .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow file" in message_of(
+        str(tmp_path)
+    )
 
 
 def test_read_unknown_columns_lists_those_that_are_there(write: Callable[..., str]) -> None:
-    message = message_of(write([{"instruction": "a", "output": "b"}]))
-    assert "it has instruction, output" in message
+    message = message_of(write([{"task": "a", "output": "b"}]))
+    assert "it has task, output" in message
     assert "--data.columns" in message
 
 
 @pytest.mark.parametrize(
     ("columns", "parts"),
     [
-        ({"prompt": "x", "response": "output"}, ["maps prompt to 'x'", "instruction, output"]),
-        ({"messages": "chat"}, ["maps messages to 'chat'", "instruction, output"]),
-        ({"promt": "instruction"}, ["has a key 'promt'", "use messages, or prompt and response"]),
-        ({"prompt": "instruction"}, ["no recognized columns"]),
-        ({"messages": "output", "prompt": "instruction"}, ["names messages and parts of them"]),
+        ({"prompt": "x", "response": "output"}, ["maps prompt to 'x'", "task, output"]),
+        ({"messages": "chat"}, ["maps messages to 'chat'", "task, output"]),
+        (
+            {"promt": "task"},
+            ["has a key 'promt'", "use messages, tools, functions, system, prompt"],
+        ),
+        ({"prompt": "task"}, ["no columns that are recognized"]),
+        ({"messages": "output", "response": "task"}, ["mixes the names of several formats"]),
     ],
 )
 def test_read_wrong_mapping_names_it(
     write: Callable[..., str], columns: dict[str, str], parts: list[str]
 ) -> None:
-    message = message_of(write([{"instruction": "a", "output": "b"}]), columns)
+    message = message_of(write([{"task": "a", "output": "b"}]), columns)
     assert all(part in message for part in ["data", *parts])
 
 
@@ -406,7 +412,6 @@ BROKEN: dict[str, tuple[bytes, str, str]] = {
     "list of texts": (b'["a"]', "data.json", "object 1 has no columns"),
     "binary": (bytes(range(256)), "data.jsonl", "it is not UTF-8"),
     "zeros": (bytes(64), "data.jsonl", "line 1 is not valid json"),
-    "parquet named jsonl": (b"PAR1\x15\x04\xff\xfe", "data.jsonl", "it is not UTF-8"),
     "parquet of text": (b'{"prompt": "a"}', "data.parquet", "arquet"),
     "csv cut": (b'prompt,response\na,"b', "data.csv", "unexpected end of data"),
     "csv short": (b"prompt,response\na\n", "data.csv", "record 1 has 1 cells, the header has 2"),
@@ -422,7 +427,7 @@ def test_read_broken_file_names_it_and_the_cause(
     message = message_of(source)
     assert f"data={source!r} cannot be read (" in message
     assert cause in message
-    assert "Fix: check that the file is complete and in the format of its extension" in message
+    assert "check that the file is whole and of the kind its name says" in message
 
 
 def test_read_parquet_cut_short_names_it(write: Callable[..., str]) -> None:
@@ -431,13 +436,147 @@ def test_read_parquet_cut_short_names_it(write: Callable[..., str]) -> None:
     assert f"data={source!r} cannot be read (" in message_of(source)
 
 
+# ------------------------------------------------------------------------ nothing is lost unsaid
+
+ALPACA = {"instruction": "Say what it is.", "input": "oak", "output": "plant"}
+PAIR = {"prompt": "instruction", "response": "output"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "lost", "read_as"),
+    [
+        (ALPACA, PAIR, "input (1 row)", "Alpaca, with instruction, output, input"),
+        (ALPACA, {"prompt": "input", "response": "output"}, "instruction (1 row)", "Alpaca"),
+        (
+            {**ALPACA, "history": [["q", "a"]]},
+            {**PAIR},
+            "input (1 row), history (1 row)",
+            "Alpaca",
+        ),
+        (
+            {"conversations": [user("q"), assistant("a")], "system": "s"},
+            {"messages": "conversations"},
+            "system (1 row)",
+            "ShareGPT, with conversations, system",
+        ),
+        (
+            {"prompt": "q", "chosen": [user("other"), assistant("a")], "rejected": "b"},
+            {"messages": "chosen"},
+            "prompt (1 row)",
+            "preferences",
+        ),
+    ],
+)
+def test_mapping_that_loses_a_column_is_refused_with_the_way_out(
+    write: Callable[..., str], row: dict[str, Any], columns: dict[str, str], lost: str, read_as: str
+) -> None:
+    message = message_of(write([row]), columns)
+    assert "would lose what is in " in message
+    assert lost in message
+    assert f"Fix: leave out data.columns: the file is read as {read_as}" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({**ALPACA, "input": ""}, PAIR),
+        ({"instruction": "Say what it is.", "output": "plant"}, PAIR),
+        ({**ALPACA, "category": "trees"}, {**PAIR, "prompt": "category"}),
+        ({"prompt": "q", "chosen": [user("q"), assistant("a")]}, {"messages": "chosen"}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"response": "chosen"}),
+        ({"x": "q", "y": "a", "context": "c"}, {"prompt": "x", "response": "y"}),
+    ],
+)
+def test_mapping_that_loses_nothing_of_a_known_format_is_used(
+    write: Callable[..., str], row: dict[str, Any], columns: dict[str, str]
+) -> None:
+    assert len(read_conversations(write([row]), columns)[0]) == 1
+
+
+def test_any_of_our_names_is_mapped(write: Callable[..., str]) -> None:
+    row = {"chat": [user("q"), assistant("a")], "persona": "s", "api": [{"name": "f"}]}
+    columns = {"messages": "chat", "system": "persona", "tools": "api"}
+    (found,), report = read_data(write([row]), columns)
+    assert found.prompt == (system("s"), user("q"))
+    assert found.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert report.columns_not_used == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"Prompt": "q", "Response": "a"}, "{prompt: Prompt, response: Response}"),
+        ({"Instruction": "q", "Output": "a", "Input": ""}, "output: Output, input: Input}"),
+        ({"Conversations": []}, "{messages: Conversations}"),
+        ({"text": "q"}, "{prompt: X, response: Y}"),
+    ],
+)
+def test_advice_for_unknown_columns_loses_nothing(
+    write: Callable[..., str], row: dict[str, Any], advice: str
+) -> None:
+    message = message_of(write([row]))
+    assert advice in message
+    assert "columns that are not named are not used" in message
+
+
+def test_rows_of_another_format_in_one_file_are_named_as_such(write: Callable[..., str]) -> None:
+    rows = [{"messages": [user("q"), assistant("a")]}] * 2 + [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"x": "q"},
+        {},
+    ]
+    _, bad = read_conversations(write(rows))
+    assert [row.reason for row in bad] == [
+        "columns of another format: conversations",
+        "columns of another format: instruction, output",
+        "no messages",
+        "no messages",
+    ]
+
+
+def test_turns_all_makes_an_example_of_each_answer(write: Callable[..., str]) -> None:
+    weighed = [user("q"), assistant("no") | {"weight": 0}, user("q2"), assistant("yes")]
+    source = write([{"messages": CHAT}, {"messages": weighed}, {"messages": [user("q")]}])
+    conversations, report = read_data(source, turns="all")
+    assert conversations == [
+        Conversation(2**32, (CHAT[0], CHAT[1]), "b"),
+        Conversation(0, tuple(CHAT[:4]), "d"),
+        Conversation(1, (user("q"), assistant("no"), user("q2")), "yes"),
+    ]
+    assert (report.rows, report.used_rows, report.conversations) == (3, 2, 3)
+    assert report.bad == (BadRow(2, "no assistant turn"),)
+    last, _ = read_data(source)
+    assert last == [c for c in conversations if c.example_id < 2**32]
+
+
+def test_last_answer_of_weight_1_is_read(write: Callable[..., str]) -> None:
+    chat = [user("q"), assistant("good") | {"weight": 1}, user("q2"), assistant("no", weight=0)]
+    assert read_conversations(write([{"messages": chat}]))[0] == [
+        Conversation(0, (user("q"),), "good")
+    ]
+
+
+def test_thought_of_the_answer_is_kept_apart(write: Callable[..., str]) -> None:
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        chat = [
+            user("q"),
+            assistant("a0", **{name: "h0"}),
+            user("q2"),
+            assistant("a", **{name: "hm"}),
+        ]
+        (found,), _ = read_conversations(write([{"messages": chat}]))
+        assert (found.response, found.reasoning) == ("a", "hm")
+        assert found.prompt[1] == assistant("a0", **{name: "h0"})
+
+
 # ------------------------------------------------------------------------ the hub
 
 
 def test_read_hub_id_offline_fails_fast() -> None:
     start = time.perf_counter()
     message = message_of("no-such-owner/no-such-data")
-    assert "data='no-such-owner/no-such-data' is not a file" in message
+    assert "data='no-such-owner/no-such-data' is no file" in message
     assert "HF_HUB_OFFLINE=1" in message
     assert time.perf_counter() - start < 20
 
@@ -464,7 +603,7 @@ def test_read_hub_id_without_a_network_fails_fast(tmp_path: Path) -> None:
     kind, seconds, message = done.stdout.split(maxsplit=2)
     assert kind == "DataError"
     assert float(seconds) < 10  # `load_dataset` alone retries for 23 seconds
-    assert "data='owner/name' is not a file, and reading it from the hub failed" in message
+    assert "data='owner/name' is no file, and reading it from the hub failed" in message
     assert done.stderr == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import gzip
 import io
 import json
 import random
@@ -67,6 +68,20 @@ def parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+def arrow(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def zst(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
 def column(case: str, prompts: pa.Array, reason: str) -> BadFile:
     """A parquet file whose prompts are of another type."""
     table = pa.table({"prompt": prompts, "response": ["w3"] * len(prompts)})
@@ -81,13 +96,15 @@ def table(*rows: Sequence[str]) -> bytes:
 
 WHOLE = parquet(pa.Table.from_pylist([GOOD] * 50))
 HALF = len(WHOLE) // 2
+ZST = zst(LINE * 99)
+ARROW = arrow(pa.Table.from_pylist([GOOD] * 50))
 CANNOT_READ = "cannot be read ("
 NOT_JSON = "line 2 is not valid json"
 
 REFUSED = [
-    refused("no bytes", "data.jsonl", b"", "is empty: it has no rows"),
-    refused("blank lines", "data.jsonl", b"\n \n\t\n", "is empty: it has no rows"),
-    refused("only a byte order mark", "data.jsonl", b"\xef\xbb\xbf", "is empty: it has no rows"),
+    refused("no bytes", "data.jsonl", b"", "is empty, it has no rows"),
+    refused("blank lines", "data.jsonl", b"\n \n\t\n", "is empty, it has no rows"),
+    refused("only a byte order mark", "data.jsonl", b"\xef\xbb\xbf", "is empty, it has no rows"),
     refused("torn last line", "data.jsonl", LINE + LINE[:-9], NOT_JSON),
     refused("torn inside a text", "data.jsonl", LINE + LINE[:20], NOT_JSON),
     refused("torn inside an escape", "data.jsonl", LINE + b'{"prompt": "\\u00', NOT_JSON),
@@ -101,17 +118,19 @@ REFUSED = [
     refused("pretty-printed object", "data.json", b'{\n "prompt": "a"\n}', "line 1 is not valid"),
     refused("merge conflict", "data.jsonl", LINE + b"<<<<<<< HEAD\n" + LINE, NOT_JSON),
     refused("html of a login page", "data.jsonl", b"<!DOCTYPE html><html></html>", "line 1 is not"),
-    refused("git lfs pointer", "data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "1"),
+    refused(
+        "git lfs pointer", "data.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "LFS"
+    ),
     refused("zero bytes", "data.jsonl", b"\0" * 4096, "line 1 is not valid json"),
     refused("noise", "data.jsonl", NOISE, CANNOT_READ),
     refused("noise after a good line", "data.jsonl", LINE + NOISE, CANNOT_READ),
     refused("latin-1", "data.jsonl", b'{"prompt": "caf\xe9"}', "UTF-8"),
-    refused("utf-16", "data.jsonl", LINE.decode().encode("utf-16"), "UTF-8"),
-    refused("utf-32", "data.jsonl", LINE.decode().encode("utf-32"), "UTF-8"),
+    refused("utf-16 unmarked", "data.jsonl", LINE.decode().encode("utf-16-le"), "line 1 is not"),
+    refused("torn utf-16", "data.jsonl", (LINE + b"\n").decode().encode("utf-16")[:-1], "UTF-16"),
     refused("overlong utf-8", "data.jsonl", b'{"prompt": "\xc0\xaf"}', "UTF-8"),
     refused("surrogate in utf-8", "data.jsonl", b'{"prompt": "\xed\xa0\x80"}', "UTF-8"),
     refused("torn utf-8", "data.jsonl", LINE + b'{"prompt": "\xe2\x82', "UTF-8"),
-    refused("gzip by another name", "data.jsonl", b"\x1f\x8b\x08\x00" + NOISE, "UTF-8"),
+    refused("gzip by another name", "data.jsonl", b"\x1f\x8b\x08\x00" + NOISE, "gzip"),
     refused("a number in a line", "data.jsonl", LINE + b"7\n", "line 2 has no columns"),
     refused("a text in a line", "data.jsonl", LINE + b'"w1"\n', "line 2 has no columns"),
     refused("null in a line", "data.jsonl", LINE + b"null\n", "line 2 has no columns"),
@@ -130,29 +149,28 @@ REFUSED = [
     ),
     refused("deep list as the file", "data.json", b"[" * 10**6, "nested"),
     refused("number of 9999 digits", "data.jsonl", LINE + b'{"prompt": ' + b"9" * 9999 + b"}", "2"),
-    refused("empty list", "data.json", b"[]", "is empty: it has no rows"),
+    refused("empty list", "data.json", b"[]", "is empty, it has no rows"),
     refused("list without its end", "data.json", b'[{"prompt": "a"}', CANNOT_READ),
     refused("list and more", "data.json", b'[{"prompt": "a"}]]', CANNOT_READ),
     refused("list of texts", "data.json", b'["w1", "w2"]', "object 1 has no columns"),
     refused("list of lists", "data.json", b'[["w1", "w2"]]', "object 1 has no columns"),
     refused("list with a null", "data.json", b"[" + LINE + b", null]", "object 2 has no columns"),
     refused("rows below a key", "data.json", b'{"data": [' + LINE.strip() + b"]}", "it has data"),
-    refused(
-        "other columns", "data.jsonl", b'{"text": "w1"}', "no recognized columns", "it has text"
-    ),
-    refused("no columns", "data.jsonl", b"{}\n{}\n", "has no recognized columns"),
+    refused("other columns", "data.jsonl", b'{"text": "w1"}', "no columns", "it has text"),
+    refused("no columns", "data.jsonl", b"{}\n{}\n", "has no columns"),
     refused("half of a pair", "data.jsonl", b'{"prompt": "w1"}', "it has prompt"),
     refused("upper case", "data.jsonl", b'{"Prompt": "a", "Response": "b"}', "Prompt, Response"),
     refused("generated alone", "data.jsonl", b'{"generated": []}', "it has generated"),
-    refused("no bytes of csv", "data.csv", b"", "is empty: it has no rows"),
-    refused("header alone", "data.csv", b"prompt,response\n", "is empty: it has no rows"),
+    refused("no bytes of csv", "data.csv", b"", "is empty, it has no rows"),
+    refused("header alone", "data.csv", b"prompt,response\n", "is empty, it has no rows"),
     refused("short record", "data.csv", b"prompt,response\na,b\nc\n", "record 2 has 1 cells"),
     refused("long record", "data.csv", b"prompt,response\na,b,c\n", "record 1 has 3 cells"),
     refused("quote without its end", "data.csv", b'prompt,response\n"a,b\n', CANNOT_READ),
     refused("text after a quote", "data.csv", b'prompt,response\n"a"b,c\n', CANNOT_READ),
     refused("csv in latin-1", "data.csv", b"prompt,response\ncaf\xe9,b\n", "UTF-8"),
     refused("csv of noise", "data.csv", NOISE, CANNOT_READ),
-    refused("semicolons", "data.csv", b"prompt;response\na;b\n", "it has prompt;response"),
+    refused("bars", "data.csv", b"prompt|response\na|b\n", "it has prompt|response"),
+    refused("semicolons torn", "data.csv", b"prompt;response\na;b;c\n", "record 1 has 3", "';'"),
     refused("no header", "data.csv", b"w1 w2,w3\nw4,w5\n", "it has w1 w2, w3"),
     refused("column twice", "data.csv", b"prompt,response,response\na,b,c\n", "'response' twice"),
     refused("no bytes of parquet", "data.parquet", b"", CANNOT_READ),
@@ -217,10 +235,17 @@ REFUSED = [
         ),
         CANNOT_READ,
     ),
-    refused("plain text file", "data.txt", b"w1 w2\n", "is not a .json"),
-    refused("compressed file", "data.jsonl.gz", b"\x1f\x8b" + NOISE, "is not a .json"),
-    refused("spreadsheet", "data.xlsx", b"PK\x03\x04" + NOISE, "is not a .json"),
-    refused("no suffix", "data", LINE, "is not a .json"),
+    refused("plain text file", "data.txt", b"w1 w2\n", "is no .json"),
+    refused("compressed file", "data.jsonl.gz", b"\x1f\x8b" + NOISE, CANNOT_READ),
+    refused("gzip cut short", "data.jsonl.gz", gzip.compress(LINE * 99)[:-9], CANNOT_READ),
+    refused("gzip with a hole", "data.jsonl.gz", gzip.compress(NOISE)[:99] + NOISE, CANNOT_READ),
+    refused("zstd of noise", "data.jsonl.zst", NOISE, CANNOT_READ),
+    refused("zstd cut short", "data.jsonl.zst", ZST[:-9], CANNOT_READ),
+    refused("compressed parquet", "data.parquet.gz", gzip.compress(WHOLE), "is no .json"),
+    refused("arrow of noise", "data.arrow", NOISE, CANNOT_READ),
+    refused("arrow cut short", "data.arrow", ARROW[:-200], CANNOT_READ),
+    refused("spreadsheet", "data.xlsx", b"PK\x03\x04" + NOISE, "is no .json"),
+    refused("no suffix", "data", LINE, "is no .json"),
 ]
 
 NO_ROLE = "a message without a known role"
@@ -260,7 +285,8 @@ LEFT_OUT = [
     row("chat in lists", {"messages": [[user("w1"), assistant("w2")]]}, NO_ROLE),
     row("chat of texts", {"messages": ["w1", "w2"]}, NO_ROLE),
     row("chat of nulls", {"messages": [None]}, NO_ROLE),
-    row("chat in ShareGPT's form", {"messages": [{"from": "human", "value": "w1"}]}, NO_ROLE),
+    row("ShareGPT's form unanswered", {"messages": [{"from": "human", "value": "w1"}]}, "no assi"),
+    row("ShareGPT's form, unknown role", {"messages": [{"from": "w1", "value": "w1"}]}, NO_ROLE),
     row("role unknown", {"messages": [user("w1"), {"role": "bot", "content": "w2"}]}, NO_ROLE),
     row("role in capitals", {"messages": [{"role": "User", "content": "w1"}]}, NO_ROLE),
     row("role null", {"messages": [{"role": None, "content": "w1"}]}, NO_ROLE),
@@ -270,13 +296,15 @@ LEFT_OUT = [
     row("role missing", {"messages": [{"content": "w1"}]}, NO_ROLE),
     row("content missing", {"messages": [{"role": "user"}]}, "a user turn that is not text"),
     row(
-        "content null", {"messages": [user("w1"), assistant(None)]}, "an assistant turn that is no"
+        "content null",
+        {"messages": [user("w1"), assistant(None)]},
+        "an assistant turn that is not text",
     ),
     row("content a number", {"messages": [user(3)]}, "a user turn that is not text"),
     row(
-        "content in parts",
-        {"messages": [user([{"type": "text", "text": "w1"}]), assistant("w2")]},
-        "a user turn that is not text",
+        "content with a picture",
+        {"messages": [user([{"type": "image_url", "image_url": {}}]), assistant("w2")]},
+        "a user turn with a part that is not text: image_url",
     ),
     row("content empty", {"messages": [user("w1"), assistant("")]}, "an empty assistant turn"),
     row("nobody answers", {"messages": [user("w1")]}, "no assistant turn"),
@@ -331,7 +359,17 @@ READ = [
         LINE + b'{"question": "a", "answer": "b"}',
         (),
         1,
-        ("a",),
+        ("columns of another format: question, answer",),
+    ),
+    BadFile("utf-16", "data.jsonl", LINE.decode().encode("utf-16"), good=1),
+    BadFile("utf-32", "data.jsonl", LINE.decode().encode("utf-32"), good=1),
+    BadFile("semicolons", "data.csv", b"prompt;response\na;b\n", good=1),
+    BadFile("zstd in two frames", "data.jsonl.zst", ZST + ZST, good=198),
+    BadFile(
+        "content in parts",
+        "data.jsonl",
+        json.dumps({"messages": [user([{"type": "text", "text": "a"}]), assistant("b")]}).encode(),
+        good=1,
     ),
     BadFile("zero byte in a cell", "data.csv", b"prompt,response\na\0b,c\n", good=1),
     BadFile("zero character", "data.jsonl", b'{"prompt": "a\\u0000", "response": "b"}', good=1),

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 
 from spin_lightning import SPACE, SPIN, AlphaSPIN, MixtureSPIN, SelfPlayDataModule
 from spin_lightning.cli.main import main
-from spin_lightning.data.formats import describe_bad_rows, read_conversations
+from spin_lightning.data.formats import read_conversations
+from spin_lightning.data.read_report import describe_bad_rows
 from spin_lightning.errors import RunFolderError, SpinError
 from spin_lightning.evaluation.mt_bench.judge import read_verdicts
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.redaction import masked
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import ITERATE_FILE, RunFolder
-from tests.cli.test_fit import fit_arguments
+from tests.toys.command_line import fit_arguments
 from tests.toys.runs import write_examples
 
 # The same examples every time, and so many that the file takes seconds.

@@ -6,7 +6,7 @@ from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.report.user_turn import PromptReader
 from spin_lightning.testbed.small_model import byte_tokenizer, word_tokenizer
 from spin_lightning.types import Message
-from tests.toys.chat_templates import FAMILIES, THINKING, byte_level, family_tokenizer, wrap
+from tests.toys.chat_templates import FAMILIES, OPENED_THOUGHT, byte_level, family_tokenizer, wrap
 
 TEXT = "What is the boat called?\n\nTell me."
 
@@ -55,7 +55,7 @@ def mistral(family: str):
 TOKENIZERS = {
     **{name: family_tokenizer(name) for name in FAMILIES},
     "smollm": with_template(SMOLLM),
-    "thinking": with_template(THINKING),
+    "thinking": with_template(OPENED_THOUGHT),
     "mistral": mistral("bytes"),
     "mistral pieces": mistral("pieces"),
     "testbed": byte_tokenizer([TEXT] * 4, vocabulary=300),

@@ -30,7 +30,7 @@ ZEPHYR = """{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
-# Qwen2.5's: it adds a system turn if there is none.
+# Qwen2.5's: it puts a system turn in front where there is none.
 CHATML = """{%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
@@ -62,11 +62,96 @@ GEMMA = (
     "{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 
-# Like Qwen3's thinking models, which open a thought in the generation prompt.
-THINKING = """{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+_TURN = "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+_ASKED = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+
+# ChatML templates that write something of their own around an answer, one for each way to do it.
+
+# As DeepSeek-R1's: it opens a thought where it is to be answered, and nowhere else.
+OPENED_THOUGHT = f"""{{%- for message in messages -%}}
+{_TURN}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n<think>\\n' -}}}}{{%- endif -%}}"""
+
+# As Qwen3's: the last answer gets a thought, an empty one where it has none; earlier ones lose
+# theirs. With enable_thinking=false, the generation prompt has the empty thought, too.
+EMPTY_THOUGHT = """{%- for message in messages -%}
+{%- set content = message['content'] -%}{%- set thought = message.reasoning_content or '' -%}
+{%- if message['role'] == 'assistant' and '</think>' in content -%}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' and loop.last -%}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- content + '<|im_end|>\\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"""
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and enable_thinking is false -%}
+{{- '<think>\\n\\n</think>\\n\\n' -}}
+{%- endif -%}
+{%- endif -%}"""
+
+# As gpt-oss': an answer goes to a channel, whose header the generation prompt leaves open.
+CHANNEL = """{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- if message.thinking and loop.last -%}
+{{- '<|im_start|>assistant:analysis\\n' + message.thinking + '\\n' -}}
+{%- endif -%}
+{{- '<|im_start|>assistant:final\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- else -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant' -}}{%- endif -%}"""
+
+# The turn's role comes with the answer, as in templates made for training alone.
+NO_GENERATION_PROMPT = f"{{%- for message in messages -%}}{_TURN}{{%- endfor -%}}"
+
+# An answer that the template does not write.
+VANISHING = f"""{{%- for message in messages -%}}
+{{%- if message['role'] != 'assistant' -%}}{_TURN}{{%- endif -%}}
+{{%- endfor -%}}
+{_ASKED}"""
+
+# Answers that the template changes where they have a certain text: all before a mark goes.
+SHORTENING = f"""{{%- for message in messages -%}}
+{{%- if message['role'] == 'assistant' -%}}
+{{{{- '<|im_start|>assistant\\n' + message['content'].split('####')[-1] + '<|im_end|>\\n' -}}}}
+{{%- else -%}}{_TURN}{{%- endif -%}}
+{{%- endfor -%}}
+{_ASKED}"""
+
+# As those of vision models: contents are lists of parts, a plain text is lost.
+PARTS = f"""{{%- for message in messages -%}}
+{{{{- '<|im_start|>' + message['role'] + '\\n' -}}}}
+{{%- for part in message['content'] -%}}
+{{%- if part['type'] == 'text' -%}}{{{{- part['text'] -}}}}{{%- endif -%}}
+{{%- endfor -%}}
+{{{{- '<|im_end|>\\n' -}}}}
+{{%- endfor -%}}
+{_ASKED}"""
+
+# As Llama 3.2's: it writes the day.
+DATED = (
+    "{{- '<|im_start|>system\\nToday is ' + strftime_now(\"%d %b %Y\") + '.<|im_end|>\\n' -}}"
+    f"{{%- for message in messages -%}}{_TURN}{{%- endfor -%}}{_ASKED}"
+)
+
+# As Hermes': tools in a system turn, calls as JSON between tags.
+TOOLS = f"""{{%- if tools -%}}
+{{{{- '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' -}}}}
+{{%- endif -%}}
+{{%- for message in messages -%}}
+{{{{- '<|im_start|>' + message['role'] + '\\n' + (message.content or '') -}}}}
+{{%- for call in message.tool_calls or [] -%}}
+{{{{- '<call>' + call['function'] | tojson + '</call>' -}}}}
+{{%- endfor -%}}
+{{{{- '<|im_end|>\\n' -}}}}
+{{%- endfor -%}}
+{_ASKED}"""
 
 
 @dataclass(frozen=True)
@@ -76,9 +161,9 @@ class Family:
     Attributes:
         template: Its chat template.
         special: The special tokens that the template writes, `bos` and `eos` among them.
-        bos: Its beginning-of-sequence token, which its tokenizer adds; None without one.
-        eos: Its end-of-sequence token.
-        end_of_turn: Token that ends an assistant turn.
+        bos: Its beginning of sequence, which its tokenizer adds; None without one.
+        eos: Its end of sequence.
+        end_of_turn: What ends an assistant turn.
         pieces: Whether its tokenizer is of the SentencePiece kind.
     """
 
@@ -123,7 +208,7 @@ FAMILIES = {
 
 
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of this family: single characters with a few merges."""
+    """A tokenizer of this family, of single characters with a few merges."""
     family = FAMILIES[name]
     inner = _pieces() if family.pieces else byte_level()
     tokenizer = wrap(inner, family.special, bos=family.bos, eos=family.eos)
@@ -167,7 +252,7 @@ def byte_level() -> Tokenizer:
 
 
 def _pieces() -> Tokenizer:
-    """Llama 2's kind: a space before each separate text, bytes for unknown characters."""
+    """Llama 2's kind: a space goes before a text that stands alone, bytes for what is unknown."""
     characters = "▁" + "".join(chr(i) for i in range(33, 127))
     words = [*(f"<0x{i:02X}>" for i in range(256)), *characters, "▁t", "▁th"]
     merges = [("▁", "t"), ("▁t", "h")]

@@ -110,7 +110,9 @@ class _Writer:
         model: Any = self._policy.model
         self._contestant = contestant
         self._how = how
-        self._format = PromptFormat.of(run.tokenizer, model.generation_config.eos_token_id)
+        self._format = PromptFormat.of(
+            run.tokenizer, model.generation_config.eos_token_id, date=run.folder.first_date()
+        )
         self._context = context_length_of(model.config)
         # Temperature 0 means the most likely token.
         sampling = {"top_k": 1} if temperature == 0 else {"temperature": temperature}
