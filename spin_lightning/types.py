@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 class Message(TypedDict, total=False):
-    """One turn of a chat, in the form that chat templates take.
-
-    Turns go to the template as the data have them, so other keys may stand beside these.
-    """
+    """One turn of a chat as templates take it; the data may have further keys."""
 
     role: str
     content: str
@@ -89,8 +86,7 @@ class Example:
     Attributes:
         example_id: Position of the example in its source, from 0.
         prompt_ids: Ids of the prompt, exactly as the opponents see them.
-        real_ids: Ids of the real response up to and including its stop id, or its first ids up to
-            the cap.
+        real_ids: Ids of the real response, stop id included, or its first ids up to the cap.
         real_finished: Whether `real_ids` ends with a stop id.
     """
 
@@ -157,11 +153,7 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str) -> SequenceBatch:
         """Return a copy on `device`."""
-        return SequenceBatch(
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            response_lengths=self.response_lengths.to(device),
-        )
+        return SequenceBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class DataPage:
         drawn = "" if overview.tried == report.conversations else f", {overview.tried:,} drawn"
         line = (
             f"{_counted(report.rows, 'row')} read, {_counted(report.conversations, 'example')} in "
-            f"them{drawn}, {overview.examples:,} used. Left out: {_counted(len(report.bad), 'row')}, "
+            f"them{drawn}, {overview.examples:,} used. "
+            f"Left out: {_counted(len(report.bad), 'row')}, "
             f"{_counted(len(overview.unfit), 'example')}."
         )
         kinds: dict[str, list[str]] = {}
