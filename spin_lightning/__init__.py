@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spin_lightning.modules.space import SPACE
     from spin_lightning.modules.spin import SPIN
     from spin_lightning.policies.saved import load_iterate, load_mixture
+    from spin_lightning.rows.frame import load_rows
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "latest",
     "load_iterate",
     "load_mixture",
+    "load_rows",
     "losses",
     "mixtures",
     "uniform",
@@ -67,6 +69,7 @@ _DEFINED_IN = {
     "latest": "mixtures",
     "load_iterate": "policies.saved",
     "load_mixture": "policies.saved",
+    "load_rows": "rows.frame",
     "uniform": "mixtures",
     "window": "mixtures",
 }

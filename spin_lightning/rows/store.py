@@ -188,6 +188,22 @@ def read_rows(folder: Path) -> RowTable:
         RunFolderError: The folder has no manifest, so its rows are incomplete, or its rows are
             damaged or of another schema.
     """
+    table, manifest = _read_finished(folder)
+    # Values may be missing, or lists have other lengths than there are members.
+    with reading(folder, _RESTORE):
+        return _row_table(table, manifest)
+
+
+def read_parts(folder: Path) -> pa.Table:
+    """Read all rows of a finished folder, in the columns of `SCHEMA`.
+
+    Raises:
+        RunFolderError: As for `read_rows`.
+    """
+    return _read_finished(folder)[0]
+
+
+def _read_finished(folder: Path) -> tuple[pa.Table, Manifest]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise RunFolderError(
@@ -203,9 +219,7 @@ def read_rows(folder: Path) -> RowTable:
             f"{folder} has {len(table)} rows, but its manifest lists {manifest.rows}",
             fix=f"delete {folder / MANIFEST} and start the run again",
         )
-    # Values may be missing, or lists have other lengths than there are members.
-    with reading(folder, _RESTORE):
-        return _row_table(table, manifest)
+    return table, manifest
 
 
 def _row_table(table: pa.Table, manifest: Manifest) -> RowTable:
