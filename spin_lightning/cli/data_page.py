@@ -52,8 +52,8 @@ class DataPage:
         yield Group(*(Text(f"NOTE: {note}", style="yellow") for note in self._notes()))
         yield _lengths({"prompt": overview.prompts, "response": overview.responses})
         yield Text(
-            f"Duplicates: {overview.repeated_prompts:,} examples repeat the prompt of an earlier "
-            f"one, {overview.repeated_pairs:,} of them its response, too."
+            f"Duplicates: {overview.repeated_prompts:,} of {overview.examples:,} examples have the "
+            f"prompt of an earlier one, {overview.repeated_pairs:,} of them its response, too."
         )
         for example in self.examples:
             yield self._example(example)
@@ -62,10 +62,9 @@ class DataPage:
         overview, report = self.overview, self.overview.report
         drawn = "" if overview.tried == report.conversations else f", {overview.tried:,} drawn"
         line = (
-            f"{_counted(report.rows, 'row')} read, {_counted(report.conversations, 'example')} in "
-            f"them{drawn}, {overview.examples:,} used. "
-            f"Left out: {_counted(len(report.bad), 'row')}, "
-            f"{_counted(len(overview.unfit), 'example')}."
+            f"{_counted(report.rows, 'row')} read with {_counted(report.conversations, 'example')}"
+            f"{drawn}, {overview.examples:,} used. Left out: "
+            f"{_counted(len(report.bad), 'row')}, {_counted(len(overview.unfit), 'example')}."
         )
         kinds: dict[str, list[str]] = {}
         for row in overview.left_out:

@@ -267,8 +267,7 @@ def _read_separated(path: Path, separator: str, skip_lines: int = 0) -> _Content
             raise _UnreadableError(
                 f"record {n} has {len(cells)} cells, the header has {len(header)}, with "
                 f"{separator!r} between cells",
-                f"put cells that contain {separator!r} into double quotes, or save the rows as "
-                "jsonl",
+                f"put double quotes around cells with {separator!r} in them, or save it as jsonl",
             )
     return _Content(header, (dict(zip(header, cells, strict=True)) for cells in records))
 

@@ -139,10 +139,7 @@ def checked_bad_rows(
     if not left:
         fix = "correct the rows"
         if any(row.prompt_tokens is not None for row in unfit):
-            fix = (
-                "raise data.max_prompt_tokens, use a model with a longer context, or correct the "
-                "rows"
-            )
+            fix = "raise data.max_prompt_tokens, or use a model with a longer context"
     elif bad_rows == "refuse":
         fix = "correct these rows, or skip them with data.bad_rows: skip"
     elif bad_rows == "skip" and left < 1 - MOST_LOST:

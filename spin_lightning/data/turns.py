@@ -131,10 +131,8 @@ def _turn(given: Any) -> Turn:
     said = _take(fields, _ROLE_KEYS)
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
-        detail = (
-            f": {said[:40]!r}" if isinstance(said, str) else f": it has {', '.join(given)[:80]}"
-        )
-        raise UnusableError(f"a message without a known role{detail}")
+        detail = repr(said[:40]) if isinstance(said, str) else f"it has {', '.join(given)[:80]}"
+        raise UnusableError(f"a message without a known role: {detail}")
     content = _take(fields, _TEXT_KEYS)
     if said == "function_call":
         fields["tool_calls"], content = _calls_in_text(content), ""

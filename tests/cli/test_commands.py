@@ -93,7 +93,7 @@ def test_data_command_shows_counts_lengths_and_examples(spin, tiny_model_dir, tm
     assert "1 left out: an empty response (row 10)" in shown
     assert "Columns (rows with a value): prompt (11), response (10). Not used: id (10)." in shown
     assert "10 of 10 responses are longer than max_response_tokens=3 and are cut" in shown
-    assert "1 example repeats" in shown or "1 examples repeat" in shown
+    assert "Duplicates: 1 of 10 examples have the prompt" in shown
     assert "answer of 3, cut, without a stop id" in shown
     assert "<s>·1" in shown
 

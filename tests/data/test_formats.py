@@ -261,7 +261,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "narrator", "content": "a"}, assistant("b")]},
         "a message without a known role: 'narrator'",
     ),
-    "no role": ({"messages": [{"content": "a"}]}, "a message without a known role"),
+    "no role": (
+        {"messages": [{"content": "a"}]},
+        "a message without a known role: it has content",
+    ),
     "not a message": ({"messages": ["a", "b"]}, "a message without a known role"),
     "response blank": ({"messages": [user("a"), assistant(" \n")]}, "an empty assistant turn"),
     "older answer empty": (
