@@ -237,11 +237,13 @@ REFUSED = [
     ),
     refused("plain text file", "data.txt", b"w1 w2\n", "is no .json"),
     refused("compressed file", "data.jsonl.gz", b"\x1f\x8b" + NOISE, CANNOT_READ),
-    refused("gzip cut short", "data.jsonl.gz", gzip.compress(LINE * 99)[:-9], CANNOT_READ),
-    refused("gzip with a hole", "data.jsonl.gz", gzip.compress(NOISE)[:99] + NOISE, CANNOT_READ),
+    refused("gzip cut short", "data.jsonl.gz", gzip.compress(LINE * 99, mtime=0)[:-9], CANNOT_READ),
+    refused(
+        "gzip with a hole", "data.jsonl.gz", gzip.compress(NOISE, mtime=0)[:99] + NOISE, CANNOT_READ
+    ),
     refused("zstd of noise", "data.jsonl.zst", NOISE, CANNOT_READ),
     refused("zstd cut short", "data.jsonl.zst", ZST[:-9], CANNOT_READ),
-    refused("compressed parquet", "data.parquet.gz", gzip.compress(WHOLE), "is no .json"),
+    refused("compressed parquet", "data.parquet.gz", gzip.compress(WHOLE, mtime=0), "is no .json"),
     refused("arrow of noise", "data.arrow", NOISE, CANNOT_READ),
     refused("arrow cut short", "data.arrow", ARROW[:-200], CANNOT_READ),
     refused("spreadsheet", "data.xlsx", b"PK\x03\x04" + NOISE, "is no .json"),
