@@ -26,16 +26,10 @@ from spin_lightning.callbacks.requirements import (
     check_lineage,
     check_start,
     check_strategy,
-    check_trainer_is_new,
     run_root,
 )
 from spin_lightning.callbacks.row_making import RowMaker
 from spin_lightning.callbacks.session import Session
-from spin_lightning.callbacks.unfinished import (
-    as_after_batch,
-    missing_batches,
-    report_unfinished,
-)
 from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.modules.checks import check_precision
 from spin_lightning.run.fingerprint import fingerprint
@@ -83,7 +77,6 @@ class SelfPlay(Callback):
         self._iterates = 0
         self._limit: int | float | None = None
         self._iterate_step = 0
-        self._is_unfinished = False  # whether the epoch that just ended lacks batches
         self._clock = TrainingClock()
         self._maker: RowMaker | None = None
 
@@ -99,9 +92,6 @@ class SelfPlay(Callback):
         if stage != "fit":
             return
         self._iterates = session.module.check_trainer()
-        self._is_unfinished = False
-        check_trainer_is_new(trainer)
-        session.module.forget_earlier_fit()
         check_strategy(trainer.strategy)
         self.guard.open(trainer, run)
         # (mypy does not see what Lightning's connectors set.)
@@ -117,10 +107,10 @@ class SelfPlay(Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep iterate 0, and make whatever rows the current iterate lacks."""
+        """Keep iterate 0, and make the current iterate's missing rows."""
         session = self._session(trainer, pl_module)
         run, module = session.run, session.module
-        # Only now does Lightning know what it resumes from.
+        # The checkpoint to resume from is not set before this point.
         check_start(run, trainer.ckpt_path)
         if trainer.ckpt_path is not None:
             # Any of them may be an opponent, a reference, or the start of the next.
@@ -159,12 +149,7 @@ class SelfPlay(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last epoch of an iterate, keep it and make the next one's rows."""
         session = self._session(trainer, pl_module)
-        if missing_batches(trainer, session.module.iterate):
-            self._is_unfinished = True
-            if report_unfinished(trainer, session.module.iterate):
-                with as_after_batch(trainer):
-                    self.guard.save(trainer, session.run)
-        elif (trainer.current_epoch + 1) % session.module.epochs_per_iterate == 0:
+        if (trainer.current_epoch + 1) % session.module.epochs_per_iterate == 0:
             self._finish_iterate(session)
         else:
             self.guard.save(trainer, session.run)
@@ -223,8 +208,6 @@ class SelfPlay(Callback):
             Whether there was such an iterate.
         """
         module = session.module
-        if self._is_unfinished:
-            return False
         behind = session.trainer.current_epoch // module.epochs_per_iterate > module.iterate
         if behind:
             self._finish_iterate(session)
