@@ -43,7 +43,7 @@ def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) ->
     newest = run.record(known[-1])
     if not newest.fingerprint_fields:
         raise RunFolderError(
-            f"{run.iterate(newest.index) / ITERATE_FILE} has no fingerprint_fields",
+            f"{run.iterate(newest.index) / ITERATE_FILE} does not say its fingerprint_fields",
             fix="restore it from a copy of the run, or start a new run in another folder",
         )
     changed = differences(newest.fingerprint_fields, fields_at(newest.index))
@@ -71,8 +71,7 @@ def check_start(run: RunFolder, checkpoint: object) -> None:
     untouched = 0 if run.last_checkpoint.exists() else 1
     if checkpoint is None and known and known[-1] > untouched:
         raise RunFolderError(
-            f"{run.root} already holds iterates 0 to {known[-1]}, and this run would start from "
-            "scratch",
+            f"{run.root} already holds iterates 0 to {known[-1]}, and this start is from scratch",
             fix="resume (the command line's resume: auto, or Trainer.fit(ckpt_path="
             f"{str(run.last_checkpoint)!r})), or name a new folder",
         )

@@ -107,10 +107,10 @@ class SelfPlay(Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep iterate 0, and make the current iterate's missing rows."""
+        """Keep iterate 0, and make whatever rows the current iterate lacks."""
         session = self._session(trainer, pl_module)
         run, module = session.run, session.module
-        # The checkpoint to resume from is not set before this point.
+        # Only now does Lightning know what it resumes from.
         check_start(run, trainer.ckpt_path)
         if trainer.ckpt_path is not None:
             # Any of them may be an opponent, a reference, or the start of the next.
