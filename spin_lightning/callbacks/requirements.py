@@ -82,23 +82,6 @@ def check_start(run: RunFolder, checkpoint: object) -> None:
         )
 
 
-def check_trainer_is_new(trainer: L.Trainer) -> None:
-    """Refuse a Trainer that has trained before: its counts of epochs and steps would go on.
-
-    Raises:
-        SettingError: An earlier `fit` used it.
-    """
-    if trainer.fit_loop.epoch_progress.total.ready:
-        raise SettingError(
-            "trainer",
-            type(trainer).__name__,
-            f"an earlier fit used it, up to epoch {trainer.current_epoch} of "
-            f"{trainer.max_epochs}, and its counts would go on from there",
-            fix="build a new Trainer; pass ckpt_path=<run folder>/checkpoints/last.ckpt to its fit "
-            "to continue that run",
-        )
-
-
 def check_folder(run: RunFolder, *, create: bool = True) -> None:
     """Refuse a folder that holds unrelated files; create the folder.
 

@@ -30,7 +30,6 @@ from spin_lightning.callbacks.requirements import (
     check_objective,
     check_start,
     check_strategy,
-    check_trainer_is_new,
     check_validation,
     how_to_continue,
     run_root,
@@ -38,11 +37,6 @@ from spin_lightning.callbacks.requirements import (
 from spin_lightning.callbacks.row_making import DryRunFinished, RowMaker, ScratchRun
 from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
-from spin_lightning.callbacks.unfinished import (
-    as_after_batch,
-    missing_batches,
-    report_unfinished,
-)
 from spin_lightning.callbacks.validating import validate_ended_epoch, validate_now
 from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.modules.checks import check_precision
@@ -95,7 +89,6 @@ class SelfPlay(Callback):
         self._iterates = 0
         self._limit: int | float | None = None
         self._iterate_step = 0
-        self._is_unfinished = False  # whether the epoch that just ended lacks batches
         self._clock = TrainingClock()
         self._early = EarlySteps()
         self._named: set[str] = set()
@@ -118,9 +111,6 @@ class SelfPlay(Callback):
         if stage != "fit":
             return
         self._iterates = session.module.check_trainer()
-        self._is_unfinished = False
-        check_trainer_is_new(trainer)
-        session.module.forget_earlier_fit()
         check_strategy(trainer.strategy)
         check_validation(session, self._iterates)
         check_objective(session.module)
@@ -196,12 +186,6 @@ class SelfPlay(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last epoch of an iterate, keep it and make the next one's rows."""
         session = self._session(trainer, pl_module)
-        if missing_batches(trainer, session.module.iterate):
-            self._is_unfinished = True
-            if report_unfinished(trainer, session.module.iterate):
-                with as_after_batch(trainer):
-                    self.guard.save(trainer, session.run)
-            return
         log_epoch_loss(session.module)
         if (trainer.current_epoch + 1) % session.module.epochs_per_iterate == 0:
             self._finish_iterate(session)
@@ -271,8 +255,6 @@ class SelfPlay(Callback):
             Whether there was such an iterate.
         """
         trainer, module = session.trainer, session.module
-        if self._is_unfinished:
-            return False
         if trainer.current_epoch > module.epoch_loss.epoch and module.epoch_loss.has_batches:
             validate_ended_epoch(trainer)
             log_epoch_loss(module)

@@ -274,14 +274,6 @@ class SelfPlayModule(L.LightningModule, ABC):
         if "policy" not in self._modules:
             self.policy = self.make_policy()
 
-    def forget_earlier_fit(self) -> None:
-        """Start from the settings again: a checkpoint, if there is one, is restored later."""
-        self._modules.pop("policy", None)
-        self.iterate = 0
-        self.skipped_batches.count = 0
-        self._open_gradients = {}
-        self.val_metrics.reset()
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build a fresh optimizer and schedule for the iterate in training."""
         optimizer = make_optimizer(

@@ -225,7 +225,7 @@ def test_tilde_in_paths_of_model_and_adapter_is_the_home_folder(
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(tiny_model_dir, tmp_path / "model")
-    adapter = write_adapter(tiny_model_dir, tmp_path / "adapter", seed=1)
+    adapter = write_adapter(tmp_path / "model", tmp_path / "adapter", seed=1)
     module = SPIN("~/model", initial_adapter="~/adapter")
     assert module.policy_spec.base.name == str(tmp_path / "model")
     assert module.policy_spec.initial_adapter == str(adapter)
