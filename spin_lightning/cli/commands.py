@@ -115,20 +115,45 @@ def evaluate(args: list[str]) -> None:
 def data(args: list[str]) -> None:
     """Show how data are read for a model: counts, what is left out, lengths, examples as ids."""
     parser = _parser("data", data)
-    parser.add_argument("--config", help="A config of `fit`; what is given beside it replaces its.")
-    parser.add_argument("--data", help="A file, folder, pattern or hub id, or testbed.")
-    parser.add_argument("--model", help="Folder or hub id of the model whose tokenizer reads them.")
     parser.add_argument(
-        "--columns", type=dict[str, str] | None, help="Our names of columns to the source's."
+        "--config",
+        help="A config of `fit`, whose settings the other options replace; default: none.",
     )
-    parser.add_argument("--chat_template", help="File with a chat template.")
     parser.add_argument(
-        "--chat_template_kwargs", type=dict[str, Any] | None, help="Variables of the template."
+        "--data", help="A file, folder, pattern or hub id, or testbed; default: the config's."
     )
-    parser.add_argument("--thoughts", type=Literal["refuse", "keep", "drop"] | None)
-    parser.add_argument("--turns", type=Literal["last", "all"] | None)
-    parser.add_argument("--max_prompt_tokens", type=int | None)
-    parser.add_argument("--max_response_tokens", type=int | None)
+    parser.add_argument(
+        "--model", help="Folder or hub id of the model to read for; default: the config's."
+    )
+    parser.add_argument(
+        "--columns",
+        type=dict[str, str] | None,
+        help="Our names of columns to the source's; default: the config's, or recognized.",
+    )
+    parser.add_argument(
+        "--chat_template", help="File with a chat template; default: the tokenizer's."
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=dict[str, Any] | None,
+        help="Variables of the template; default: the config's.",
+    )
+    parser.add_argument(
+        "--thoughts",
+        type=Literal["refuse", "keep", "drop"] | None,
+        help="What to do with rows that have thoughts; default: refuse them.",
+    )
+    parser.add_argument(
+        "--turns",
+        type=Literal["last", "all"] | None,
+        help="Which assistant turns are answers; default: last.",
+    )
+    parser.add_argument(
+        "--max_prompt_tokens", type=int | None, help="Cap of prompts; default: the config's."
+    )
+    parser.add_argument(
+        "--max_response_tokens", type=int | None, help="Cap of responses; default: the config's."
+    )
     parser.add_argument("--examples", type=int, default=3, help="How many examples to show.")
     parser.add_argument(
         "--tokens", nargs="?", type=bool, const=True, default=False, help="Show token by token."

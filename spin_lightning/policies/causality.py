@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,7 +34,8 @@ def check_causal(base: FrozenBase, model: PreTrainedModel) -> None:
     """
     change, largest = _change_before_the_last_token(model)
     rounding = _INT8_ROUNDING if base.quantization == "int8" else torch.finfo(base.dtype).eps
-    if change <= _ROUNDINGS * rounding * max(largest, 1.0):
+    # (Logits that are not finite tell nothing of causality; scoring refuses them by their rows.)
+    if not math.isfinite(change) or change <= _ROUNDINGS * rounding * max(largest, 1.0):
         return
     kind = model.config.model_type
     as_decoder = getattr(model.config, "is_decoder", None) is False

@@ -76,8 +76,8 @@ class LoraSettings:
         return lora
 
     def _check(self) -> None:
-
-        targets = self.target_modules
+        targets: object = self.target_modules
+        names = targets if isinstance(targets, tuple) else ()
         check_settings(
             self,
             {
@@ -89,7 +89,7 @@ class LoraSettings:
                 ),
                 "target_modules": (
                     isinstance(targets, str)
-                    or (bool(targets) and all(isinstance(name, str) and name for name in targets)),
+                    or (bool(names) and all(isinstance(name, str) and name for name in names)),
                     "names of layers, or all-linear",
                 ),
             },

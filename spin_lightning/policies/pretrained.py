@@ -54,7 +54,7 @@ class FrozenBase:
 
     def __post_init__(self) -> None:
         """Expand a `~` in the folder's name."""
-        if self.name.startswith("~"):
+        if isinstance(self.name, str) and self.name.startswith("~"):
             object.__setattr__(self, "name", str(Path(self.name).expanduser()))
 
     @property

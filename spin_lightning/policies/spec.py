@@ -62,7 +62,7 @@ class PolicySpec:
 
     def __post_init__(self) -> None:
         """Expand a `~` in the adapter's path."""
-        if self.initial_adapter is not None and self.initial_adapter.startswith("~"):
+        if isinstance(self.initial_adapter, str) and self.initial_adapter.startswith("~"):
             expanded = str(Path(self.initial_adapter).expanduser())
             object.__setattr__(self, "initial_adapter", expanded)
 

@@ -430,7 +430,8 @@ def test_read_broken_file_names_it_and_the_cause(
     message = message_of(source)
     assert f"data={source!r} cannot be read (" in message
     assert cause in message
-    assert "check that the file is whole and of the kind its name says" in message
+    cells = "double quotes" if "cells, the header" in cause or "3 cells" in cause else ""
+    assert (cells or "check that the file is whole and of the kind its name says") in message
 
 
 def test_read_parquet_cut_short_names_it(write: Callable[..., str]) -> None:

@@ -68,7 +68,7 @@ def test_notes_of_many_columns_stay_short():
         (90, 10, 3, 10, "skip", None),  # of a sample of 10: 0.9 × 0.7 = 0.63 is left
         (90, 10, 5, 10, "skip", "more than half"),
         (1, 99, 0, 1, "skip_any", None),
-        (0, 9, 0, 0, "skip_any", "raise data.max_prompt_tokens"),
+        (0, 9, 0, 0, "skip_any", "correct the rows"),
         (2, 0, 2, 2, "skip_any", "raise data.max_prompt_tokens"),
         (9, 1, 0, 9, "refuse", "or skip them with data.bad_rows: skip"),
         (9, 0, 1, 9, "refuse", "or skip them with data.bad_rows: skip"),
@@ -76,7 +76,7 @@ def test_notes_of_many_columns_stay_short():
 )
 def test_more_than_half_lost_is_refused(good, bad, unfit, tried, bad_rows, fix):
     found = report(good, *map(no_answer, range(bad)))
-    long = [BadRow(i, "a prompt that is too long: 9 tokens") for i in range(unfit)]
+    long = [BadRow(i, "a prompt that is too long: 9 tokens", 9) for i in range(unfit)]
     if fix is None:
         said = checked_bad_rows(found, long, tried, bad_rows)
         assert said is not None
