@@ -131,7 +131,7 @@ class PromptFormat:
     def template_hash(self) -> str | None:
         """SHA-256 of the chat template, its variables and what becomes of thoughts.
 
-        None without a template, where thoughts are refused. The date is no part of it.
+        None without a template, where thoughts are refused. The date is excluded.
         """
         template = self.tokenizer.chat_template
         if self.thoughts != "refuse":

@@ -17,7 +17,7 @@ class GenerationSettings:
     """How opponents' responses are sampled.
 
     The theory of self-play holds for temperature 1 without truncation. Other settings sample from
-    another distribution than the one whose log-probs the loss uses; the log then says so.
+    a different distribution than the loss assumes, and a note is logged.
 
     Attributes:
         batch_tokens: Maximum number of padded tokens decoded at once; default None derives it from
