@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from spin_lightning.errors import RunFolderError
@@ -77,6 +78,16 @@ def read_safely(trainer: L.Trainer) -> None:
 def write_lineage(checkpoint: dict[str, Any], run: RunFolder, iterate: int) -> None:
     """Store in a checkpoint which iterate of which run it continues from."""
     checkpoint[_LINEAGE] = _lineage(run, iterate)
+
+
+def drop_timers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+    """Remove the time used so far: `max_time` is a limit of each start, as in a job's queue.
+
+    Otherwise each further start of a run whose time was up would end after one batch.
+    """
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    for timer in timers:
+        checkpoint["callbacks"].pop(timer.state_key, None)
 
 
 def check_lineage_of(checkpoint: Mapping[str, Any], run: RunFolder) -> None:

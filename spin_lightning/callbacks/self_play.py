@@ -10,7 +10,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from spin_lightning.callbacks.checkpoints import check_lineage_of, read_safely, write_lineage
+from spin_lightning.callbacks.checkpoints import (
+    check_lineage_of,
+    drop_timers,
+    read_safely,
+    write_lineage,
+)
 from spin_lightning.callbacks.console import console
 from spin_lightning.callbacks.early import EarlySteps
 from spin_lightning.callbacks.guard import RunGuard
@@ -37,6 +42,7 @@ from spin_lightning.callbacks.requirements import (
 from spin_lightning.callbacks.row_making import DryRunFinished, RowMaker, ScratchRun
 from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
+from spin_lightning.callbacks.unfinished import is_unfinished, stop_unfinished
 from spin_lightning.callbacks.validating import validate_ended_epoch, validate_now
 from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.modules.checks import check_precision
@@ -86,6 +92,10 @@ class SelfPlay(Callback):
         self.pairs_shown = pairs_shown
         self.guard = RunGuard(checkpoint_minutes, checkpoint_steps)
         self.run: RunFolder | None = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Set the state of one fit to its start."""
         self._iterates = 0
         self._limit: int | float | None = None
         self._iterate_step = 0
@@ -101,6 +111,9 @@ class SelfPlay(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the run folder, and check all that can be checked before weights are read."""
+        if stage == "fit":
+            self.run = None
+            self._start_over()
         run = self.run or RunFolder(trainer.strategy.broadcast(run_root(trainer, pl_module)))
         if self.dry_run and stage == "fit" and not run.known_iterates():
             run = self._scratch.open(trainer)
@@ -111,6 +124,7 @@ class SelfPlay(Callback):
         if stage != "fit":
             return
         self._iterates = session.module.check_trainer()
+        session.module.forget_earlier_fit()
         check_strategy(trainer.strategy)
         check_validation(session, self._iterates)
         check_objective(session.module)
@@ -131,6 +145,7 @@ class SelfPlay(Callback):
         """Keep iterate 0, and make the current iterate's missing rows."""
         session = self._session(trainer, pl_module)
         run, module = session.run, session.module
+        module.was_fitted = True
         # The checkpoint to resume from is not set before this point.
         check_start(run, trainer.ckpt_path)
         if trainer.ckpt_path is not None:
@@ -186,6 +201,8 @@ class SelfPlay(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last epoch of an iterate, keep it and make the next one's rows."""
         session = self._session(trainer, pl_module)
+        if is_unfinished(trainer, session.module.iterate):
+            stop_unfinished(trainer, session.module.iterate, self.guard, session.run)
         log_epoch_loss(session.module)
         if (trainer.current_epoch + 1) % session.module.epochs_per_iterate == 0:
             self._finish_iterate(session)
@@ -222,6 +239,7 @@ class SelfPlay(Callback):
         """Store which iterate of which run the checkpoint continues from."""
         session = self._session(trainer, pl_module)
         write_lineage(checkpoint, session.run, session.module.iterate)
+        drop_timers(checkpoint, trainer)
         checkpoint[_LOG] = self._log.state(trainer, session.run)
 
     def on_load_checkpoint(

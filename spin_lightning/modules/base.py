@@ -158,13 +158,19 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.epochs_per_iterate = epochs_per_iterate
         self.schedule_epochs = epochs_per_iterate if schedule_epochs is None else schedule_epochs
         self.max_skipped_batches = max_skipped_batches
-        self.skipped_batches = skipping.SkippedBatches(max_skipped_batches)
         self.generation = generation
+        self.val_metrics = PairMetrics()
+        self._start_over()
+        check_ranges(self)
+
+    def _start_over(self) -> None:
+        """Set the state of training to its start."""
         self.iterate = 0
+        self.skipped_batches = skipping.SkippedBatches(self.max_skipped_batches)
         self.epoch_loss = EpochLoss()
         self._open_gradients: Mapping[str, Tensor] = {}
-        self.val_metrics = PairMetrics()
-        check_ranges(self)
+        self.was_fitted = False  # whether SelfPlay may have changed the weights
+        self.val_metrics.reset()
 
     # ------------------------------------------------------------------ what a variant defines
 
@@ -273,6 +279,12 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Load the policy; further calls do nothing."""
         if "policy" not in self._modules:
             self.policy = self.make_policy()
+
+    def forget_earlier_fit(self) -> None:
+        """Drop what another fit trained: a fit starts from the settings or from a checkpoint."""
+        if self.was_fitted:
+            self._modules.pop("policy", None)
+            self._start_over()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build a fresh optimizer and schedule for the iterate in training."""

@@ -21,10 +21,12 @@ def iterates_to_play(trainer: L.Trainer, epochs_per_iterate: int) -> int:
     """Number of iterates in a Trainer's `max_epochs`.
 
     Raises:
-        SettingError: `max_epochs` is missing or not a multiple of `epochs_per_iterate`, a setting
-            cuts epochs short or repeats batches, or the precision is not 32-true.
+        SettingError: The Trainer has trained before, `max_epochs` is missing or not a multiple of
+            `epochs_per_iterate`, a setting cuts epochs short or repeats batches, or the precision
+            is not 32-true.
     """
     check_precision(trainer)
+    _check_new(trainer)
     # Connectors set these two, where mypy does not see them.
     fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     repeats_batches = trainer.overfit_batches != 0  # type: ignore[attr-defined]
@@ -62,6 +64,19 @@ def iterates_to_play(trainer: L.Trainer, epochs_per_iterate: int) -> int:
             fix=f"set it to {epochs - epochs % epochs_per_iterate + epochs_per_iterate}",
         )
     return int(epochs // epochs_per_iterate)
+
+
+def _check_new(trainer: L.Trainer) -> None:
+    """Refuse a Trainer that has trained before: its counts of epochs and steps would go on."""
+    if trainer.fit_loop.epoch_progress.total.ready:
+        raise SettingError(
+            "trainer",
+            type(trainer).__name__,
+            f"it has run a fit before, to epoch {trainer.current_epoch} of {trainer.max_epochs}, "
+            "and would go on counting from there",
+            fix="build a new Trainer: with another default_root_dir for a new run, or with the "
+            "same one and fit(ckpt_path='<run folder>/checkpoints/last.ckpt') to continue the run",
+        )
 
 
 def check_precision(trainer: L.Trainer) -> None:
