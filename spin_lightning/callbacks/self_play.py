@@ -19,6 +19,7 @@ from spin_lightning.callbacks.iterates import (
     draw_curves,
     keep_iterate,
     keep_start,
+    keep_training_time,
     measure,
     measure_training_rows,
     name_states,
@@ -37,7 +38,7 @@ from spin_lightning.callbacks.requirements import (
 from spin_lightning.callbacks.row_making import DryRunFinished, RowMaker, ScratchRun
 from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
-from spin_lightning.callbacks.validating import validate_ended_epoch, validate_now
+from spin_lightning.callbacks.validating import AsTrained, validate_ended_epoch, validate_now
 from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.modules.checks import check_precision
 from spin_lightning.modules.step_log import log_epoch_loss
@@ -96,6 +97,7 @@ class SelfPlay(Callback):
         self._scratch = ScratchRun()
         self._log_state: dict[str, Any] | None = None
         self._maker: RowMaker | None = None
+        self._as_trained = AsTrained()
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -109,6 +111,8 @@ class SelfPlay(Callback):
         read_safely(trainer)
         check_precision(trainer)
         if stage != "fit":
+            if trainer.ckpt_path is None:
+                self._as_trained.start(session)
             return
         self._iterates = session.module.check_trainer()
         check_strategy(trainer.strategy)
@@ -196,6 +200,7 @@ class SelfPlay(Callback):
         """Draw the curves over the iterates."""
         session = self._session(trainer, pl_module)
         self._catch_up(session)
+        self._clock.stop()
         if self._limit is not None:
             trainer.limit_train_batches = self._limit
             self._limit = None
@@ -206,13 +211,17 @@ class SelfPlay(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Release the run folder, and end the ranks that would wait for this one."""
+        if self._maker is not None and isinstance(exception, KeyboardInterrupt):
+            keep_training_time(self._session(trainer, pl_module), self._rows.times, self._clock)
         self.guard.close(trainer, exception)
+        self._as_trained.end(pl_module)
         if isinstance(exception, KeyboardInterrupt) and self.run and not self.dry_run:
             rank_zero_info(how_to_continue(self.run))
         self._scratch.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Release the run folder."""
+        self._as_trained.end(pl_module)
         self.guard.close(trainer)
         self._scratch.close()
 
@@ -221,6 +230,8 @@ class SelfPlay(Callback):
     ) -> None:
         """Store which iterate of which run the checkpoint continues from."""
         session = self._session(trainer, pl_module)
+        if self._maker is not None and trainer.global_step > self._iterate_step:
+            keep_training_time(session, self._rows.times, self._clock)
         write_lineage(checkpoint, session.run, session.module.iterate)
         checkpoint[_LOG] = self._log.state(trainer, session.run)
 
@@ -231,6 +242,8 @@ class SelfPlay(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             check_lineage_of(checkpoint, self._run)
             self._log_state = checkpoint.get(_LOG)
+        else:
+            self._as_trained.start(self._session(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
@@ -269,7 +282,7 @@ class SelfPlay(Callback):
         """Keep the policy as the next iterate and move on to it. Doing it twice is harmless."""
         trainer, module = session.trainer, session.module
         check_weights(module.policy, module.iterate)
-        training = training_record(session, self._rows.timing, self._clock, self._early)
+        training = training_record(session, self._rows.times, self._clock, self._early)
         self._iterate_step = trainer.global_step
         if trainer.is_global_zero:
             keep_iterate(session, module.iterate + 1, self._iterate_step, training)

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from spin_lightning.data.data_record import length_columns
 from spin_lightning.evaluation.results import label_order, score_lines
 from spin_lightning.report.figures import (
     COLORS,
@@ -64,6 +65,8 @@ def make_page(views: Sequence[RunView], version: str) -> Page:
         ],
         "samples": _samples(views),
         "tells": tells_of_runs({view.name: view for view in views}),
+        "data": [{"name": v.name, "sources": v.data} for v in views if v.data],
+        "length_columns": length_columns(),
         "timings": _timings(views),
         "differences": config_differences(views) if len(views) > 1 else [],
     }
@@ -75,6 +78,7 @@ def make_page(views: Sequence[RunView], version: str) -> Page:
         *((part["short"], part["id"], True) for part in values["histograms"]),
         ("Samples", "samples", values["samples"]),
         ("What tells them apart", "tells", values["tells"]),
+        ("Data", "data", values["data"]),
         ("Time and memory", "time", values["timings"]),
         ("Settings", "settings", values["differences"]),
     ]
