@@ -114,9 +114,11 @@ class DataRecord:
             ValueError: A field is missing or has an invalid value.
         """
         known = check_fields(content, _RULES, required=_RULES)
-        for table in (known["files"], known["lengths"]):
-            for row in table:
-                check_fields({"row": row}, {"row": TEXTS})
+        for name, size in (("files", 4), ("lengths", len(length_columns()))):
+            for row in known[name]:
+                check_fields({name: row}, {name: TEXTS})
+                if len(row) != size:
+                    raise ValueError(f"its {name!r} has a row of {len(row)} cells, not {size}")
         examples = [check_fields(e, _EXAMPLE_RULES, _EXAMPLE_RULES) for e in known["examples"]]
         shown = [ShownExample(**{name: e[name] for name in _EXAMPLE_RULES}) for e in examples]
         return cls(**{**{name: known[name] for name in _RULES}, "examples": shown})

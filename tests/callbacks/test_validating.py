@@ -139,7 +139,9 @@ def test_mixture_of_all_iterates_is_the_one_that_trained_the_last(
 ):
     play(tmp_path, tiny_model_dir, data, variant=FictitiousSPIN, epochs=3)
     run = RunFolder(tmp_path)
-    module = FictitiousSPIN(str(tiny_model_dir), learning_rate=3e-3, generation={"unit_size": 32})
+    module = FictitiousSPIN(
+        model=str(tiny_model_dir), learning_rate=3e-3, generation={"unit_size": 32}
+    )
     with caplog.at_level("INFO"):
         found = validate(tmp_path, module, data, ckpt_path=run.last_checkpoint)
     training = run.record(3).training

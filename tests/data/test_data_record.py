@@ -89,6 +89,7 @@ def test_examples_are_chosen_from_beginning_middle_and_end():
         {"sources": {}},
         {"sources": [{}]},
         {"sources": [{**DataRecord.of(overview()).to_json(), "files": [[1]]}]},
+        {"sources": [{**DataRecord.of(overview()).to_json(), "lengths": [["prompt", "3"]]}]},
         {"sources": [{**DataRecord.of(overview()).to_json(), "examples": [{"title": "x"}]}]},
     ],
 )

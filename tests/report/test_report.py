@@ -170,13 +170,24 @@ def test_time_and_memory_of_every_iterate_are_shown(page):
     assert len(re.findall(r"<td>[\d.]+ GiB</td>", part)) == 8
 
 
+def test_cards_of_one_metric_say_which_settings_differ_between_runs(two_runs, tmp_path):
+    for run, limit in zip(two_runs, (None, 20), strict=True):
+        shutil.rmtree(run.evaluations)
+        write_result(run, result_of(run, 0, 0.5, {"harness": "lm_eval 1", "limit": limit}))
+    page = write_report(read_runs(two_runs), tmp_path / "out").read_text()
+    section = page.split('id="evaluation"')[1].split("<h2")[0]
+    titles = re.findall(r"<h3>(.*?)</h3>", section)
+    assert titles == ["lm_eval/task/acc (no limit)", "lm_eval/task/acc (limit 20)"]
+    assert 'class="best"' not in section, "there is nothing to compare"
+
+
 def test_page_shows_the_data_as_they_were_read(page):
     section = page.split('id="data"')[1].split("<h2")[0]
     assert section.count("120 rows read with 120 examples, 120 used.") == 2, "one card per run"
     assert "Columns (rows with a value): prompt (120), response (120). Not used: none." in section
-    assert len(re.findall(r'<pre><span class="prompt">', section)) == 6
-    # The first example's response, and the id of the stop token.
-    assert '<span class="stop">&lt;/s&gt; (id 2)</span>' in section
+    assert section.count('<dd class="prompt">') == 6
+    assert section.count("<tr><td>over the cap</td><td>0</td><td>0</td></tr>") == 2
+    assert '<dd class="stop">&lt;/s&gt; (id 2)</dd>' in section
     assert "examples.jsonl" in section
 
 
