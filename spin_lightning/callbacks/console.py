@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ _COLUMNS: tuple[tuple[str, int, str], ...] = (
     ("score s", 7, ".1f"),
     ("train s", 7, ".1f"),
 )
+# Which columns a narrow terminal lacks, in the order in which they go.
+_DROPPED_FIRST = ("score s", "gen s", "train s", "rows", "opponent", "gen/real len", "loss")
 
 
 def show_iterates(records: Sequence[IterateRecord]) -> None:
@@ -59,6 +62,9 @@ def show_iterates(records: Sequence[IterateRecord]) -> None:
         for column in _COLUMNS
         if column[0] != _EXACT or any(line[_EXACT] is not None for line in cells)
     ]
+    for name in _DROPPED_FIRST:
+        if sum(width + 2 for _, width, _ in shown) - 2 > console.width:
+            shown = [column for column in shown if column[0] != name]
     console.print("  ".join(f"{name:>{width}}" for name, width, _ in shown), style="bold")
     for line in cells:
         console.print("  ".join(_cell(line[name], width, form) for name, width, form in shown))
@@ -111,11 +117,35 @@ class ParameterCount(ModelSummary):
 
 
 def show_table(rows: Sequence[Sequence[str]]) -> None:
-    """Show rows of text as a table; the first row is its head."""
-    table = Table(*rows[0])
+    """Show rows of text as a table; the first row is its head.
+
+    Where the terminal is too narrow, iterates between the first and the newest are left out.
+    """
+    shown = fitting_columns(rows, console.width)
+    table = Table()
+    for i in shown:
+        table.add_column(rows[0][i], overflow="fold")
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*(Text(row[i]) for i in shown))
     console.print(table)
+    left_out = [name for i, name in enumerate(rows[0]) if i not in shown]
+    if left_out:
+        console.print(f"Left out, since the terminal is narrow: {', '.join(left_out)}.")
+
+
+def fitting_columns(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Indices of the columns of a table that fit in a width, in characters.
+
+    Columns that are not an iterate's stay, and so do those of the first and of the last iterate.
+    """
+    shown = list(range(len(rows[0])))
+    # A blank on both sides of a cell, and lines between and around them.
+    widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]
+    iterates = [i for i in shown if re.fullmatch(r"p\d+", rows[0][i])]
+    for i in iterates[1:-1]:
+        if sum(widths[k] for k in shown) + 1 > width:
+            shown.remove(i)
+    return shown
 
 
 def show_samples(pairs: Sequence[tuple[str, str, str]]) -> None:

@@ -16,13 +16,13 @@ from spin_lightning.callbacks.interfaces import IterateEvaluator, IterateListene
 from spin_lightning.callbacks.log_samples import log_samples, log_tells
 from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows, peak_memory
 from spin_lightning.callbacks.run_log import RunLog
+from spin_lightning.callbacks.run_times import RunTimes, Spent
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.report.cue_words import best_cue_line, clear_cues, special_ids
 from spin_lightning.report.report import draw_iterates
 from spin_lightning.report.samples import sample_pairs
 from spin_lightning.report.verdicts import find_verdicts
-from spin_lightning.rows.making import Timing
 from spin_lightning.rows.plan import RowPlan, redrawn
 from spin_lightning.rows.store import read_rows
 from spin_lightning.rows.tells import find_tells
@@ -36,23 +36,28 @@ _PAIRS_LOGGED = 20
 
 @dataclass
 class TrainingClock:
-    """When this process started to train the current iterate.
+    """When the stretch of training began whose time is not yet counted.
 
     Attributes:
-        since: Time, seconds of `time.perf_counter`.
+        since: Time, seconds of `time.perf_counter`; None while nothing is trained.
         step: Optimizer step.
     """
 
-    since: float = 0.0
+    since: float | None = None
     step: int = 0
 
     def restart(self, step: int) -> None:
         """Start again, now, at this optimizer step."""
         self.since, self.step = time.perf_counter(), step
 
+    def stop(self) -> None:
+        """Count no time until the next start."""
+        self.since = None
+
 
 def keep_start(session: Session) -> None:
-    """Write the tokenizer, with the chat template as used, and iterate 0."""
+    """Write the tokenizer, with the chat template as used, the data's record and iterate 0."""
+    write_json(session.run.data, {"sources": session.data.records()})
     tokenizer = session.run.tokenizer
     with writing(tokenizer):
         session.text_format.tokenizer.save_pretrained(tokenizer)
@@ -162,19 +167,22 @@ def name_states(session: Session, named: set[str]) -> None:
 
 
 def training_record(
-    session: Session, timing: Timing, clock: TrainingClock, early: EarlySteps
+    session: Session, times: RunTimes, clock: TrainingClock, early: EarlySteps
 ) -> TrainingRecord:
     """Describe how the iterate that just ended was trained.
 
     Args:
         session: The session.
-        timing: What this process generated and scored for it.
-        clock: When this process started to train it.
+        times: What it took, summed over all starts of the run.
+        clock: When the stretch of training began that is not in `times` yet; it is stopped.
         early: What its first tenth was like.
     """
     module, trainer = session.module, session.trainer
     opponent = module.opponent(module.iterate)
-    trained = _trained(session, clock)
+    keep_training_time(session, times, clock)
+    clock.stop()
+    spent = times.spent_on(module.iterate + 1)
+    trained = _trained(session, spent)
 
     def metric(name: str) -> float | None:
         value = trainer.callback_metrics.get(name)
@@ -188,11 +196,11 @@ def training_record(
         margin=metric("val/rewards/margins"),
         accuracy=metric("val/rewards/accuracies"),
         seconds={
-            "generating": timing.generating,
-            "scoring": timing.scoring,
-            "training": trained.seconds,
+            "generating": spent.generating,
+            "scoring": spent.scoring,
+            "training": spent.training,
         },
-        speed=measure_speed(timing, trained, module.policy_spec.base, trainer.strategy.root_device),
+        speed=measure_speed(spent, trained, module.policy_spec.base, trainer.strategy.root_device),
         peak_memory=peak_memory(),
         early=early.means(),
     )
@@ -206,18 +214,30 @@ def draw_curves(session: Session) -> None:
         console.print(f"Picture: {picture}")
 
 
-def _trained(session: Session, clock: TrainingClock) -> Trained:
-    """What this process trained of the iterate that just ended."""
+def keep_training_time(session: Session, times: RunTimes, clock: TrainingClock) -> None:
+    """Count the stretch of training since the clock's start, and restart the clock.
+
+    Does nothing while nothing is trained.
+    """
+    if clock.since is None:
+        return
     seconds = time.perf_counter() - clock.since
     trainer, data, t = session.trainer, session.data, session.module.iterate
-    in_steps = (
-        (trainer.global_step - clock.step) * trainer.accumulate_grad_batches * data.batch_size
-    )
-    in_epochs = data.rows_at(t) * session.module.epochs_per_iterate / trainer.world_size
+    steps = trainer.global_step - clock.step
+    rows = steps * trainer.accumulate_grad_batches * data.batch_size
+    times.train(t + 1, seconds, rows)
+    clock.restart(trainer.global_step)
+
+
+def _trained(session: Session, spent: Spent) -> Trained:
+    """What this process trained of the iterate that just ended."""
+    module, t = session.module, session.module.iterate
+    in_epochs = session.data.rows_at(t) * module.epochs_per_iterate / session.trainer.world_size
     rows = session.run.record(t).rows or {}
     return Trained(
-        seconds=seconds,
-        rows=min(in_steps, in_epochs),
+        seconds=spent.training,
+        # Without rows that a crash lost, and those that the last batch of an epoch lacks.
+        rows=min(spent.trained_rows, in_epochs),
         prompt_tokens=rows.get("rows/prompt_tokens", 0.0),
         response_tokens=rows.get("rows/real_tokens", 0.0) + rows.get("rows/generated_tokens", 0.0),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +12,10 @@ import lightning as L
 
 from spin_lightning.callbacks.console import RowProgress, console
 from spin_lightning.callbacks.guard import RunGuard
+from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
 from spin_lightning.mixtures import latest
-from spin_lightning.rows.making import Synthesis, Timing, finish, is_finished
+from spin_lightning.rows.making import Reporter, Synthesis, Timing, finish, is_finished
 from spin_lightning.rows.manifest import MANIFEST, read_manifest
 from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowPlan, RowSettings, plan_rows
 from spin_lightning.rows.store import read_rows
@@ -59,6 +60,7 @@ class RowMaker:
         dry_run: Stop after the first work unit of training rows.
         estimated: Whether the duration of the run was estimated before.
         timing: What was made here and how long it took.
+        times: What each iterate took, summed over all starts of the run.
     """
 
     session: Session
@@ -67,6 +69,12 @@ class RowMaker:
     dry_run: bool = False
     estimated: bool = False
     timing: Timing = field(default_factory=Timing)
+    times: RunTimes = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read what earlier starts of the run took."""
+        kept = self.session.trainer.is_global_zero and not self.dry_run
+        self.times = RunTimes.of(self.session.run, kept=kept)
 
     def make_val(self, fields: dict[str, Any]) -> None:
         """Answer the held-out examples with the newest iterate, and score for every comparison.
@@ -164,7 +172,7 @@ class RowMaker:
                 plan,
                 examples,
                 folder,
-                _Both(progress, self.timing),
+                _All((progress, self.timing, *([self.times.making(plan.iterate + 1)] * estimate))),
                 earlier=earlier,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
@@ -206,15 +214,14 @@ class RowMaker:
 
 
 @dataclass(frozen=True)
-class _Both:
-    """Reports progress to the bars and to the timing."""
+class _All:
+    """Passes progress on to several reporters."""
 
-    progress: RowProgress
-    timing: Timing
+    reporters: Sequence[Reporter]
 
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
-        self.progress.advance(stage, rows, seconds, tokens)
-        self.timing.advance(stage, rows, seconds, tokens)
+        for reporter in self.reporters:
+            reporter.advance(stage, rows, seconds, tokens)
 
 
 def _minutes(seconds: float) -> str:

@@ -24,6 +24,7 @@ from spin_lightning.callbacks.iterates import (
     draw_curves,
     keep_iterate,
     keep_start,
+    keep_training_time,
     measure,
     measure_training_rows,
     name_states,
@@ -43,7 +44,7 @@ from spin_lightning.callbacks.row_making import DryRunFinished, RowMaker, Scratc
 from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.unfinished import is_unfinished, stop_unfinished
-from spin_lightning.callbacks.validating import validate_ended_epoch, validate_now
+from spin_lightning.callbacks.validating import AsTrained, validate_ended_epoch, validate_now
 from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.modules.checks import check_precision
 from spin_lightning.modules.step_log import log_epoch_loss
@@ -92,6 +93,7 @@ class SelfPlay(Callback):
         self.pairs_shown = pairs_shown
         self.guard = RunGuard(checkpoint_minutes, checkpoint_steps)
         self.run: RunFolder | None = None
+        self._as_trained = AsTrained()
         self._start_over()
 
     def _start_over(self) -> None:
@@ -122,6 +124,8 @@ class SelfPlay(Callback):
         read_safely(trainer)
         check_precision(trainer)
         if stage != "fit":
+            if trainer.ckpt_path is None:
+                self._as_trained.start(session)
             return
         self._iterates = session.module.check_trainer()
         session.module.forget_earlier_fit()
@@ -213,6 +217,7 @@ class SelfPlay(Callback):
         """Draw the curves over the iterates."""
         session = self._session(trainer, pl_module)
         self._catch_up(session)
+        self._clock.stop()
         if self._limit is not None:
             trainer.limit_train_batches = self._limit
             self._limit = None
@@ -223,13 +228,17 @@ class SelfPlay(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Release the run folder, and end the ranks that would wait for this one."""
+        if self._maker is not None and isinstance(exception, KeyboardInterrupt):
+            keep_training_time(self._session(trainer, pl_module), self._rows.times, self._clock)
         self.guard.close(trainer, exception)
+        self._as_trained.end(pl_module)
         if isinstance(exception, KeyboardInterrupt) and self.run and not self.dry_run:
             rank_zero_info(how_to_continue(self.run))
         self._scratch.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Release the run folder."""
+        self._as_trained.end(pl_module)
         self.guard.close(trainer)
         self._scratch.close()
 
@@ -238,6 +247,8 @@ class SelfPlay(Callback):
     ) -> None:
         """Store which iterate of which run the checkpoint continues from."""
         session = self._session(trainer, pl_module)
+        if self._maker is not None and trainer.global_step > self._iterate_step:
+            keep_training_time(session, self._rows.times, self._clock)
         write_lineage(checkpoint, session.run, session.module.iterate)
         drop_timers(checkpoint, trainer)
         checkpoint[_LOG] = self._log.state(trainer, session.run)
@@ -249,6 +260,8 @@ class SelfPlay(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             check_lineage_of(checkpoint, self._run)
             self._log_state = checkpoint.get(_LOG)
+        else:
+            self._as_trained.start(self._session(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides the module's own state."""
@@ -287,7 +300,7 @@ class SelfPlay(Callback):
         """Keep the policy as the next iterate and move on to it. Doing it twice is harmless."""
         trainer, module = session.trainer, session.module
         check_weights(module.policy, module.iterate)
-        training = training_record(session, self._rows.timing, self._clock, self._early)
+        training = training_record(session, self._rows.times, self._clock, self._early)
         self._iterate_step = trainer.global_step
         if trainer.is_global_zero:
             keep_iterate(session, module.iterate + 1, self._iterate_step, training)

@@ -1,8 +1,15 @@
-"""Validation outside Lightning's own schedule."""
+"""Validation outside Lightning's own schedule, and of finished iterates."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from spin_lightning.callbacks.session import Session
+from spin_lightning.modules.base import SelfPlayModule
 
 
 def validate_ended_epoch(trainer: L.Trainer) -> None:
@@ -27,3 +34,42 @@ def validate_now(trainer: L.Trainer) -> None:
     trainer.validating = True
     loop.run()
     trainer.training = True
+
+
+class AsTrained:
+    """Lets `Trainer.validate` measure a finished iterate as its own training did.
+
+    A policy that equals iterate t is at the start of training iterate t + 1, whose reference may be
+    iterate t itself: every margin is then 0, and the loss log 2. So it is validated like at the end
+    of its training: on the pairs of iterate t - 1, with that reference and beta.
+    """
+
+    def __init__(self) -> None:
+        """Change nothing yet."""
+        self._iterate: int | None = None
+
+    def start(self, session: Session) -> None:
+        """Set the module back by one iterate, if its policy is a finished iterate."""
+        module, t = session.module, session.module.iterate
+        if t == 0 or not _is_iterate(session, t):
+            return
+        self._iterate, module.iterate = t, t - 1
+        rank_zero_info(
+            f"Iterate {t} is finished. It is validated as at the end of its training: on held-out "
+            f"pairs of iterate {t - 1}, against the reference {module.reference(t - 1)}."
+        )
+
+    def end(self, module: L.LightningModule) -> None:
+        """Set the module to its iterate again; a second call does nothing."""
+        if self._iterate is not None:
+            assert isinstance(module, SelfPlayModule), "start() got it"
+            module.iterate, self._iterate = self._iterate, None
+
+
+def _is_iterate(session: Session, t: int) -> bool:
+    """Whether the module's policy is iterate t of the run, bit by bit."""
+    run, policy = session.run, session.module._modules.get("policy")
+    if policy is None or t not in run.known_iterates():
+        return False
+    with TemporaryDirectory(prefix="spin-lightning-validate-") as folder:
+        return session.module.policy.snapshot(Path(folder)) == dict(run.record(t).files)

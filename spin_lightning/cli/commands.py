@@ -163,8 +163,9 @@ def data(args: list[str]) -> None:
         raise SpinError("nothing to read", fix="give --data and --model, or --config")
 
     from spin_lightning.callbacks.console import console, quiet_libraries
-    from spin_lightning.cli.data_page import DataPage, chosen
+    from spin_lightning.cli.data_page import DataPage
     from spin_lightning.cli.fit import data_and_model
+    from spin_lightning.data.data_record import chosen
 
     quiet_libraries()
     settings = {

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning import keyed
 from spin_lightning.data.collate import collate
+from spin_lightning.data.data_record import DataRecord, chosen
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
 from spin_lightning.data.examples import ExampleReader, check_ids, content_hash
 from spin_lightning.data.formats import Turns, read_data
@@ -199,6 +200,15 @@ class SelfPlayDataModule(L.LightningDataModule):
         self.val, overview = reader.read(self.val_data, "val_data", limit)
         self.overviews.append(overview)
         return f"{len(self.val)} examples of {source_name(self.val_data)}"
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was read from each source, with three examples, as plain values for the report."""
+        assert self.format is not None, "setup() chose it"
+        shown = (self.train, self.val)
+        return [
+            DataRecord.of(overview, chosen(examples), self.format.tokenizer).to_json()
+            for overview, examples in zip(self.overviews, shown, strict=False)
+        ]
 
     def read_conversations(
         self, source: object, setting: str

@@ -143,6 +143,11 @@ def score_lines(results: Sequence[Result]) -> list[ScoreLine]:
         lower = name in group[0].lower_is_better
         best = _best({label: score for label, (score, _) in scores.items()}, lower=lower)
         lines.append(ScoreLine(f"{benchmark}/{name}", group[0].settings, scores, best))
+    return told_apart(lines)
+
+
+def told_apart(lines: Sequence[ScoreLine]) -> list[ScoreLine]:
+    """The lines, each with the settings that tell it apart from others of its metric."""
     return [replace(line, apart=_apart(line, lines)) for line in lines]
 
 

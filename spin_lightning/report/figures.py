@@ -33,6 +33,8 @@ def draw_curve(axes: Axes, measure: Measure, histories: Mapping[str, Records]) -
     """Draw a metric over the iterates, with its standard errors if there are any."""
     for i, (name, records) in enumerate(histories.items()):
         values = points(records, measure.name)
+        if not values:
+            continue
         errors = points(records, f"{measure.name}_error")
         axes.errorbar(
             list(values),

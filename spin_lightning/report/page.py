@@ -13,7 +13,8 @@ from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from spin_lightning.evaluation.results import label_order, score_lines
+from spin_lightning.data.data_record import length_columns
+from spin_lightning.evaluation.results import ScoreLine, label_order, score_lines, told_apart
 from spin_lightning.report.figures import (
     COLORS,
     curve_figure,
@@ -64,6 +65,8 @@ def make_page(views: Sequence[RunView], version: str) -> Page:
         ],
         "samples": _samples(views),
         "tells": tells_of_runs({view.name: view for view in views}),
+        "data": [{"name": v.name, "sources": v.data} for v in views if v.data],
+        "length_columns": length_columns(),
         "timings": _timings(views),
         "differences": config_differences(views) if len(views) > 1 else [],
     }
@@ -75,6 +78,7 @@ def make_page(views: Sequence[RunView], version: str) -> Page:
         *((part["short"], part["id"], True) for part in values["histograms"]),
         ("Samples", "samples", values["samples"]),
         ("What tells them apart", "tells", values["tells"]),
+        ("Data", "data", values["data"]),
         ("Time and memory", "time", values["timings"]),
         ("Settings", "settings", values["differences"]),
     ]
@@ -146,16 +150,18 @@ def _curves(views: Sequence[RunView], figures: dict[str, Figure]) -> Iterator[di
 
 def _evaluations(views: Sequence[RunView]) -> list[dict[str, Any]]:
     """A card per metric and settings; iterates down, runs across."""
-    cards: dict[tuple[str, str], dict[str, Any]] = {}
+    cards: dict[tuple[str, str], dict[str, ScoreLine]] = {}
     for view in views:
         for line in score_lines(view.results):
             key = (line.metric, fingerprint(line.settings))
-            card = cards.setdefault(key, {"line": line, "runs": {}})
-            card["runs"][view.name] = line
-    return [_evaluation(card["line"].metric, card["runs"]) for card in cards.values()]
+            cards.setdefault(key, {})[view.name] = line
+    first = told_apart([next(iter(lines.values())) for lines in cards.values()])
+    return [
+        _evaluation(line.name, lines) for line, lines in zip(first, cards.values(), strict=True)
+    ]
 
 
-def _evaluation(metric: str, lines: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(name: str, lines: Mapping[str, ScoreLine]) -> dict[str, Any]:
     labels = {label for line in lines.values() for label in line.scores}
     rows = []
     for label in sorted(labels, key=label_order):
@@ -173,7 +179,7 @@ def _evaluation(metric: str, lines: Mapping[str, Any]) -> dict[str, Any]:
             )
         rows.append((label, cells))
     settings = next(iter(lines.values())).settings
-    return {"metric": metric, "runs": list(lines), "rows": rows, "settings": _in_a_line(settings)}
+    return {"metric": name, "runs": list(lines), "rows": rows, "settings": _in_a_line(settings)}
 
 
 def _in_a_line(settings: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from spin_lightning.data.data_record import DataRecord, read_data_records
 from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.results import Result, read_results
 from spin_lightning.report.cue_words import special_ids
@@ -20,7 +21,7 @@ from spin_lightning.report.samples import PromptSamples, samples_of_prompts
 from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.store import RowTable, read_rows
 from spin_lightning.rows.tells import Tells, find_tells
-from spin_lightning.run.files import reading
+from spin_lightning.run.files import read_json, reading
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import BestRecord, IterateRecord
 
@@ -39,6 +40,7 @@ class RunView:
         best: The best iterate, if the run has ranked them.
         tables: Held-out rows by the iterate that answered them, as far as there are any.
         results: Its scores on benchmarks.
+        data: What was read from its data sources; empty for a run of an older version.
     """
 
     name: str
@@ -47,6 +49,7 @@ class RunView:
     best: BestRecord | None
     tables: Mapping[int, RowTable]
     results: Sequence[Result]
+    data: Sequence[DataRecord]
 
     @property
     def variant(self) -> str:
@@ -130,7 +133,9 @@ def _read(name: str, run: RunFolder) -> RunView:
     records = read_records(run)
     folders = {record.index: run.val_rows(record.index) for record in records}
     tables = {t: read_rows(folder) for t, folder in folders.items() if read_manifest(folder)}
-    return RunView(name, run, records, run.best_record(), tables, read_results(run, records))
+    fix = "delete it: the report then has no section on the data"
+    data = read_json(run.data, fix, read_data_records) if run.data.exists() else []
+    return RunView(name, run, records, run.best_record(), tables, read_results(run, records), data)
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:

@@ -48,6 +48,16 @@ class RunFolder:
         return self.root / "checkpoints" / "last.ckpt"
 
     @property
+    def data(self) -> Path:
+        """What was read from the data sources, for the report; older runs have none."""
+        return self.root / "data.json"
+
+    @property
+    def times(self) -> Path:
+        """Seconds and work of each iterate, summed over all starts of the run."""
+        return self.root / "times.json"
+
+    @property
     def report(self) -> Path:
         """Pictures and tables."""
         return self.root / "report"

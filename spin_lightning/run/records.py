@@ -33,7 +33,7 @@ class TrainingRecord:
         loss: Mean loss of the last epoch; None where Lightning has no figure.
         margin: Mean reward margin of the held-out pairs, in units of beta times nats.
         accuracy: Share of held-out pairs whose real response has the larger reward.
-        seconds: Time of each stage (generating, scoring, training).
+        seconds: Time of each stage (generating, scoring, training), over all starts of the run.
         speed: Metrics of speed, see `callbacks.speed`; older versions did not record them.
         peak_memory: Bytes.
         early: Mean `accuracy` and `loss` of the batches in the second half of the iterate's first

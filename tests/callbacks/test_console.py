@@ -7,7 +7,13 @@ import sys
 import pytest
 from transformers.utils.logging import set_tqdm_hook, tqdm
 
-from spin_lightning.callbacks.console import quiet_libraries, show_iterates
+from spin_lightning.callbacks.console import (
+    console,
+    fitting_columns,
+    quiet_libraries,
+    show_iterates,
+    show_table,
+)
 from spin_lightning.run.records import IterateRecord, TrainingRecord
 from tests.cli.test_fit import fit_arguments
 from tests.faults.processes import environment
@@ -77,3 +83,30 @@ def test_exact_kl_is_a_column_only_where_it_is_known(capsys):
     head, first, second = capsys.readouterr().out.splitlines()
     assert "exact KL" in head
     assert (first.split().count("-"), second.split().count("0.2500")) == (11, 1)
+
+
+def test_table_of_iterates_fits_a_narrow_terminal(monkeypatch, capsys):
+    record = IterateRecord(1, training=TrainingRecord("p0", "p0", 9, 0.5, 1.0, 1.0))
+    for width, gone in ((160, ()), (80, ("gen s", "score s", "train s")), (60, ("opponent",))):
+        monkeypatch.setattr(console, "width", width)
+        show_iterates([record])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width
+        assert not any(name in lines[0] for name in gone)
+        assert "val NLL" in lines[0]
+    assert "margin" in lines[0]
+
+
+def test_table_leaves_out_iterates_between_the_first_and_the_newest(monkeypatch, capsys):
+    # Columns of 6 + 3, 3 + 3 and 6 + 3 characters each, and one line at the end.
+    rows = [["metric", "run", "p0", "p1", "p2", "p3"], ["m", "r", *["0.1234"] * 4]]
+    assert fitting_columns(rows, 9 + 6 + 4 * 9 + 1) == [0, 1, 2, 3, 4, 5]
+    assert fitting_columns(rows, 9 + 6 + 4 * 9) == [0, 1, 2, 4, 5]
+    assert fitting_columns(rows, 9 + 6 + 3 * 9) == [0, 1, 2, 5]
+    assert fitting_columns(rows, 10) == [0, 1, 2, 5]
+    assert fitting_columns([["a", "b"], ["1", "2"]], 3) == [0, 1]
+    monkeypatch.setattr(console, "width", 42)
+    show_table(rows)
+    shown = capsys.readouterr().out
+    assert "Left out, since the terminal is narrow: p1, p2." in shown
+    assert max(map(len, shown.splitlines()[:5])) <= 42

@@ -24,11 +24,13 @@ def test_fit_leaves_config_logs_and_checkpoint_in_the_run_folder(finished):
     assert names == {
         "checkpoints",
         "config.yaml",
+        "data.json",
         "iterates",
         "metrics.csv",
         "report",
         "rows",
         "tensorboard",
+        "times.json",
         "tokenizer",
     }
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["last.ckpt"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.contestants import iterate_contestant
 from spin_lightning.evaluation.results import Result, write_result
 from spin_lightning.report.measures import MEASURES
@@ -167,6 +168,42 @@ def test_time_and_memory_of_every_iterate_are_shown(page):
     part = page.split('id="time"')[1]
     assert re.findall(r"<td>p(\d)</td>", part) == ["1", "2", "3", "4"] * 2
     assert len(re.findall(r"<td>[\d.]+ GiB</td>", part)) == 8
+
+
+def test_cards_of_one_metric_say_which_settings_differ_between_runs(two_runs, tmp_path):
+    for run, limit in zip(two_runs, (None, 20), strict=True):
+        shutil.rmtree(run.evaluations)
+        write_result(run, result_of(run, 0, 0.5, {"harness": "lm_eval 1", "limit": limit}))
+    page = write_report(read_runs(two_runs), tmp_path / "out").read_text()
+    section = page.split('id="evaluation"')[1].split("<h2")[0]
+    titles = re.findall(r"<h3>(.*?)</h3>", section)
+    assert titles == ["lm_eval/task/acc (no limit)", "lm_eval/task/acc (limit 20)"]
+    assert 'class="best"' not in section, "there is nothing to compare"
+
+
+def test_page_shows_the_data_as_they_were_read(page):
+    section = page.split('id="data"')[1].split("<h2")[0]
+    assert section.count("120 rows read with 120 examples, 120 used.") == 2, "one card per run"
+    assert "Columns (rows with a value): prompt (120), response (120). Not used: none." in section
+    assert section.count('<dd class="prompt">') == 6
+    assert section.count("<tr><td>over the cap</td><td>0</td><td>0</td></tr>") == 2
+    assert '<dd class="stop">&lt;/s&gt; (id 2)</dd>' in section
+    assert "examples.jsonl" in section
+
+
+def test_run_of_an_older_version_has_a_report_without_its_data(finished_run, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished_run.root, run.root)
+    run.data.unlink()
+    assert 'id="data"' not in write_report(read_runs([run]), tmp_path / "out").read_text()
+
+
+def test_damaged_record_of_the_data_names_the_file_and_the_fix(finished_run, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished_run.root, run.root)
+    run.data.write_text('{"sources": [{}]}')
+    with pytest.raises(RunFolderError, match=r"data\.json is damaged .* Fix: delete it"):
+        read_runs([run])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
