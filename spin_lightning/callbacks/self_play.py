@@ -92,12 +92,12 @@ class SelfPlay(Callback):
         self.dry_run = dry_run
         self.pairs_shown = pairs_shown
         self.guard = RunGuard(checkpoint_minutes, checkpoint_steps)
-        self.run: RunFolder | None = None
         self._as_trained = AsTrained()
         self._start_over()
 
     def _start_over(self) -> None:
         """Set the state of one fit to its start."""
+        self.run: RunFolder | None = None
         self._iterates = 0
         self._limit: int | float | None = None
         self._iterate_step = 0
@@ -114,7 +114,6 @@ class SelfPlay(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the run folder, and check all that can be checked before weights are read."""
         if stage == "fit":
-            self.run = None
             self._start_over()
         run = self.run or RunFolder(trainer.strategy.broadcast(run_root(trainer, pl_module)))
         if self.dry_run and stage == "fit" and not run.known_iterates():
