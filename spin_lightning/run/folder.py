@@ -13,6 +13,7 @@ from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.fingerprint import file_hash, folder_hashes
 from spin_lightning.run.records import BestRecord, IterateRecord
+from spin_lightning.run.row_folder import held_out_rows
 
 ITERATE_FILE = "iterate.json"
 _ITERATE_NAME = re.compile(r"iterate_(\d{3,9})")
@@ -71,7 +72,7 @@ class RunFolder:
 
     def val_rows(self, t: int) -> Path:
         """Folder of the held-out rows, answered by iterate t."""
-        return self.rows(t) / "val"
+        return held_out_rows(self.rows(t))
 
     def known_iterates(self) -> list[int]:
         """Indices of the iterates on disk, ascending."""
