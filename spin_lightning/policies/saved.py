@@ -244,9 +244,9 @@ def _base_path(run: RunFolder, name: str, *, is_folder: bool) -> str:
         raise SettingError(
             "model",
             name,
-            f"the base model of {run.root} is not there",
-            fix="if it was moved, put a link to it there, or change base.name in "
-            f"{run.iterates / 'iterate_*' / ITERATE_FILE}",
+            f"the base model of {run.root} is not in this folder any more",
+            fix=f"if it was moved, link it there: ln -s <its new folder> {name}; or write its new "
+            f"path as base.name into each {run.iterates / 'iterate_*' / ITERATE_FILE}",
         )
     return name
 

@@ -167,8 +167,8 @@ class RunFolder:
                 "iterate",
                 name,
                 "there is no such iterate",
-                fix="give the number of an iterate, best, last, or where several may be named "
-                "mixture (of all iterates) or all",
+                fix="give the number of an iterate, best or last; load_iterate and evaluate also "
+                "take mixture (of all iterates), evaluate also all",
             )
         return int(name)
 
@@ -232,7 +232,7 @@ class RunFolder:
         if not file.exists():
             raise RunFolderError(
                 f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
-                fix="name one of these, or a run folder with an iterates folder in it",
+                fix="give one of these numbers, best or last; or correct the path of the run folder",
             )
         return file
 
