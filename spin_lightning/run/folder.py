@@ -232,7 +232,7 @@ class RunFolder:
         if not file.exists():
             raise RunFolderError(
                 f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
-                fix="give one of these numbers, best or last; or correct the path of the run folder",
+                fix="give one of these numbers, best or last, or correct the run folder",
             )
         return file
 
