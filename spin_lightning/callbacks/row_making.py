@@ -16,10 +16,11 @@ from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
 from spin_lightning.mixtures import latest
 from spin_lightning.rows.making import Reporter, Synthesis, Timing, finish, is_finished
-from spin_lightning.rows.manifest import MANIFEST, read_manifest
+from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowPlan, RowSettings, plan_rows
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.row_folder import manifest_path
 from spin_lightning.types import Example
 
 
@@ -161,7 +162,7 @@ class RowMaker:
             return
         if trainer.is_global_zero:
             # Rows of another plan, after a change of alpha for example, are regenerated.
-            (folder / MANIFEST).unlink(missing_ok=True)
+            manifest_path(folder).unlink(missing_ok=True)
         before = folder_of(plan.iterate - 1)
         is_there = plan.iterate > 0 and (plan.coupling or read_manifest(before))
         earlier = EarlierRows(read_rows(before)) if is_there else NO_ROWS

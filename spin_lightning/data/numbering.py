@@ -18,11 +18,6 @@ def example_id(row: int, answers_after: int = 0) -> int:
     return row + _ROWS * answers_after
 
 
-def row_of(example_id: int) -> int:
-    """Row of the source, from 0, that an example comes from."""
-    return example_id % _ROWS
-
-
 def place(example_id: int) -> str:
     """Name an example to the user.
 

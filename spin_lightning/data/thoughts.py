@@ -14,7 +14,7 @@ THOUGHTS: tuple[str, ...] = get_args(Thoughts)
 
 # A message's keys that templates read a thought from.
 _KEYS = ("reasoning_content", "thinking", "reasoning")
-_OPENS, _CLOSES = "<think>", "</think>"
+_OPENS, _CLOSES = THOUGHT_MARKS = "<think>", "</think>"
 _THOUGHT_FIRST = re.compile(rf"\s*{_OPENS}(.*?){_CLOSES}\s*(.*)\Z", re.DOTALL)
 
 _REFUSED = (
@@ -118,6 +118,20 @@ def thinking_message(spoken: Spoken, *, in_text: bool) -> Message:
         # transformers copies it to the other keys that templates read.
         message["reasoning_content"] = thought
     return message
+
+
+def spoken_answer(text: str) -> str:
+    """What a generated text says after its thought; empty if the thought does not end.
+
+    >>> spoken_answer("<think>2 and 2</think> 4")
+    '4'
+    >>> spoken_answer("<think>2 and")
+    ''
+    """
+    thought, closed, answer = text.partition(_CLOSES)
+    if closed:
+        return answer.strip()
+    return "" if thought.lstrip().startswith(_OPENS) else text
 
 
 def _without_thought(turn: Message) -> Message:

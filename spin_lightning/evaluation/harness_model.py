@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -14,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import keyed
+from spin_lightning.data.templates import ChatTemplate
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.mixture_model import by_member, write_by_member
@@ -88,6 +92,24 @@ class PolicyLM(HFLM):
             return texts
 
         return write_by_member(self.policy, [self._drawn(r) for r in requests], write)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation, also by templates that read contents as lists of parts."""
+        turns: list[Any] = list(chat_history)
+        if self._reads_parts:
+            turns = [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+                for turn in chat_history
+            ]
+        text: str = HFLM.apply_chat_template(self, turns, add_generation_prompt)
+        return text
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template is one of those of vision models, which would lose a plain text."""
+        return ChatTemplate.of(self.tokenizer, dt.date.today()).parts
 
     def _mixed(self, scores: Mapping[int, Sequence[float]]) -> list[float]:
         """log sum_i w_i exp(score_i) of each request, nats, from the scores of each member."""

@@ -19,6 +19,7 @@ from spin_lightning.rows.suspects import (
     too_many_skipped,
     write_suspects,
 )
+from spin_lightning.run.row_folder import about
 from spin_lightning.types import PairBatch, PairLogps
 
 
@@ -126,7 +127,7 @@ def _report(
         return []
     suspects = suspects_of_batch(batch, logps)
     rank, step = trainer.global_rank, trainer.global_step
-    folder = datamodule_of(trainer).rows_folder(context.iterate)
+    folder = about(datamodule_of(trainer).rows_folder(context.iterate))
     path = folder / f"not_finite-step_{step:06d}-rank_{rank}.json"
     write_suspects(
         path,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from spin_lightning.errors import SettingError, first_line
 from spin_lightning.frozen_linear import freeze_linear
+from spin_lightning.policies.adapter_check import check_none_loaded
 from spin_lightning.policies.causality import check_causal
 from spin_lightning.policies.pretrained import FrozenBase, check_quantizable, load_config
 
@@ -45,7 +46,8 @@ def read_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTraine
     """Read the frozen base as transformers does, in eval mode and without gradients.
 
     Raises:
-        SettingError: bitsandbytes cannot quantize this model, or its weights cannot be read.
+        SettingError: bitsandbytes cannot quantize this model, its weights cannot be read, or they
+            come with an adapter.
     """
     check_quantizable(base)
     try:
@@ -65,6 +67,7 @@ def read_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTraine
     except Exception as error:
         raise _unreadable(base, first_line(error)) from error
     model: PreTrainedModel = loaded[0]
+    check_none_loaded(base, model)
     if missing := sorted(loaded[1]["missing_keys"]):
         # transformers only logs this and initializes them at random.
         raise _unreadable(base, f"{len(missing)} tensors are missing, such as {missing[0]}")

@@ -20,12 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
+from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spin_lightning.policies.base import Policy, RowRouting
 from spin_lightning.policies.loading import adapter_name, load_base, quiet_peft
 from spin_lightning.policies.lora_settings import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     LoraSettings,
+    adapter_base,
     check_embeddings,
 )
 from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
@@ -153,7 +153,10 @@ class LoraPolicy(Policy):
             except SafetensorError as error:
                 # It carries the error of the disk as text only.
                 raise OSError(_os_errno(error), first_line(error)) from error
-        write_json(folder / ADAPTER_CONFIG, _plain(self.model.peft_config[_TRAINED]))
+        write_json(
+            folder / ADAPTER_CONFIG,
+            {**_plain(self.model.peft_config[_TRAINED]), **adapter_base(self.base)},
+        )
         return {name: file_hash(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
 
     def use_iterates(self, folders: Mapping[int, Path]) -> None:

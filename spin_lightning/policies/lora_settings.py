@@ -20,14 +20,13 @@ from spin_lightning.errors import (
     is_number,
     is_whole,
 )
+from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spin_lightning.policies.pretrained import FrozenBase, skeleton
 
 # Importing peft takes more than a second, which a help text should not have to wait for.
 if TYPE_CHECKING:
     import peft
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Initializations that subtract the adapter's start from the base's weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PREFIX = "base_model.model."
@@ -109,9 +108,14 @@ class LoraSettings:
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base.name,
+            base_model_name_or_path=base.name,  # as the loaded model's, or PEFT warns
             revision=base.revision,
         )
+
+
+def adapter_base(base: FrozenBase) -> dict[str, str | None]:
+    """The fields with which PEFT finds an adapter's base again, from any working directory."""
+    return {"base_model_name_or_path": base.absolute.name, "revision": base.revision}
 
 
 def check_adapter(base: FrozenBase, lora: LoraSettings, initial_adapter: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.errors import SettingError, first_line
+from spin_lightning.policies.adapter_check import check_no_adapter
 from spin_lightning.run.fingerprint import folder_hashes
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -98,14 +98,14 @@ def load_config(base: FrozenBase) -> PretrainedConfig:
     """Read the model's configuration, with every dropout of the base switched off.
 
     Raises:
-        SettingError: The model cannot be read, or the folder holds an adapter.
+        SettingError: The model cannot be read, or it holds an adapter.
     """
     return _load_config(base, _files(base))
 
 
 @cache
 def _load_config(base: FrozenBase, _files_read: Files) -> PretrainedConfig:
-    _check_no_adapter(base)
+    check_no_adapter(base)
     try:
         config = AutoConfig.from_pretrained(base.name, **base.source)
     # A config class may raise anything at unexpected values.
@@ -121,33 +121,6 @@ def _load_config(base: FrozenBase, _files_read: Files) -> PretrainedConfig:
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
-
-
-def _check_no_adapter(base: FrozenBase) -> None:
-    """Refuse a folder with an adapter, which transformers would load into the model unasked."""
-    folder = Path(base.name)
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return
-    if (folder / "config.json").is_file():
-        raise SettingError(
-            "model",
-            base.name,
-            "the folder holds a model and an adapter (adapter_config.json), which transformers "
-            "would load unasked: base and iterates would be different models from call to call",
-            fix="move adapter_config.json and adapter_model.safetensors into a folder of their own "
-            "and start from it with --model.initial_adapter <that folder>, or delete them",
-        )
-    try:
-        own = json.loads(file.read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError):  # no JSON, or no object
-        own = None
-    raise SettingError(
-        "model",
-        base.name,
-        "it is an adapter, not a model",
-        fix=f"give --model.model {own or '<its base model>'} --model.initial_adapter {base.name}",
-    )
 
 
 def load_tokenizer(base: FrozenBase) -> PreTrainedTokenizerBase:

@@ -14,13 +14,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spin_lightning.errors import RunFolderError, SettingError, first_line, is_whole
 from spin_lightning.mixtures import Mixture, uniform
+from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spin_lightning.policies.loading import load_with_adapter
 from spin_lightning.policies.lora import LoraPolicy
-from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
+from spin_lightning.policies.lora_settings import LoraSettings, adapter_base
 from spin_lightning.policies.merging import carry_stop_ids, write_merged
 from spin_lightning.policies.mixture_model import MixtureModel
 from spin_lightning.policies.pretrained import FrozenBase, generation_config
+from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.folder import ITERATE_FILE, RunFolder
+
+_RESTORE = "restore it from a copy of the run"
 
 
 def load_iterate(
@@ -158,8 +162,9 @@ def export_iterate(
         if merge:
             _merge_into(staged, base, adapter, stops, notify)
         else:
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                shutil.copy2(run.iterate(t) / name, staged / name)
+            shutil.copy2(run.iterate(t) / ADAPTER_WEIGHTS, staged / ADAPTER_WEIGHTS)
+            config = read_json(run.iterate(t) / ADAPTER_CONFIG, _RESTORE, dict)
+            write_json(staged / ADAPTER_CONFIG, {**config, **adapter_base(base)})
             generation = generation_config(base)
             generation.eos_token_id = stops or generation.eos_token_id
             generation.save_pretrained(staged)
@@ -239,9 +244,9 @@ def _base_path(run: RunFolder, name: str, *, is_folder: bool) -> str:
         raise SettingError(
             "model",
             name,
-            f"the base model of {run.root} is not there",
-            fix="if it was moved, put a link to it there, or change base.name in "
-            f"{run.iterates / 'iterate_*' / ITERATE_FILE}",
+            f"the base model of {run.root} is not in this folder any more",
+            fix=f"if it was moved, link it there: ln -s <its new folder> {name}; or write its new "
+            f"path as base.name into each {run.iterates / 'iterate_*' / ITERATE_FILE}",
         )
     return name
 

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def load_rows(run_dir: str | Path, t: int, *, held_out: bool = False) -> pd.DataFrame:
+def load_rows(run_dir: str | Path, t: int | str, *, held_out: bool = False) -> pd.DataFrame:
     """Load the rows that were made at iterate t, one per generated response.
 
     Args:
         run_dir: The run folder.
-        t: Index of the iterate; its rows train iterate t + 1.
+        t: Index of the iterate, "best" or "last"; its rows train iterate t + 1, and the last
+            one has held-out rows alone.
         held_out: Load the held-out rows that iterate t answered instead.
 
     Returns:
@@ -26,9 +27,11 @@ def load_rows(run_dir: str | Path, t: int, *, held_out: bool = False) -> pd.Data
         then the stored columns (docs/metrics.md, "Columns of the rows").
 
     Raises:
+        SettingError: There is no such name.
         RunFolderError: The run has no such rows, or they are not finished.
     """
     run = RunFolder(Path(run_dir))
+    t = run.index_of(t)
     frame = read_parts(run.val_rows(t) if held_out else run.rows(t)).to_pandas()
     tokenizer = load_tokenizer(run.root)
     for place, name in enumerate(("prompt", "real", "generated")):

@@ -28,6 +28,7 @@ from spin_lightning.rows.store import (
     write_part,
 )
 from spin_lightning.rows.suspects import check_rows
+from spin_lightning.run.row_folder import about
 from spin_lightning.types import Example, PolicyId, Row
 
 # The head's logits are the largest tensor of a padded scoring pass: a batch has at most 2^27 of
@@ -134,7 +135,7 @@ class Synthesis:
             else:
                 rows = self._unit(plan, draws, earlier, report)
                 made = f"scoring rows of iterate {plan.iterate}, work unit {unit}"
-                check_rows(rows, folder / f"not_finite-{unit:05d}.json", made)
+                check_rows(rows, about(folder) / f"not_finite-{unit:05d}.json", made)
                 write_part(folder, unit, rows, self.generator.deviations)
             yield unit
 

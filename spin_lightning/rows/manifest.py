@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from spin_lightning.errors import RunFolderError
 from spin_lightning.run.files import read_json, reading, write_json
+from spin_lightning.run.row_folder import manifest_path
 from spin_lightning.run.validation import (
     COUNT,
     FILE_HASHES,
@@ -21,7 +22,6 @@ from spin_lightning.run.validation import (
     optional,
 )
 
-MANIFEST: Final = "manifest.json"
 SCHEMA_VERSION: Final = 1
 
 
@@ -107,7 +107,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Mark the rows of a folder as complete."""
-    write_json(folder / MANIFEST, manifest.to_json())
+    write_json(manifest_path(folder), manifest.to_json())
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         RunFolderError: It is damaged, or of another schema version.
     """
-    path = folder / MANIFEST
+    path = manifest_path(folder)
     if not path.exists():
         return None
     fix = "delete it and start the same command again: complete parts are kept"

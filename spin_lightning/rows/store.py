@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spin_lightning.errors import RunFolderError
-from spin_lightning.rows.manifest import MANIFEST, Manifest, read_manifest
+from spin_lightning.rows.manifest import Manifest, read_manifest
 from spin_lightning.run.files import damaged, reading, replace_synced, writing
 from spin_lightning.run.fingerprint import file_hash
+from spin_lightning.run.row_folder import MANIFEST, manifest_path
 from spin_lightning.types import Row
 
 _LOG = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ def write_part(
     path = part_path(folder, unit)
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        # (A name that readers of the folder skip, should it be left by a crash.)
+        temporary = path.with_name(f".{path.name}.tmp")
         # Page checksums reveal a flipped bit while there is no manifest yet.
         pq.write_table(table, temporary, write_page_checksum=True)
         replace_synced(temporary, path)
@@ -217,7 +219,7 @@ def _read_finished(folder: Path) -> tuple[pa.Table, Manifest]:
     if len(table) != manifest.rows:
         raise RunFolderError(
             f"{folder} has {len(table)} rows, but its manifest lists {manifest.rows}",
-            fix=f"delete {folder / MANIFEST} and start the run again",
+            fix=f"delete {manifest_path(folder)} and start the run again",
         )
     return table, manifest
 

@@ -110,9 +110,10 @@ def _tells(sides: Sides[Ragged], size: int) -> tuple[Tell, ...]:
     with np.errstate(invalid="ignore", divide="ignore"):
         z = np.nan_to_num((real / n.real - generated / n.generated) / np.sqrt(variance))
     threshold = NormalDist().inv_cdf(1 - _FALSE_ALARM / 2 / max(len(grams), 1))
-    order = np.argsort(-z, kind="stable")
-    real_ones = [i for i in order[:_SHOWN] if z[i] > threshold]
-    generated_ones = [i for i in order[::-1][:_SHOWN] if z[i] < -threshold]
+    clear = np.flatnonzero(np.abs(z) > threshold)
+    order = clear[np.argsort(-z[clear], kind="stable")]
+    real_ones = [i for i in order[:_SHOWN] if z[i] > 0]
+    generated_ones = [i for i in order[::-1][:_SHOWN] if z[i] < 0]
     return tuple(
         Tell(
             _ids_of(int(grams[i]), size, vocabulary),
@@ -141,14 +142,25 @@ def _presence(side: Ragged, size: int, vocabulary: int) -> tuple[NDArray[Any], N
     keys = np.zeros(len(rows), dtype=np.int64)
     for place in range(size):
         keys = keys * vocabulary + side.values[start + place]
-    space = vocabulary**size
-    return np.unique(_distinct(rows * space + keys) % space, return_counts=True)
+    # One sort for both: the n-gram first, so that the rows of each lie together.
+    keys *= len(side)
+    keys += rows
+    grams = _distinct(keys) // max(len(side), 1)
+    first = np.flatnonzero(_differs_from_last(grams))
+    return grams[first], np.diff(first, append=len(grams))
 
 
 def _distinct(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each key once, ascending; the argument is sorted."""
     # Sorting is several times faster than the hash table of np.unique.
-    keys = np.sort(keys)
-    return keys[np.diff(keys, prepend=-1) != 0]
+    keys.sort()
+    return keys[_differs_from_last(keys)]
+
+
+def _differs_from_last(keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    differs = np.ones(len(keys), dtype=bool)
+    np.not_equal(keys[1:], keys[:-1], out=differs[1:])
+    return differs
 
 
 def _aligned(

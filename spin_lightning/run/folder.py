@@ -13,6 +13,7 @@ from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.fingerprint import file_hash, folder_hashes
 from spin_lightning.run.records import BestRecord, IterateRecord
+from spin_lightning.run.row_folder import held_out_rows
 
 ITERATE_FILE = "iterate.json"
 _ITERATE_NAME = re.compile(r"iterate_(\d{3,9})")
@@ -81,7 +82,7 @@ class RunFolder:
 
     def val_rows(self, t: int) -> Path:
         """Folder of the held-out rows, answered by iterate t."""
-        return self.rows(t) / "val"
+        return held_out_rows(self.rows(t))
 
     def known_iterates(self) -> list[int]:
         """Indices of the iterates on disk, ascending."""
@@ -176,8 +177,8 @@ class RunFolder:
                 "iterate",
                 name,
                 "there is no such iterate",
-                fix="give the number of an iterate, best, last, or where several may be named "
-                "mixture (of all iterates) or all",
+                fix="give the number of an iterate, best or last; load_iterate and evaluate also "
+                "take mixture (of all iterates), evaluate also all",
             )
         return int(name)
 
@@ -241,7 +242,7 @@ class RunFolder:
         if not file.exists():
             raise RunFolderError(
                 f"{self.root} has no iterate {t}; it has {self.known_iterates() or 'none'}",
-                fix="name one of these, or a run folder with an iterates folder in it",
+                fix="give one of these numbers, best or last, or correct the run folder",
             )
         return file
 

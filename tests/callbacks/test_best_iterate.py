@@ -86,6 +86,6 @@ def test_run_that_gets_worse_stops_and_stays_stopped(tiny_model_dir, tmp_path):
         )
         assert run.known_iterates() == [0, 1]
         assert run.best() == 0
-        assert not (run.rows(1) / "manifest.json").exists()
+        assert not (run.rows(1) / "__about__/manifest.json").exists()
     model, _ = load_iterate(root, "best")
     assert not hasattr(model, "peft_config")

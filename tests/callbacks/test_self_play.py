@@ -93,11 +93,13 @@ def test_run_folder_finished_holds_what_the_architecture_says(finished):
         names = {p.name for p in run.iterate(t).iterdir()}
         assert names == {"adapter_config.json", "adapter_model.safetensors", "iterate.json"}
     for t in (0, 1, 2):
-        manifest = json.loads((run.rows(t) / "manifest.json").read_text())
+        manifest = json.loads((run.rows(t) / "__about__/manifest.json").read_text())
         assert manifest["opponent"] == {str(t): 1.0}
         assert manifest["members"] == [t]
-    assert not (run.rows(3) / "manifest.json").exists(), "nothing is trained on rows of the last"
-    assert (run.val_rows(3) / "manifest.json").exists(), "but its held-out rows are made"
+    assert not (run.rows(3) / "__about__/manifest.json").exists(), (
+        "nothing is trained on rows of the last"
+    )
+    assert (run.val_rows(3) / "__about__/manifest.json").exists(), "but its held-out rows are made"
     assert run.last_checkpoint.exists()
     assert (run.report / "iterates.png").stat().st_size > 10_000
     assert not list(finished.rglob("*.tmp"))
@@ -140,7 +142,7 @@ def test_rows_of_every_iterate_recompute_with_transformers_and_peft_alone(finish
                     start = len(row["prompt_ids"])
                     by_hand = sum(float(logps[s - 1, ids[s]]) for s in range(start, len(ids)))
                     assert row[f"member_{side}_logps"][place] == pytest.approx(by_hand, abs=1e-3)
-                stops = json.loads((folder / "manifest.json").read_text())
+                stops = json.loads((folder / "__about__/manifest.json").read_text())
                 eos = stops["fingerprint_fields"]["stop_ids"]
                 hits = [s for s, token in enumerate(row["generated_ids"]) if token in eos]
                 assert hits == ([len(row["generated_ids"]) - 1] if row["finished"] else [])

@@ -179,7 +179,9 @@ class DecayingSPIN(SelfPlayModule):
         tmp_path / "run", tiny_model_dir, data, "--model", "my_variants.DecayingSPIN"
     )
     spin(*arguments, "--model.decay", "0.25")
-    manifest = yaml.safe_load((tmp_path / "run/rows/iterate_001/manifest.json").read_text())
+    manifest = yaml.safe_load(
+        (tmp_path / "run/rows/iterate_001/__about__/manifest.json").read_text()
+    )
     assert manifest["opponent"] == pytest.approx({"0": 0.2, "1": 0.8})
     assert manifest["members"] == [0, 1]
     assert manifest["fingerprint_fields"]["decay"] == 0.25

@@ -27,6 +27,17 @@ from spin_lightning.policies.saved import export_iterate, load_policy, load_toke
 from spin_lightning.run.folder import RunFolder
 from tests.toys.runs import play, write_examples
 
+# The same text, from contents as lists of parts and from plain ones.
+PARTS = (
+    "{% for m in messages %}{{ '[' + m.role + '] ' }}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+TEXT = (
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
 
 @pytest.fixture
 def run(finished_run, tmp_path) -> RunFolder:
@@ -268,3 +279,32 @@ def test_task_without_its_data_is_named(run, toy_tasks, tmp_path):
     yaml.write_text(yaml.read_text().replace("choices.jsonl", "nowhere.jsonl"))
     with pytest.raises(DataError, match="toy_choice"):
         evaluate(run, ["0"], tmp_path / "tasks")
+
+
+# ------------------------------------------------------------------------------ chat templates
+
+
+def test_template_of_a_vision_model_gets_parts(run, tmp_path):
+    """Such a template writes nothing of a content that is plain text."""
+    tokenizer, policy = load_tokenizer(run.root), load_policy(run.root)
+    turns = [
+        {"role": "user", "content": "w1 w2"},
+        {"role": "assistant", "content": "w3"},
+        {"role": "user", "content": "w4"},
+    ]
+    written = {}
+    for name, template in (("parts", PARTS), ("text", TEXT)):
+        tokenizer.chat_template = template
+        model = PolicyLM(policy, tokenizer, latest(1), 1)
+        written[name] = (
+            model.apply_chat_template(turns),
+            model.apply_chat_template(turns[:2], add_generation_prompt=False),
+        )
+    assert (
+        written["parts"]
+        == written["text"]
+        == (
+            "[user] w1 w2 [assistant] w3 [user] w4 [assistant] ",
+            "[user] w1 w2 [assistant] w3",
+        )
+    )

@@ -37,7 +37,7 @@ def unchecked(rows: Callable[[pa.Table], pa.Table], **manifest: Any) -> Change:
 
     def change(path: Path) -> None:
         pq.write_table(rows(pq.read_table(path)), path)
-        edited(parts=None, **manifest)(path.with_name("manifest.json"))
+        edited(parts=None, **manifest)(path.parent / "__about__/manifest.json")
 
     return change
 
@@ -66,7 +66,7 @@ def checkpoint(change: Callable[[dict[str, Any]], Any]) -> Change:
     return rewrite
 
 
-MANIFEST = "rows/iterate_000/manifest.json"
+MANIFEST = "rows/iterate_000/__about__/manifest.json"
 PART = "rows/iterate_000/part-00001.parquet"
 ITERATE = "iterates/iterate_001/iterate.json"
 ADAPTER = "iterates/iterate_001/adapter_model.safetensors"

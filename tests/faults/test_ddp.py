@@ -42,7 +42,7 @@ def test_two_processes_make_the_rows_and_the_adapter_of_one_with_the_doubled_bat
 ):
     fit(tmp_path, tiny_model_dir, data, *ROWS, "--data.batch_size", "64")
     assert rows_of_iterate_zero(two) == rows_of_iterate_zero(tmp_path)
-    assert len(list(two.glob("rows/*/manifest.json"))) == 2
+    assert len(list(two.glob("rows/*/__about__/manifest.json"))) == 2
     one, other = (
         load_file(RunFolder(root).iterate(1) / "adapter_model.safetensors")
         for root in (tmp_path, two)

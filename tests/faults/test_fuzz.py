@@ -241,7 +241,7 @@ def test_any_bytes_in_a_run_are_read_or_refused(content, tmp_path):
     run = RunFolder(tmp_path / "run")
     files = {
         run.iterate(1) / ITERATE_FILE: lambda: run.check_iterate(1),
-        run.rows(0) / "manifest.json": lambda: read_rows(run.rows(0)),
+        run.rows(0) / "__about__/manifest.json": lambda: read_rows(run.rows(0)),
         run.iterates / "best.json": run.best,
         tmp_path / "verdicts.jsonl": lambda: read_verdicts(tmp_path / "verdicts.jsonl"),
     }

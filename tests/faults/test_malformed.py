@@ -253,7 +253,7 @@ def test_damaged_run_is_not_gone_on_with_by_the_command_line(
     damage.change(root / damage.path)
     said = refused("fit", "--config", tmp_path / "config.yaml", weights=True)
     assert [word for word in damage.words if word not in said] == []
-    assert not (root / "rows/iterate_002/manifest.json").exists()
+    assert not (root / "rows/iterate_002/__about__/manifest.json").exists()
 
 
 @pytest.mark.parametrize("damage", ADAPTERS, ids=_named)

@@ -37,6 +37,7 @@ from tests.toys.policy import sequences
 from tests.toys.runs import contents, play, write_examples
 
 ITERATES, EXAMPLES, HELD_OUT = 3, 60, 4
+HELD_OUT_ROWS = "__held_out__"
 ALPHAS, BETAS = [0.9, 0.3, 0.6], [0.1, 0.5, 1.0]
 ANCHOR, RATIO = 0.5, 2.0
 Row = dict[str, Any]
@@ -270,7 +271,8 @@ def sides(rows: list[Row]) -> dict[str, tuple[Sequence, ...]]:
 
 
 def test_rows_hold_the_log_probs_of_their_members_by_transformers_and_peft(run):
-    folders = [(t, part) for t in range(ITERATES) for part in ("", "val")] + [(ITERATES, "val")]
+    folders = [(t, part) for t in range(ITERATES) for part in ("", HELD_OUT_ROWS)]
+    folders += [(ITERATES, HELD_OUT_ROWS)]
     for t, part in folders:
         rows = run.rows(t, part)
         members, token_members = rows[0]["members"], rows[0]["token_members"]
@@ -421,7 +423,7 @@ def count_by_hand(run: Finished, part: str) -> Counter[tuple[int, int, float]]:
 
 
 def test_no_response_is_scored_twice_under_the_same_iterate(run):
-    assert run.watch.scored == count_by_hand(run, "") + count_by_hand(run, "val")
+    assert run.watch.scored == count_by_hand(run, "") + count_by_hand(run, HELD_OUT_ROWS)
 
 
 @pytest.mark.parametrize("name", ["fictitious", "reservoir"])

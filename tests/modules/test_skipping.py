@@ -38,7 +38,7 @@ def poisoned(root, model, data, poison, epochs=1, **more):
 
 
 def kept(root: Path, t: int = 0) -> list[dict]:
-    files = sorted(RunFolder(root).rows(t).glob("not_finite*.json"))
+    files = sorted(RunFolder(root).rows(t).rglob("not_finite*.json"))
     return [json.loads(file.read_text()) for file in files]
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -198,26 +197,7 @@ def test_tokenizer_of_a_module_stays_while_a_new_module_reads_the_mended_one(
     assert new.tokenizer.chat_template == "{{ messages[0].content }}"
 
 
-# ------------------------------------------------------------------------------ adapters as models
-
-
-def test_folder_with_a_model_and_an_adapter_is_refused(tiny_model_dir, tmp_path):
-    """transformers loads the adapter of such a folder without a word."""
-    folder = tmp_path / "both"
-    shutil.copytree(tiny_model_dir, folder)
-    write_adapter(tiny_model_dir, folder, seed=1)
-    with pytest.raises(SettingError, match=r"model=.*a model and an adapter.*--model.initial_ad"):
-        load_config(FrozenBase(str(folder)))
-
-
-def test_adapter_as_model_names_the_command(tiny_model_dir, tmp_path):
-    adapter = write_adapter(tiny_model_dir, tmp_path / "adapter", seed=1)
-    wanted = f"--model.model {tiny_model_dir} --model.initial_adapter {adapter}"
-    with pytest.raises(SettingError, match=rf"it is an adapter, not a model.*{re.escape(wanted)}"):
-        load_config(FrozenBase(str(adapter)))
-    (adapter / "adapter_config.json").write_text("null")
-    with pytest.raises(SettingError, match=r"--model.model <its base model> --model.initial_adap"):
-        load_config(FrozenBase(str(adapter)))
+# ------------------------------------------------------------------------------ paths
 
 
 def test_tilde_in_paths_of_model_and_adapter_is_the_home_folder(

@@ -1,14 +1,18 @@
 """Iterates of a run folder, loaded and exported."""
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings, adapter_base
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.saved import export_iterate, load_iterate
 from spin_lightning.run.folder import RunFolder
@@ -120,6 +124,48 @@ def test_relative_base_is_found_from_the_working_directory_or_the_run(
         load_iterate(run.root, 1)
     shutil.move(tmp_path / "here" / "base", run.root / "base")
     load_iterate(run.root, 1)
+
+
+@pytest.mark.parametrize("start", ["fresh", "from an adapter"])
+def test_adapters_name_their_base_by_its_absolute_path(
+    start, tiny_model_dir, tmp_path, monkeypatch
+):
+    """A PEFT folder is loaded by its base's name, from whatever folder its user is in."""
+    shutil.copytree(tiny_model_dir, tmp_path / "here" / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    # Saved beside its base, and by PEFT itself: "base" is all that it has.
+    adapter = write_adapter(Path("base"), tmp_path / "adapter", seed=1)
+    assert base_name(adapter) == "base"
+    base = FrozenBase("base", compute_dtype="float32")
+    policy = LoraPolicy(base, LoraSettings(), None if start == "fresh" else str(adapter))
+    policy.snapshot(tmp_path / "snapshot")
+    assert base_name(tmp_path / "snapshot") == str((tmp_path / "here" / "base").resolve())
+    monkeypatch.chdir(tmp_path)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "snapshot").eval()
+    wanted = plain_logits(tiny_model_dir, None if start == "fresh" else adapter)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=0)
+
+
+def test_exported_adapter_names_the_base_where_it_is_now(tiny_model_dir, tmp_path, monkeypatch):
+    """Earlier versions wrote the base's name into adapters as it was given."""
+    run = write_run(tmp_path / "run", tiny_model_dir, "none")
+    config = run.iterate(1) / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "base_model_name_or_path": "models/base"}))
+    out = export_iterate(run.root, 1, tmp_path / "out")
+    assert base_name(out) == str(tiny_model_dir.resolve())
+    exported = json.loads((out / "adapter_config.json").read_text())
+    assert {**exported, "base_model_name_or_path": fields["base_model_name_or_path"]} == fields
+
+
+def test_adapter_on_a_hub_id_names_the_hub_id_and_its_revision():
+    base = FrozenBase("owner/name", revision="v1")
+    assert adapter_base(base) == {"base_model_name_or_path": "owner/name", "revision": "v1"}
+
+
+def base_name(adapter: Path) -> str:
+    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 def test_base_is_absolute_where_it_is_a_folder(tiny_model_dir, monkeypatch):

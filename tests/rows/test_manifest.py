@@ -68,7 +68,7 @@ def write(folder: Path, content: Any) -> None:
 def test_manifest_that_is_written_is_read_back(manifest, content, tmp_path):
     assert read_manifest(tmp_path) is None
     write_manifest(tmp_path, manifest)
-    assert json.loads((tmp_path / "manifest.json").read_text()) == content
+    assert json.loads((tmp_path / "__about__/manifest.json").read_text()) == content
     assert read_manifest(tmp_path) == manifest
 
 

@@ -196,7 +196,7 @@ def test_read_rows_with_a_part_torn_is_refused(tmp_path):
 
 
 def test_read_rows_of_a_later_schema_is_refused(tmp_path):
-    path = write_rows(tmp_path, [ROW]) / "manifest.json"
+    path = write_rows(tmp_path, [ROW]) / "__about__/manifest.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(RunFolderError, match=r"2.*Fix: "):
         read_rows(tmp_path)

@@ -39,7 +39,7 @@ def test_paths_are_those_of_the_documented_layout():
         Path("r/iterates/iterate_000"),
         Path("r/iterates/iterate_012"),
         Path("r/rows/iterate_003"),
-        Path("r/rows/iterate_003/val"),
+        Path("r/rows/iterate_003/__held_out__"),
         Path("r/tokenizer"),
         Path("r/checkpoints/last.ckpt"),
         Path("r/report"),

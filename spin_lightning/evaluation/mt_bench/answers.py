@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from spin_lightning import keyed
+from spin_lightning.data.thoughts import THOUGHT_MARKS, spoken_answer
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.base import EvaluatedRun
@@ -29,7 +30,7 @@ class Answer:
     """The answers to a question.
 
     Attributes:
-        turns: The answers to both turns.
+        turns: The answers to both turns, as they were written.
         cut_off: How many of them reached the length limit.
         did_not_fit: How many are empty because their prompt fills the model's context.
     """
@@ -37,6 +38,12 @@ class Answer:
     turns: tuple[str, str]
     cut_off: int
     did_not_fit: int
+
+    @property
+    def judged(self) -> tuple[str, str]:
+        """The answers to both turns without their thoughts: what the judge reads."""
+        first, second = self.turns
+        return spoken_answer(first), spoken_answer(second)
 
 
 def answer_questions(
@@ -129,15 +136,16 @@ class _Writer:
                 dialogs[i] = (*dialogs[i], Message(role="user", content=question.turns[turn]))
             for i, response in enumerate(self._turn(questions, dialogs, turn)):
                 answers[i].append(response)
-                reply = Message(role="assistant", content=self._text(response))
+                # With its thought, if it has one: the template decides what stays of it.
+                reply = Message(role="assistant", content=self._text(response, dialogs[i]))
                 dialogs[i] = (*dialogs[i], reply)
         return [
             Answer(
-                turns=(self._text(first), self._text(second)),
-                cut_off=sum(r is not None and not r.finished for r in (first, second)),
-                did_not_fit=sum(r is None for r in (first, second)),
+                turns=(dialog[1]["content"], dialog[3]["content"]),
+                cut_off=sum(r is not None and not r.finished for r in responses),
+                did_not_fit=sum(r is None for r in responses),
             )
-            for first, second in answers
+            for dialog, responses in zip(dialogs, answers, strict=True)
         ]
 
     def _turn(
@@ -157,11 +165,20 @@ class _Writer:
         responses = dict(zip(requests, written, strict=True))
         return [responses.get(i) for i in range(len(questions))]
 
-    def _text(self, response: Response | None) -> str:
+    def _text(self, response: Response | None, dialog: tuple[Message, ...]) -> str:
+        """An answer as text, with the marks of its thought, wherever they were written."""
         if response is None:
             return ""
-        decode = self._format.tokenizer.decode
-        return str(decode(list(response.ids), skip_special_tokens=True)).strip()
+        opens, _ = THOUGHT_MARKS
+        tokenizer = self._format.tokenizer
+        added = tokenizer.get_added_vocab()
+        marks = {added[mark] for mark in THOUGHT_MARKS if mark in added}
+        hidden = set(tokenizer.all_special_ids) - marks
+        ids = [i for i in response.ids if i not in hidden]
+        text = str(tokenizer.decode(ids, skip_special_tokens=not marks & set(ids))).strip()
+        # Some templates open the thought in the prompt.
+        prompt = str(tokenizer.decode(list(self._format.prompt_ids(dialog)))).rstrip()
+        return f"{opens}\n{text}" if prompt.endswith(opens) and text else text
 
 
 def _row(key: str, contestant: Contestant, question: Question, answer: Answer) -> dict[str, Any]:

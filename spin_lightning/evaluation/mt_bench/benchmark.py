@@ -94,7 +94,7 @@ class MTBench:
     ) -> tuple[dict[str, float], tuple[str, ...], dict[str, Any]]:
         answers = self._answers(run, contestant)
         queries = [
-            self.data.single(question, turn, answers[question.question_id].turns)
+            self.data.single(question, turn, answers[question.question_id].judged)
             for question in self.data.questions
             for turn in TURNS
         ]
@@ -113,7 +113,7 @@ class MTBench:
         theirs = self._answers(run, self.versus)
         queries = []
         for question in self.data.questions:
-            us, them = mine[question.question_id].turns, theirs[question.question_id].turns
+            us, them = mine[question.question_id].judged, theirs[question.question_id].judged
             for turn in TURNS:
                 queries.append(self.data.pair(question, turn, us, them, game=1))
                 queries.append(self.data.pair(question, turn, them, us, game=2))

@@ -4,14 +4,16 @@ import json
 import shutil
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.evaluation.base import EvaluatedRun
 from spin_lightning.evaluation.contestants import contestants
 from spin_lightning.evaluation.mt_bench.answers import Answer, answer_questions
+from spin_lightning.evaluation.mt_bench.benchmark import MTBench
 from spin_lightning.evaluation.mt_bench.data import read_mt_bench
-from spin_lightning.evaluation.settings import Answering
+from spin_lightning.evaluation.settings import Answering, JudgeSettings
 from spin_lightning.generation.base import Generator, Response
 from spin_lightning.policies import lora
 from spin_lightning.policies.saved import load_policy
@@ -83,6 +85,62 @@ def test_answers_come_from_the_engine_that_is_given(run, bench, tmp_path):
         [1.0, 1],
     ]
     assert {made[:2] for made in LastWords.made_with} == {((2,), 0)}
+
+
+class Thinker(Generator):
+    """Answers every prompt with the same ids."""
+
+    ids: tuple[int, ...] = ()
+    prompts: list[tuple[int, ...]] = []  # noqa: RUF012 (read by the test)
+
+    def __init__(self, stop_ids, pad_id, settings):
+        pass
+
+    def generate(self, policy, requests):
+        self.prompts.extend(request.prompt_ids for request in requests)
+        return [Response(self.ids, finished=self.ids[-1] == 2) for _ in requests]
+
+
+# Ids 4, 5, … are w0, w1, …; <think> and </think> are added as 24 and 25.
+THOUGHTS = {
+    "no thought": ((5, 6, 2), "", "w1 w2", "w1 w2"),
+    "a thought": ((24, 5, 25, 6, 2), "", "<think> w1 </think> w2", "w2"),
+    "a thought that does not end": ((24, 5, 6), "", "<think> w1 w2", ""),
+    "opened by the template": ((5, 25, 6, 2), "<think>", "<think>\nw1 </think> w2", "w2"),
+    "opened, and does not end": ((5, 6), "<think>", "<think>\nw1 w2", ""),
+}
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("case", THOUGHTS)
+def test_judge_reads_answers_without_their_thoughts(
+    case, special, run, bench, monkeypatch, tmp_path
+):
+    ids, opening, written, judged = THOUGHTS[case]
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    marks = [AddedToken(mark, special=special) for mark in ("<think>", "</think>")]
+    tokenizer.add_tokens(marks, special_tokens=special)
+    assert tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) == [24, 25]
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ ' w1 '", f"{{{{ ' w1 {opening}'")
+    policy = load_policy(run.root)
+    monkeypatch.setattr(Thinker, "ids", ids)
+    monkeypatch.setattr(Thinker, "prompts", [])
+    (contestant,) = contestants(run, ["1"])
+    evaluated = EvaluatedRun(run, lambda: policy, tokenizer, Thinker)
+    with scripted_judge(lambda *_: (200, "[[5]]")) as judge:
+        settings = JudgeSettings(base_url=judge.base_url, model="scripted")
+        MTBench(str(bench), settings, Answering(), None).evaluate(evaluated, contestant)
+    question = read_mt_bench(str(bench)).questions[0]
+    one, two = question.turns
+    asked = [text for _, text in judge.asked]
+    assert f"Rate this.\n{one}\n---\n{judged}" in asked
+    assert f"Rate the second.\n{one}\n{judged}\n{two}\n---\n{judged}" in asked
+    # What was written is kept, and is what the second turn follows.
+    rows = (run.evaluation("iterate_001") / "mt_bench/answers.jsonl").read_text().splitlines()
+    assert {tuple(json.loads(row)["choices"][0]["turns"]) for row in rows} == {(written, written)}
+    thought = [i for i in ids if i in (24, 25)]
+    follows = [i for i in Thinker.prompts[-1] if i in (24, 25)]
+    assert follows == ([24, *thought, 24] if opening else thought)
 
 
 def _last_words(question):
