@@ -293,9 +293,14 @@ def _folder_hash(folder: Path) -> str:
 
 @contextmanager
 def _naming(task: str) -> Iterator[None]:
-    """Name the task whose data the block cannot read."""
+    """Name the task whose data cannot be read, or whose answers the model has no room for."""
     try:
         yield
+    except AssertionError as error:
+        if "max tokens to generate" not in str(error):
+            raise
+        fix = "evaluate a model with a longer context, or leave the task out"
+        raise SettingError("tasks", task, first_line(error), fix=fix) from error
     except OSError as error:
         raise DataError(
             f"the data of task {task} cannot be read ({first_line(error)})",
@@ -305,11 +310,16 @@ def _naming(task: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Log only errors of the harness, not a line for each model and task."""
+    """Log only errors of the harness, not a line for each model and task, nor a bar per file."""
+    import datasets
+
     log = logging.getLogger("lm_eval")
-    level = log.level
+    level, bars = log.level, datasets.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         log.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
