@@ -27,17 +27,6 @@ _ADVICE = {
 T = TypeVar("T")
 
 
-def cache_root() -> Path:
-    """The folder of what is made once for all runs; it need not exist yet.
-
-    `$SPIN_LIGHTNING_CACHE`, else `spin-lightning` in the user's cache folder.
-    """
-    if own := os.environ.get("SPIN_LIGHTNING_CACHE"):
-        return Path(own)
-    user = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user) if user else Path.home() / ".cache") / "spin-lightning"
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

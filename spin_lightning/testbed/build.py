@@ -19,7 +19,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from spin_lightning.data.formats import read_conversations
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import DataError, SettingError
-from spin_lightning.run.files import cache_root
 from spin_lightning.testbed.exact import token_ids
 from spin_lightning.testbed.language import Language, sample
 from spin_lightning.testbed.small_model import (
@@ -83,6 +82,14 @@ def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
             _build(made, seed)
             _publish(made, folder)
     return TestbedPaths(folder / "model", folder / "data.jsonl", folder / "language.json")
+
+
+def cache_root() -> Path:
+    """The folder of all testbeds; it need not exist yet."""
+    if own := os.environ.get("SPIN_LIGHTNING_CACHE"):
+        return Path(own)
+    user = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user) if user else Path.home() / ".cache") / "spin-lightning"
 
 
 def train_base(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.offline.files import Question
 from spin_lightning.evaluation.offline.questions import BENCHMARKS, Questions, check, questions_of
 from spin_lightning.evaluation.presets import OFFLINE_TASKS, PRESETS
-from spin_lightning.run.files import cache_root
+from spin_lightning.run.cache import cache_root, make_once
 from spin_lightning.run.fingerprint import fingerprint
 
 _PREFIX: Final = "offline_"
@@ -83,31 +81,8 @@ def offline_task(task: str, own: Path | None) -> OfflineTask:
     # The YAML names the harness's files and the folder's own, so it belongs to both places.
     root = cache_root() / _PREFIX.rstrip("_")
     folder = root / f"{data}-{fingerprint({'q': source, 'at': [str(official), str(root)]})[:16]}"
-    if not folder.is_dir():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root) as scratch:
-                made = Path(scratch) / folder.name
-                _write(task, questions, official, made, folder)
-                _publish(made, folder)
-        except OSError as error:
-            raise SettingError(
-                "cache",
-                str(root),
-                f"it cannot be written ({error.strerror})",
-                fix="set SPIN_LIGHTNING_CACHE to a folder that can be",
-            ) from error
+    make_once(folder, lambda made: _write(task, questions, official, made, folder))
     return OfflineTask(folder, source, questions.differs)
-
-
-def _publish(made: Path, folder: Path) -> None:
-    """Move a finished folder into place atomically."""
-    try:
-        made.rename(folder)
-    except OSError:
-        # Another process has written the same folder.
-        if not folder.is_dir():
-            raise
 
 
 def _harness_tasks() -> Path:
