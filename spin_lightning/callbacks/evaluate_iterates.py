@@ -32,12 +32,12 @@ class EvaluateIterates(IterateEvaluator):
 
     Args:
         tasks: Tasks of lm-evaluation-harness: names of tasks, groups or presets
-            (open_llm_leaderboard), or folders with YAML tasks.
+            (open_llm_leaderboard, offline_leaderboard), or folders with YAML tasks.
         mt_bench: Folder or hub id of MT-Bench's files; default: no MT-Bench.
         judge: Settings of `JudgeSettings`: base_url, model, key_variable and so on.
         max_new_tokens: Length limit of an answer to MT-Bench's questions.
         harness: The other settings of `HarnessSettings`: num_fewshot, limit, batch_size,
-            apply_chat_template, include_path and seed.
+            apply_chat_template, include_path, seed and offline_data.
 
     Raises:
         SettingError: There is nothing to evaluate, an extra is not installed, or a setting of the
@@ -57,9 +57,9 @@ class EvaluateIterates(IterateEvaluator):
             raise SettingError(
                 "tasks", list(tasks), "nothing to evaluate", fix="name a task, or mt_bench's files"
             )
-        if tasks:
-            check_installed()
         self._harness = HarnessSettings(tasks=tuple(tasks), **harness)
+        if tasks:
+            check_installed(self._harness)
         self._mt_bench = mt_bench
         self._judge = JudgeSettings.of(judge or {})
         self._answering = Answering(max_new_tokens=max_new_tokens)

