@@ -67,9 +67,9 @@ def open_source(source: object, setting: str) -> Opened:
     """Find the rows that a source stands for.
 
     Args:
-        source: The name of packaged data, a file, a folder, a glob, a folder that is a clone of a hub data set or that
-            `save_to_disk` wrote, each with `:split` after it or without; a hub id
-            `owner/name[/configuration][:split]`; a list of these; or an object, see `objects`.
+        source: The name of packaged data, a file, a folder, a glob, a folder that is a clone of a
+            hub data set or that `save_to_disk` wrote, each with `:split` after it or without; a hub
+            id `owner/name[/configuration][:split]`; a list of these; or an object, see `objects`.
         setting: Which setting named the source, for messages.
 
     Raises:

@@ -124,7 +124,7 @@ def test_gguf_without_the_package_names_the_command(tmp_path, monkeypatch):
 
 
 def test_gguf_that_is_not_there_is_no_hub_id():
-    with pytest.raises(SettingError, match="model='owner/name.gguf': there is no such file"):
+    with pytest.raises(SettingError, match=r"model='owner/name\.gguf': there is no such file"):
         FrozenBase("owner/name.gguf")
 
 
