@@ -1,11 +1,14 @@
 """Chats with iterates of a run."""
 
 import builtins
+import fcntl
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -207,7 +210,7 @@ def test_chat_that_cannot_be_says_what_to_do(arguments, message, finished, spin,
 
 
 @pytest.mark.parametrize("ending", ["\x04", "\x03"], ids=["ctrl-d", "ctrl-c"])
-def test_chat_typed_in_a_terminal(ending, testbed_seed_0, chat_run):
+def test_chat_typed_in_a_terminal(ending, chat_run):
     seen, process, terminal = b"", *_in_a_terminal("chat", str(chat_run), "--iterates", "2")
     try:
         for line in (b"w1 w2\r", b"w3 w4\r", ending.encode()):
@@ -228,12 +231,22 @@ def test_chat_typed_in_a_terminal(ending, testbed_seed_0, chat_run):
 def _in_a_terminal(*arguments: str) -> tuple[subprocess.Popen[bytes], int]:
     ours, theirs = pty.openpty()
     call = [sys.executable, "-m", "spin_lightning", *arguments]
-    # The terminal sends Ctrl-C to the session that it controls.
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *call], stdin=theirs, stdout=theirs, stderr=theirs
+        call,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=_take_terminal,
     )
     os.close(theirs)
     return process, ours
+
+
+def _take_terminal() -> None:
+    """Let the terminal send Ctrl-C to this process, also where the test's parent ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _until(terminal: int, end: bytes, seen: bytes) -> bytes:
