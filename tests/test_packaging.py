@@ -21,6 +21,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "AGENTS.md")
 TARGETS = [
     "help",
     "quickstart",
+    "demo",
     "test",
     "test-slow",
     "check",
@@ -120,7 +121,7 @@ def test_documents_every_config_and_notebook_exists(name):
 
 def test_makefile_runs_only_configs_that_exist():
     mentioned = set(re.findall(r"configs/[\w/]+\.yaml", document("Makefile")))
-    assert len(mentioned) == 2
+    assert len(mentioned) == 3
     assert {path for path in mentioned if not (ROOT / path).exists()} == set()
 
 

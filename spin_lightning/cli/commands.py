@@ -5,16 +5,13 @@ Each parses its arguments first and imports what it needs afterwards: a help pag
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
+from spin_lightning.cli.parsing import command_parser, run_first
 from spin_lightning.errors import SettingError, SpinError
 from spin_lightning.run.folder import RunFolder
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
 def export(args: list[str]) -> None:
     """Write an iterate as a PEFT adapter folder, or merged into a full model."""
-    parser = _parser("export", export)
+    parser = command_parser("export", export)
     parser.add_argument("run", help="The run folder.")
     parser.add_argument("out", help="The folder to write; it must be new or empty.")
     parser.add_argument(
@@ -57,7 +54,7 @@ def evaluate(args: list[str]) -> None:
     """
     from spin_lightning.evaluation.settings import Answering, HarnessSettings, JudgeSettings
 
-    parser = _parser("evaluate", evaluate)
+    parser = command_parser("evaluate", evaluate)
     parser.add_argument("run", help="The run folder.")
     parser.add_argument(
         "--iterates",
@@ -82,7 +79,7 @@ def evaluate(args: list[str]) -> None:
         help="With --mt_bench: compare every iterate's answers with this iterate's; "
         "default: grade each answer by itself.",
     )
-    given = parser.parse_args(_run_first(args))
+    given = parser.parse_args(run_first(args))
 
     from spin_lightning.callbacks.console import console, quiet_libraries, show_table
     from spin_lightning.evaluation.base import evaluate_run
@@ -114,16 +111,19 @@ def evaluate(args: list[str]) -> None:
 
 def data(args: list[str]) -> None:
     """Show how data are read for a model: counts, what is left out, lengths, examples as ids."""
-    parser = _parser("data", data)
+    parser = command_parser("data", data)
     parser.add_argument(
         "--config",
         help="A config of `fit`, whose settings the other options replace; default: none.",
     )
     parser.add_argument(
-        "--data", help="A file, folder, pattern or hub id, or testbed; default: the config's."
+        "--data",
+        help="A file, folder, pattern or hub id, testbed, or gsm8k_small; default: the config's.",
     )
     parser.add_argument(
-        "--model", help="Folder or hub id of the model to read for; default: the config's."
+        "--model",
+        help="Folder, hub id or GGUF file of the model to read for, or smollm2; default: the "
+        "config's.",
     )
     parser.add_argument(
         "--columns",
@@ -186,9 +186,58 @@ def data(args: list[str]) -> None:
             page.show(console)
 
 
+def chat(args: list[str]) -> None:
+    """Talk to an iterate of a run, or to several at once, in the terminal.
+
+    The chat uses the run's own tokenizer, chat template and stop ids. /reset starts over, /quit or
+    Ctrl-D ends it, Ctrl-C stops at once.
+    """
+    parser = command_parser("chat", chat)
+    parser.add_argument("run", help="The run folder.")
+    parser.add_argument(
+        "--iterates",
+        nargs="+",
+        default=["last"],
+        help="Numbers of iterates, best, last, all, or mixture (of all iterates: each chat with it "
+        "is with one iterate, which is drawn). Several answer side by side.",
+    )
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        help="Answer these prompts, each in a chat of its own, and exit; default: a chat in the "
+        "terminal.",
+    )
+    parser.add_argument(
+        "--max_tokens", type=int | None, help="Cap of an answer; default: the run's cap."
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="1 samples from the iterate itself, as the run does; 0 takes the likeliest tokens.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the sampled tokens.")
+    parser.add_argument("--system", help="A system turn before the chat; default: the template's.")
+    given = parser.parse_args(args)
+
+    from spin_lightning.callbacks.console import quiet_libraries
+    from spin_lightning.cli.chat import Chat, answer_prompts
+    from spin_lightning.cli.chat_answers import Answers, ChatSettings
+
+    settings = ChatSettings(
+        given.max_tokens, float(given.temperature), int(given.seed), given.system
+    )
+    quiet_libraries()
+    answers = Answers(RunFolder(Path(given.run)), [str(n) for n in given.iterates], settings)
+    if given.prompt is not None:
+        answer_prompts(answers, given.prompt)
+    else:
+        Chat(answers).run()
+
+
 def report(args: list[str]) -> None:
     """Compare runs: a table of every metric over the iterates, a figure and an HTML page."""
-    parser = _parser("report", report)
+    parser = command_parser("report", report)
     parser.add_argument("runs", nargs="+", help="The run folders.")
     parser.add_argument("--out", help="Folder of the page; default: report/ in the first run.")
     given = parser.parse_args(args)
@@ -211,7 +260,7 @@ def study(args: list[str]) -> None:
     """Run several variants of one config over several seeds: one table, one figure."""
     from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
 
-    parser = _parser("study", study)
+    parser = command_parser("study", study)
     parser.add_argument(
         "--config", required=True, help="A config of `fit`; each variant replaces its model class."
     )
@@ -255,7 +304,7 @@ def study(args: list[str]) -> None:
 
 def testbed(args: list[str]) -> None:
     """Build the embedded testbed, or a small model of your own data, and print the paths."""
-    parser = _parser("testbed", testbed)
+    parser = command_parser("testbed", testbed)
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed of the testbed's language and base model."
     )
@@ -285,34 +334,8 @@ COMMANDS: Final[dict[str, Callable[[list[str]], None]]] = {
     "data": data,
     "export": export,
     "evaluate": evaluate,
+    "chat": chat,
     "report": report,
     "study": study,
     "testbed": testbed,
 }
-
-
-class _HelpFormatter(DefaultHelpFormatter):
-    """Shows defaults; where the help text itself names one, no `default: null` after it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text: str = super()._get_help_string(action)
-        if action.default is not None:
-            return text
-        return text.replace(", default: %(default)s", "").replace(" (default: %(default)s)", "")
-
-
-def _parser(name: str, command: Callable[[list[str]], None]) -> ArgumentParser:
-    return ArgumentParser(
-        prog=f"spin-lightning {name}",
-        description=inspect.getdoc(command),
-        formatter_class=_HelpFormatter,
-        exit_on_error=False,
-    )
-
-
-def _run_first(args: list[str]) -> list[str]:
-    """Accept `--run RUN`, the older spelling of the first positional argument."""
-    older = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    older.add_argument("--run")
-    given, rest = older.parse_known_args(args)
-    return rest if given.run is None else [given.run, *rest]

@@ -43,8 +43,8 @@ class SelfPlayDataModule(L.LightningDataModule):
 
     Args:
         data: A file (json, jsonl, ndjson, csv, tsv, parquet, arrow), a folder of them, a pattern
-            such as `data/*.jsonl`, or a hub id, each with `:split` after it or without; a list of
-            these; in a notebook also a list of dictionaries, a DataFrame or a `Dataset`.
+            such as `data/*.jsonl`, a hub id, or gsm8k_small, each with `:split` or without; a list
+            of these; in a notebook also a list of dictionaries, a DataFrame or a `Dataset`.
         columns: Our names (`messages`, or `prompt` and `response`) to the file's columns, if these
             are not recognized.
         max_examples: Number of examples to use, drawn with the seed; default all.

@@ -49,7 +49,7 @@ class SelfPlayModule(L.LightningModule, ABC):
     over the margins of the batch). The `SelfPlay` callback runs the loop around it.
 
     Args:
-        model: Hub id or folder of a causal language model, which stays frozen.
+        model: Hub id, folder or GGUF file of a causal language model, or smollm2; it stays frozen.
         quantization: Store the frozen weights in 4 bits (nf4), in 8 bits (int8), or unquantized.
         compute_dtype: Precision to compute in; auto: bfloat16 on a GPU, else float32.
         revision: Branch, tag or commit of a hub id.

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from spin_lightning.errors import RunFolderError, SettingError, first_line, is_whole
 from spin_lightning.mixtures import Mixture, uniform
 from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from spin_lightning.policies.gguf import reconversion
 from spin_lightning.policies.loading import load_with_adapter
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings, adapter_base
@@ -246,7 +247,8 @@ def _base_path(run: RunFolder, name: str, *, is_folder: bool) -> str:
             name,
             f"the base model of {run.root} is not in this folder any more",
             fix=f"if it was moved, link it there: ln -s <its new folder> {name}; or write its new "
-            f"path as base.name into each {run.iterates / 'iterate_*' / ITERATE_FILE}",
+            f"path as base.name into each {run.iterates / 'iterate_*' / ITERATE_FILE}"
+            f"{reconversion(name)}",
         )
     return name
 

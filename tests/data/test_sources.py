@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from spin_lightning.data.formats import read_data
+from spin_lightning.data.sources import PACKAGED
 from spin_lightning.errors import DataError
 
 Tree = Callable[..., Path]
@@ -295,3 +296,21 @@ def test_arrow_of_the_datasets_cache_is_read_by_its_split(tmp_path):
         with pa.ipc.new_stream(str(tmp_path / f"set-{split}.arrow"), table.schema) as writer:
             writer.write_table(table)
     assert read(tmp_path) == (["train"], {"set-test.arrow": "split test"})
+
+
+def test_gsm8k_small_is_two_splits_beside_their_license(tmp_path, monkeypatch):
+    (tmp_path / "gsm8k_small").mkdir()  # the name stands for the packaged data
+    monkeypatch.chdir(tmp_path)
+    train, report = read_data("gsm8k_small", None)
+    test, _ = read_data("gsm8k_small:test", None)
+    assert (len(train), len(test)) == (400, 100)
+    assert list(report.bad) == []
+    prompts = {c.prompt[0]["content"] for c in train}
+    assert len(prompts) == 400
+    assert prompts.isdisjoint(c.prompt[0]["content"] for c in test)
+    assert train[0].prompt[0]["content"].startswith("Natalia sold clips to 48 of her friends")
+    assert train[0].response.endswith("\n#### 72")
+    files = {file.name: file for file in PACKAGED["gsm8k_small"].iterdir()}
+    assert sorted(files) == ["LICENSE", "test.jsonl", "train.jsonl"]
+    assert files["LICENSE"].read_text().startswith("MIT License")
+    assert sum(file.stat().st_size for file in files.values()) <= 300_000
