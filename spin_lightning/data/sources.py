@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
 from spin_lightning.data.files import KINDS, is_data_file, read_file
 from spin_lightning.data.objects import dataset_table, describe, object_table
@@ -26,6 +26,9 @@ from spin_lightning.errors import DataError, first_line
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>\w[\w.-]*))?(:(?P<split>.+))?")
 # A pattern without its last parts, from the first wildcard on, is a folder.
 _FIXED_PART = re.compile(r"[^*?\[]*(?=/)")
+
+# Data that come with the package, by their names: folders with the files of all splits.
+PACKAGED: Final = {"gsm8k_small": Path(__file__).parent / "gsm8k_small"}
 
 _Name = str | os.PathLike[str]
 
@@ -64,7 +67,7 @@ def open_source(source: object, setting: str) -> Opened:
     """Find the rows that a source stands for.
 
     Args:
-        source: A file, a folder, a glob, a folder that is a clone of a hub data set or that
+        source: The name of packaged data, a file, a folder, a glob, a folder that is a clone of a hub data set or that
             `save_to_disk` wrote, each with `:split` after it or without; a hub id
             `owner/name[/configuration][:split]`; a list of these; or an object, see `objects`.
         setting: Which setting named the source, for messages.
@@ -120,7 +123,7 @@ def _open_local(text: str, label: str, setting: str) -> Opened | None:
     for name, split in ((text, None), (before, after)):
         if not name.strip():  # an empty name would be the folder that the process was started in
             continue
-        path = Path(name).expanduser()
+        path = PACKAGED.get(name) or Path(name).expanduser()
         if path.is_dir():
             return _open_folder(Place(label, path, split), setting)
         if path.exists():

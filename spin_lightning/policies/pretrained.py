@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.errors import SettingError, first_line
+from spin_lightning.policies.gguf import converted_from, model_folder
 from spin_lightning.run.fingerprint import folder_hashes
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -39,7 +40,8 @@ class FrozenBase:
     """The frozen base of a policy.
 
     Attributes:
-        name: Hub id or folder of a causal language model.
+        name: Hub id or folder of a causal language model. `smollm2` and a GGUF file are replaced
+            by the folder that they are converted into.
         revision: Branch, tag or commit of a hub id.
         quantization: How the frozen weights are stored.
         compute_dtype: Type of the computation; auto is bfloat16 on a GPU, else float32.
@@ -53,9 +55,10 @@ class FrozenBase:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        """Expand a `~` in the folder's name."""
-        if isinstance(self.name, str) and self.name.startswith("~"):
-            object.__setattr__(self, "name", str(Path(self.name).expanduser()))
+        """Expand a `~` in the folder's name; convert a GGUF file."""
+        if isinstance(self.name, str):
+            name = str(Path(self.name).expanduser()) if self.name.startswith("~") else self.name
+            object.__setattr__(self, "name", model_folder(name))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,7 +210,8 @@ def content_hashes(base: FrozenBase) -> dict[str, str]:
     """Identity of the base: file hashes of a folder, or the commit of a hub id."""
     folder = Path(base.name)
     if folder.is_dir():
-        return folder_hashes(folder, (".safetensors", ".bin", "config.json", "tokenizer.json"))
+        read = (".safetensors", ".bin", "config.json", "tokenizer.json")
+        return folder_hashes(folder, read) | converted_from(folder)
     return {"commit": str(getattr(load_config(base), "_commit_hash", None))}
 
 

@@ -1,6 +1,6 @@
 """An exactly known language: the quickstart's and the study's embedded default."""
 
-from spin_lightning.testbed.build import TestbedPaths, cache_root, ensure, train_base
+from spin_lightning.testbed.build import TestbedPaths, ensure, train_base
 from spin_lightning.testbed.evaluator import ExactMetrics
 from spin_lightning.testbed.exact import exact_metrics, response_log_probs
 from spin_lightning.testbed.language import Language, sample
@@ -16,7 +16,6 @@ __all__ = [
     "Language",
     "TestbedPaths",
     "byte_tokenizer",
-    "cache_root",
     "ensure",
     "exact_metrics",
     "response_log_probs",

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from spin_lightning.data.formats import read_conversations
 from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import DataError, SettingError
+from spin_lightning.run.cache import cache_root, make_once, scratch_folder
 from spin_lightning.testbed.exact import token_ids
 from spin_lightning.testbed.language import Language, sample
 from spin_lightning.testbed.small_model import (
@@ -37,8 +34,6 @@ _BASE_STEPS = 600
 _BASE_BATCH = 128
 _CONTEXT = 32
 _MARKER = "testbed.json"
-_SCRATCH = ".spin-lightning-"
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,7 @@ def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
 
     Args:
         seed: Seed of the language, the samples and the base model.
-        cache_dir: Folder of all testbeds; default `$SPIN_LIGHTNING_CACHE`, else `spin-lightning`
-            in the user's cache folder.
+        cache_dir: Folder of all testbeds; default `cache_root()`.
 
     Returns:
         The three paths, all of which exist.
@@ -76,20 +70,8 @@ def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
     """
     root = cache_root() if cache_dir is None else cache_dir
     folder = root / f"testbed-v{VERSION}-seed{seed}"
-    if not folder.is_dir():
-        with _scratch_folder(root) as scratch:
-            made = scratch / folder.name
-            _build(made, seed)
-            _publish(made, folder)
+    make_once(folder, lambda made: _build(made, seed))
     return TestbedPaths(folder / "model", folder / "data.jsonl", folder / "language.json")
-
-
-def cache_root() -> Path:
-    """The folder of all testbeds; it need not exist yet."""
-    if own := os.environ.get("SPIN_LIGHTNING_CACHE"):
-        return Path(own)
-    user = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user) if user else Path.home() / ".cache") / "spin-lightning"
 
 
 def train_base(
@@ -155,7 +137,7 @@ def train_base(
         device="cuda" if torch.cuda.is_available() else "cpu",
         description="Training a small base",
     )
-    with _scratch_folder(out.parent) as scratch:
+    with scratch_folder(out.parent) as scratch:
         _save(model, tokenizer, scratch)
         made_from = {"data": data, "steps": steps, "minutes": minutes, "seed": seed}
         (scratch / _MARKER).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
@@ -194,16 +176,6 @@ def _build(folder: Path, seed: int) -> None:
     _save(model, tokenizer, folder / "model")
 
 
-def _publish(made: Path, folder: Path) -> None:
-    """Move a finished folder into place atomically."""
-    try:
-        made.rename(folder)
-    except OSError:
-        # Another process has already built the same testbed.
-        if not folder.is_dir():
-            raise
-
-
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -239,47 +211,6 @@ def _check_out(out: Path) -> None:
             "it holds something that this command did not write",
             fix="give a folder that does not exist yet",
         )
-
-
-@contextmanager
-def _scratch_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of `parent`, so that a rename from it is atomic.
-
-    Folders of processes that were killed are deleted. Each process holds a lock on its own.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _delete_abandoned(parent)
-        handle, lock = tempfile.mkstemp(dir=parent, prefix=_SCRATCH, suffix=_LOCK)
-        # The system releases it when the process dies.
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        scratch = Path(lock.removesuffix(_LOCK))
-        scratch.mkdir()
-    except OSError as error:
-        raise SettingError(
-            "cache",
-            str(parent),
-            f"it cannot be written ({error.strerror})",
-            fix="set SPIN_LIGHTNING_CACHE, or the output folder, to one that can be",
-        ) from error
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        Path(lock).unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _delete_abandoned(parent: Path) -> None:
-    """Delete scratch folders whose process is gone."""
-    for lock in parent.glob(f"{_SCRATCH}*{_LOCK}"):
-        try:
-            with lock.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.with_name(lock.name.removesuffix(_LOCK)), ignore_errors=True)
-                lock.unlink(missing_ok=True)
-        except OSError:  # it is in use, or another process deletes it
-            continue
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_lightning.data.formats import read_conversations
 from spin_lightning.errors import DataError, SettingError
+from spin_lightning.run.cache import scratch_folder
 from spin_lightning.testbed import build
 from spin_lightning.testbed.exact import exact_metrics, response_log_probs
 from spin_lightning.testbed.language import Language
@@ -44,7 +45,7 @@ def test_ensure_deletes_what_a_killed_build_left_and_nothing_in_use(quick_base, 
     killed = tmp_path / ".spin-lightning-killed"
     (killed / "testbed-v1-seed3").mkdir(parents=True)
     killed.with_name(f"{killed.name}.lock").touch()
-    with build._scratch_folder(tmp_path) as used:
+    with scratch_folder(tmp_path) as used:
         assert not killed.exists()
         build.ensure(seed=3, cache_dir=tmp_path)
         assert used.is_dir()
@@ -101,16 +102,6 @@ def test_ensure_in_an_unwritable_folder_names_the_variable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match="Fix: set SPIN_LIGHTNING_CACHE"):
         build.ensure(cache_dir=tmp_path / "file")
-
-
-def test_cache_root_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("SPIN_LIGHTNING_CACHE", "/somewhere")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert build.cache_root() == Path("/somewhere")
-    monkeypatch.delenv("SPIN_LIGHTNING_CACHE")
-    assert build.cache_root() == Path("/xdg/spin-lightning")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert build.cache_root() == Path.home() / ".cache" / "spin-lightning"
 
 
 @pytest.fixture
