@@ -71,7 +71,10 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
 
 
 def _tensors(vocabulary: int) -> dict[str, np.ndarray]:
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocabulary, WIDTH), "output_norm": (WIDTH,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (vocabulary, WIDTH),
+        "output_norm": (WIDTH,),
+    }
     for i in range(LAYERS):
         parts = {
             "attn_norm": (WIDTH,),
