@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spin_lightning import losses, mixtures
+    from spin_lightning.callbacks.answer_match import AnswerMatch
     from spin_lightning.callbacks.best_iterate import BestIterate
     from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
     from spin_lightning.callbacks.self_play import SelfPlay
@@ -30,6 +31,7 @@ __all__ = [
     "SPACE",
     "SPIN",
     "AlphaSPIN",
+    "AnswerMatch",
     "BestIterate",
     "EvaluateIterates",
     "FictitiousSPIN",
@@ -56,6 +58,7 @@ _DEFINED_IN = {
     "SPACE": "modules.space",
     "SPIN": "modules.spin",
     "AlphaSPIN": "modules.alpha_spin",
+    "AnswerMatch": "callbacks.answer_match",
     "BestIterate": "callbacks.best_iterate",
     "EvaluateIterates": "callbacks.evaluate_iterates",
     "FictitiousSPIN": "modules.fictitious_spin",

@@ -5,13 +5,13 @@ Each parses its arguments first and imports what it needs afterwards: a help pag
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from spin_lightning.cli.parsing import command_parser, run_first
+from spin_lightning.cli.study import study
 from spin_lightning.errors import SettingError, SpinError
 from spin_lightning.run.folder import RunFolder
 
@@ -254,52 +254,6 @@ def report(args: list[str]) -> None:
     histories = {view.name: view.records for view in views}
     console.print(f"Picture: {draw_iterates(histories, folder / name)}")
     console.print(f"Report: {write_report(views, folder)}")
-
-
-def study(args: list[str]) -> None:
-    """Run several variants of one config over several seeds: one table, one figure."""
-    from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
-
-    parser = command_parser("study", study)
-    parser.add_argument(
-        "--config", required=True, help="A config of `fit`; each variant replaces its model class."
-    )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        default=list(STABILITY_VARIANTS),
-        help="Variants, with their own settings as in 'AlphaSPIN(alpha=0.3)'.",
-    )
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2],
-        help="Seeds; each variant is run once per seed.",
-    )
-    parser.add_argument("--out", help="Folder of the runs; default: runs/<name of the config>.")
-    given = parser.parse_args(args)
-    plays = [Play.of(variant, seed) for variant in given.variants for seed in given.seeds]
-
-    from spin_lightning.callbacks.console import console, quiet, quiet_libraries, show_table
-    from spin_lightning.cli.fit import SpinCLI, explained
-    from spin_lightning.report.study import draw_study, study_curves, study_table
-
-    quiet_libraries()
-    out = Path(given.out or Path("runs") / Path(given.config).stem)
-    with explained():
-        for number, play in enumerate(plays, start=1):
-            console.print(f"[{number}/{len(plays)}] {play.variant}, seed {play.seed}", markup=False)
-            with quiet(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-                SpinCLI(play.arguments(given.config, out))
-        groups = {
-            variant: [RunFolder(play.folder(out)) for play in plays if play.variant == variant]
-            for variant in given.variants
-        }
-        curves = study_curves(groups)
-        show_table(study_table(curves))
-        console.print(f"Picture: {draw_study(curves, out / 'study.png')}")
 
 
 def testbed(args: list[str]) -> None:

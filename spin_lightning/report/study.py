@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Final
 
 from matplotlib.axes import Axes
@@ -20,7 +21,23 @@ _CURVES: Final = {
     "exact/kl": "last iterate: exact KL(p_data || p_t), nats",
     "exact/mixture_kl": "mixture policy: exact KL(p_data || mean of p_0 … p_t), nats",
     "val/real_nll_per_token": "NLL of held-out real responses, nats per token",
+    "answers/exact_match": "exact match of greedy answers, share of held-out examples",
 }
+# Those that stand in the tables alone.
+_TABLE_ONLY: Final = (
+    "answers/exact_match_sampled",
+    "val/kl_base",
+    "val/finished",
+    "val/generated_tokens",
+    "answers/distinct_1",
+    "answers/in_format",
+)
+# The 0.975 quantile of Student's t for 1, 2, ... degrees of freedom; beyond, that of the normal.
+_T_QUANTILES: Final = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+_NORMAL_QUANTILE: Final = 1.96
 # Whether a run has settled is judged by its second half.
 _LATE: Final = 0.5
 
@@ -43,10 +60,10 @@ def study_curves(groups: Mapping[str, Sequence[RunFolder]]) -> Curves:
     }
     common = [
         metric
-        for metric in _CURVES
+        for metric in (*_CURVES, *_TABLE_ONLY)
         if all(metric in at for runs in measured.values() for run in runs for at in run)
     ]
-    if not common:
+    if not set(common) & set(_CURVES):
         raise RunFolderError(
             "these runs have no metric in common that can be compared",
             fix="hold examples out with data.val_examples, or play on the testbed",
@@ -80,6 +97,43 @@ def study_table(curves: Curves) -> list[list[str]]:
     return table
 
 
+def difference_table(curves: Curves, control: str) -> list[list[str]]:
+    """The last iterate of every variant against that of a control, as rows of text.
+
+    The first row is the header. Differences are taken seed by seed, and their mean has a 95 %
+    interval by Student's t.
+
+    Args:
+        curves: The metrics, see `study_curves`, of at least two seeds.
+        control: The variant to compare with.
+    """
+    table = [["last iterate", "variant", "mean", f"minus {control}", "95 % interval"]]
+    for metric, runs in curves.items():
+        theirs = [points[-1] for points in runs[control]]
+        for variant, histories in runs.items():
+            own = [points[-1] for points in histories]
+            cells = ["-", "-"]
+            if variant != control:
+                low, mean, high = paired_interval(own, theirs)
+                cells = [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+            table.append([metric, variant, f"{fmean(own):.3f}", *cells])
+    return table
+
+
+def paired_interval(own: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Lower end, mean and upper end of the mean paired difference, 95 % by Student's t.
+
+    Args:
+        own: One value per seed, at least two.
+        theirs: The control's values for the same seeds.
+    """
+    differences = [a - b for a, b in zip(own, theirs, strict=True)]
+    mean, free = fmean(differences), len(differences) - 1
+    quantile = _T_QUANTILES[free - 1] if free <= len(_T_QUANTILES) else _NORMAL_QUANTILE
+    half = quantile * stdev(differences) / math.sqrt(len(differences))
+    return mean - half, mean, mean + half
+
+
 def draw_study(curves: Curves, path: Path) -> Path:
     """Draw every metric over the iterates: a line per variant, the median over its seeds.
 
@@ -92,9 +146,10 @@ def draw_study(curves: Curves, path: Path) -> Path:
     Returns:
         The picture's path.
     """
-    figure = Figure(figsize=(10, 3.6 * len(curves)), layout="constrained")
-    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (metric, runs) in zip(panels, curves.items(), strict=True):
+    drawn = {metric: runs for metric, runs in curves.items() if metric in _CURVES}
+    figure = Figure(figsize=(10, 3.6 * len(drawn)), layout="constrained")
+    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (metric, runs) in zip(panels, drawn.items(), strict=True):
         for variant, histories in runs.items():
             _draw(axes, variant, histories)
         axes.set_title(_CURVES[metric], fontsize=10)

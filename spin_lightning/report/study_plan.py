@@ -19,6 +19,7 @@ STABILITY_VARIANTS: Final = (
     "AlphaSPIN(alpha=0.3)",
     "SFT",
 )
+_LORA_SETTINGS: Final = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Play:
         model: Its class: a name from `spin_lightning`, or an import path.
         settings: Its settings.
         seed: Seed of the run, and of its testbed if it has one.
+        epochs: Its number of epochs; None for the config's.
+        stage: Beginning of its folder's name.
     """
 
     variant: str
     model: str
     settings: Mapping[str, Any]
     seed: int
+    epochs: int | None = None
+    stage: str = ""
 
     @classmethod
     def of(cls, variant: str, seed: int) -> Play:
@@ -57,11 +62,22 @@ class Play:
     def folder(self, out: Path) -> Path:
         """The run's folder below `out`."""
         name = re.sub(r"[^\w.=-]+", "_", self.variant).strip("_")
-        return out / f"{name}-seed{self.seed}"
+        return out / f"{self.stage}{name}-seed{self.seed}"
 
-    def arguments(self, config: str, out: Path) -> list[str]:
-        """The command line that plays the run, from `fit` on."""
+    def arguments(self, config: str, out: Path, start: Path | None = None) -> list[str]:
+        """The command line that plays the run, from `fit` on.
+
+        Args:
+            config: The config of `fit`.
+            out: The study's folder.
+            start: Adapter to start from, whose settings replace the config's lora_*.
+        """
         own = [f"--model.{name}={value}" for name, value in self.settings.items()]
+        if start is not None:
+            own += [f"--model.{name}=null" for name in _LORA_SETTINGS]
+            own += [f"--model.initial_adapter={start}"]
+        if self.epochs is not None:
+            own += [f"--trainer.max_epochs={self.epochs}"]
         return [
             *("fit", "--config", config, "--model", self.model, *own),
             *(f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder(out)}"),

@@ -7,10 +7,17 @@ from statistics import fmean, median
 
 import pytest
 import yaml
+from scipy import stats
 
 from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError
-from spin_lightning.report.study import draw_study, study_curves, study_table
+from spin_lightning.report.study import (
+    difference_table,
+    draw_study,
+    paired_interval,
+    study_curves,
+    study_table,
+)
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import IterateRecord
 
@@ -46,6 +53,34 @@ def test_table_and_picture_of_a_run_that_stopped_early_end_where_it_did(tmp_path
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_differences_are_taken_seed_by_seed(tmp_path):
+    """SPIN - SFT is 1, 2, 3: mean 2, standard deviation 1, half width 4.303 / sqrt(3) = 2.484."""
+    groups = {
+        "SPIN": [
+            finished(tmp_path / f"spin{i}", [{"exact/kl": 0.0}, {"exact/kl": value}])
+            for i, value in enumerate([11.0, 5.0, 8.0])
+        ],
+        "SFT": [
+            finished(tmp_path / f"sft{i}", [{"exact/kl": 0.0}, {"exact/kl": value}])
+            for i, value in enumerate([10.0, 3.0, 5.0])
+        ],
+    }
+    head, spin, sft = difference_table(study_curves(groups), "SFT")
+    assert head == ["last iterate", "variant", "mean", "minus SFT", "95 % interval"]
+    assert spin == ["exact/kl", "SPIN", "8.000", "+2.000", "-0.484 to +4.484"]
+    assert sft == ["exact/kl", "SFT", "6.000", "-", "-"]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 21])
+def test_interval_is_that_of_the_paired_t_test(seeds):
+    own = [(7 * i) % 5 + 0.1 * i for i in range(seeds)]
+    theirs = [(3 * i) % 4 + 0.2 * i for i in range(seeds)]
+    theory = stats.ttest_rel(own, theirs).confidence_interval(0.95)
+    low, mean, high = paired_interval(own, theirs)
+    assert (low, high) == pytest.approx((theory.low, theory.high), rel=1e-3)
+    assert mean == pytest.approx((low + high) / 2)
+
+
 def test_runs_without_a_common_metric_are_refused(tmp_path):
     groups = {"SPIN": [finished(tmp_path / "a", [{}])]}
     with pytest.raises(RunFolderError, match=r"Fix: hold examples out"):
@@ -77,6 +112,39 @@ def test_study_plays_every_variant_and_seed_and_is_not_played_twice(
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
     study(monkeypatch, *arguments, *variants)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")} == files
+
+
+def test_variants_start_from_the_best_iterate_of_the_start(
+    tmp_path, monkeypatch, capsys, testbed_seed_0
+):
+    config = yaml.safe_load(CONFIG.read_text())
+    config["data"]["init_args"] |= {"max_examples": 640, "val_examples": 64}
+    config["trainer"] |= {"max_epochs": 1, "log_every_n_steps": 1}
+    (tmp_path / "cut.yaml").write_text(yaml.safe_dump(config))
+    study(
+        monkeypatch,
+        *("--config", tmp_path / "cut.yaml", "--seeds", 0, 1, "--out", tmp_path / "out"),
+        *("--start", "SFT(learning_rate=1e-3)", "--start_epochs", 2, "--variants", "SPIN", "SFT"),
+    )
+    output = capsys.readouterr().out
+    assert "minus SFT" in output
+    for seed in (0, 1):
+        start = RunFolder(tmp_path / "out" / f"start-SFT_learning_rate=1e-3-seed{seed}")
+        assert start.known_iterates() == [0, 1, 2]
+        for variant in ("SPIN", "SFT"):
+            run = RunFolder(tmp_path / "out" / f"{variant}-seed{seed}")
+            assert run.known_iterates() == [0, 1]
+            weights = [
+                folder / "adapter_model.safetensors"
+                for folder in (run.iterate(0), start.iterate(start.best()))
+            ]
+            assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_control_that_is_not_played_is_refused(monkeypatch, tmp_path):
+    arguments = ("--config", CONFIG, "--variants", "SPIN", "--control", "SFT", "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        study(monkeypatch, *arguments)
 
 
 @pytest.mark.slow
