@@ -78,8 +78,8 @@ def reconversion(folder: str) -> str:
     if not Path(folder).name.startswith(_FOLDER):
         return ""
     return (
-        "; if it was deleted from the cache, spin-lightning data --data gsm8k_small --model with "
-        "the model's first name, such as smollm2, converts it again"
+        "; if it was deleted from the cache, convert it again: spin-lightning data --data "
+        "gsm8k_small --model <smollm2, or the GGUF file>"
     )
 
 
