@@ -102,7 +102,7 @@ def test_gguf_run_plays_and_its_fingerprint_names_the_file(cache, tmp_path):
     assert hashes["Tiny.gguf"] == file_hash(file)
     assert "model.safetensors" in hashes
     shutil.rmtree(cache)
-    with pytest.raises(SettingError, match=r"--model with the model's first name"):
+    with pytest.raises(SettingError, match=r"convert it again: spin-lightning data"):
         load_iterate(tmp_path / "run", 1)
     FrozenBase(str(file))
     load_iterate(tmp_path / "run", 1)
