@@ -72,7 +72,7 @@ quickstart: $(INSTALLED) ## Run SPIN and a supervised control on the embedded da
 	$(BIN)/spin-lightning fit --config configs/quickstart_sft.yaml
 	$(BIN)/spin-lightning report runs/quickstart runs/quickstart_sft
 
-demo: $(INSTALLED_DEMO) ## Play SPIN from a real chat model, SmolLM2, on real questions (10 minutes).
+demo: $(INSTALLED_DEMO) ## Play SPIN from a real chat model, SmolLM2, on real questions (CPU).
 	$(BIN)/spin-lightning fit --config configs/demo.yaml
 	$(BIN)/spin-lightning report runs/demo
 	$(BIN)/spin-lightning chat runs/demo --iterates 0 last --temperature 0 --prompt \
