@@ -31,7 +31,7 @@ def test_contestants_are_named_by_number_and_by_what_they_are(run):
     assert contestants(run, []) == contestants(run, ["all"])
     run.write_best(0, "val/real_nll_per_token", 1.0)
     assert contestants(run, ["best"]) == contestants(run, ["0"])
-    with pytest.raises(SettingError, match=r"iterate='first'.*best, last.* mixture .* or all"):
+    with pytest.raises(SettingError, match=r"iterate='first'.*best or last.* mixture .*also all"):
         contestants(run, ["first"])
 
 
