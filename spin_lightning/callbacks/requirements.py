@@ -165,13 +165,13 @@ def check_objective(module: SelfPlayModule) -> None:
 
 
 def how_to_continue(run: RunFolder) -> str:
-    """What to do after a run was stopped with Ctrl-C."""
+    """Where a stopped run continues."""
     last = run.last_checkpoint
     if last.exists():
         where = f"{last} (in Python: Trainer.fit(ckpt_path={str(last)!r}))"
     else:
         where = f"the rows in {run.root}; nothing was trained before the first checkpoint"
-    return f"Stopped. The same command continues from {where}."
+    return f"The same command continues from {where}."
 
 
 def run_root(trainer: L.Trainer, module: L.LightningModule) -> Path:

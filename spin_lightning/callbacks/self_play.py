@@ -232,7 +232,7 @@ class SelfPlay(Callback):
         self.guard.close(trainer, exception)
         self._as_trained.end(pl_module)
         if isinstance(exception, KeyboardInterrupt) and self.run and not self.dry_run:
-            rank_zero_info(how_to_continue(self.run))
+            rank_zero_info(f"Stopped. {how_to_continue(self.run)}")
         self._scratch.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.callbacks.guard import RunGuard
+from spin_lightning.callbacks.requirements import how_to_continue
 from spin_lightning.errors import SpinError
 from spin_lightning.modules.trainer_access import batches_per_epoch, is_mid_step
 from spin_lightning.run.folder import RunFolder
@@ -45,10 +46,7 @@ def stop_unfinished(trainer: L.Trainer, t: int, guard: RunGuard, run: RunFolder)
     if trainer.world_size == 1 or not is_mid_step(trainer):
         # Open gradients of several ranks cannot be restored: the checkpoint before this one stays.
         guard.save(trainer, run)
-    rank_zero_info(
-        f"Stopped {where}, which is not kept as an iterate. The same command continues it, in "
-        f"Python Trainer.fit(ckpt_path={str(run.last_checkpoint)!r})."
-    )
+    rank_zero_info(f"Stopped {where}, which is not kept. {how_to_continue(run)}")
     raise StopIteration
 
 

@@ -31,7 +31,7 @@ def test_interrupted_run_says_where_it_continues(tmp_path):
     run.last_checkpoint.parent.mkdir()
     run.last_checkpoint.touch()
     assert how_to_continue(run).startswith(
-        f"Stopped. The same command continues from {run.last_checkpoint} (in Python: Trainer.fit("
+        f"The same command continues from {run.last_checkpoint} (in Python: Trainer.fit("
     )
 
 

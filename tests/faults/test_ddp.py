@@ -80,6 +80,28 @@ def test_two_processes_killed_and_started_again_end_with_the_same_bytes(
     assert contents(tmp_path) == contents(two)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_two_processes_stopped_within_an_epoch_continue_with_the_same_bytes(
+    accumulated, tiny_model_dir, data, tmp_path
+):
+    """After one of two batches, with accumulation inside a step, which cannot be stored."""
+    settings = (*TWO, "--trainer.accumulate_grad_batches", str(accumulated))
+    fit(tmp_path / "whole", tiny_model_dir, data, *settings)
+    root = tmp_path / "parts"
+    stop = (
+        "--trainer.callbacks+",
+        "tests.toys.stopping.StopAfter",
+        "--trainer.callbacks.batches",
+        "1",
+    )
+    done = fit(root, tiny_model_dir, data, *settings, *stop)
+    assert "Stopped after 1 of 2 batches of an epoch of iterate 1" in done.stdout + done.stderr
+    assert RunFolder(root).known_iterates() == [0]
+    assert RunFolder(root).last_checkpoint.exists() == (accumulated == 1)
+    fit(root, tiny_model_dir, data, *settings)
+    assert contents(root) == contents(tmp_path / "whole")
+
+
 _GENERATE = "spin_lightning.generation.local:LocalGenerator.generate"
 _STEP = "spin_lightning.modules.base:SelfPlayModule.training_step"
 
