@@ -95,6 +95,16 @@ class Example:
     real_ids: tuple[int, ...]
     real_finished: bool
 
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """The real response without its stop id."""
+        return self.real_ids[:-1] if self.real_finished else self.real_ids
+
+    @property
+    def stop_id(self) -> int | None:
+        """The stop id of the real response; None if it is cut."""
+        return self.real_ids[-1] if self.real_finished else None
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

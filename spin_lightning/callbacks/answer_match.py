@@ -17,7 +17,7 @@ from spin_lightning.errors import SettingError
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.metrics import distinct
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.rows.store import read_rows
+from spin_lightning.rows.store import RowTable, read_rows
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # A period between digits is part of a number.
@@ -84,11 +84,10 @@ class AnswerMatch(IterateEvaluator):
         table = read_rows(run.val_rows(t))
         real = [self._part(session, table.real_ids[i].tolist()) for i in range(len(table))]
         sampled = [self._part(session, table.generated_ids[i].tolist()) for i in range(len(table))]
-        answers = self._greedy(session, t)
+        answers = self._greedy(session, table, t)
         greedy = [self._part(session, answer.ids) for answer in answers]
-        wanted = [self._part(session, e.real_ids) for e in session.data.val[: len(answers)]]
         metrics = {
-            "answers/exact_match": _share_equal(greedy, wanted),
+            "answers/exact_match": _share_equal(greedy, real[: len(greedy)]),
             "answers/exact_match_sampled": _share_equal(sampled, real),
             "answers/finished": float(np.mean([answer.finished for answer in answers])),
             "answers/tokens": float(np.mean([len(answer.ids) for answer in answers])),
@@ -98,14 +97,15 @@ class AnswerMatch(IterateEvaluator):
             metrics["answers/in_format"] = float(np.mean([part is not None for part in greedy]))
         return metrics
 
-    def _greedy(self, session: Session, t: int) -> list[Response]:
+    def _greedy(self, session: Session, table: RowTable, t: int) -> list[Response]:
+        """Iterate t's answers to the first prompts of the held-out rows."""
         module, data, text_format = session.module, session.data, session.text_format
         greedy = replace(module.generation, temperature=1.0, top_p=1.0, top_k=1)
         generator = module.make_generator(text_format.stop_ids, text_format.pad_id, greedy)
         requests = [
             # The most likely token does not depend on the key.
-            Request(example.prompt_ids, t, key=0, cap=data.max_response_tokens)
-            for example in data.val[: self._max_examples]
+            Request(tuple(table.prompt_ids[i].tolist()), t, key=0, cap=data.max_response_tokens)
+            for i in range(len(table))[: self._max_examples]
         ]
         return generator.generate(module.policy, requests)
 

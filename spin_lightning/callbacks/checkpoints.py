@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from spin_lightning.errors import RunFolderError
@@ -80,14 +80,14 @@ def write_lineage(checkpoint: dict[str, Any], run: RunFolder, iterate: int) -> N
     checkpoint[_LINEAGE] = _lineage(run, iterate)
 
 
-def drop_timers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+def drop_timers(checkpoint: dict[str, Any], callbacks: Iterable[Callback]) -> None:
     """Remove the time used so far: `max_time` is a limit of each start, as in a job's queue.
 
     Otherwise each further start of a run whose time was up would end after one batch.
     """
-    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
-    for timer in timers:
-        checkpoint["callbacks"].pop(timer.state_key, None)
+    for callback in callbacks:
+        if isinstance(callback, Timer):
+            checkpoint["callbacks"].pop(callback.state_key, None)
 
 
 def check_lineage_of(checkpoint: Mapping[str, Any], run: RunFolder) -> None:

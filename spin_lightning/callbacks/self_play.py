@@ -249,7 +249,7 @@ class SelfPlay(Callback):
         if self._maker is not None and trainer.global_step > self._iterate_step:
             keep_training_time(session, self._rows.times, self._clock)
         write_lineage(checkpoint, session.run, session.module.iterate)
-        drop_timers(checkpoint, trainer)
+        drop_timers(checkpoint, session.callbacks)
         checkpoint[_LOG] = self._log.state(trainer, session.run)
 
     def on_load_checkpoint(

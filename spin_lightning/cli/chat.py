@@ -87,7 +87,7 @@ class Chat:
             try:
                 self._answer(line)
             except SpinError as error:
-                # The line was not answered: it is no part of the chat.
+                # The line was not answered, so it is not part of the chat.
                 for dialog, turns in zip(self._dialogs, before, strict=True):
                     del dialog.turns[turns:]
                 console.print(Text(f"Error: {error}", style="red"))

@@ -188,10 +188,9 @@ class Answers:
         used = self._recorded("chat_template")
         return next((one for one in made if one.template_hash == used), made[0])
 
-    def _format_with(self, stops: int | list[int] | None, thoughts: str) -> PromptFormat:
-        mode: Thoughts = thoughts  # type: ignore[assignment]
+    def _format_with(self, stops: int | list[int] | None, thoughts: Thoughts) -> PromptFormat:
         date = self._run.first_date()
-        return PromptFormat.of(self._tokenizer, stops, thoughts=mode, date=date)
+        return PromptFormat.of(self._tokenizer, stops, thoughts=thoughts, date=date)
 
     def _recorded(self, name: str) -> Any:
         return self._run.record(min(self._run.known_iterates())).fingerprint_fields.get(name)

@@ -55,8 +55,7 @@ class DataPage:
     # ------------------------------------------------------------------ examples
 
     def _example(self, example: Example) -> RenderableType:
-        response = example.real_ids[:-1] if example.real_finished else example.real_ids
-        stop = example.real_ids[-1] if example.real_finished else None
+        response, stop = example.answer_ids, example.stop_id
         title = Text(f"\nExample {place(example.example_id)}: ", style="bold")
         title.append(f"prompt of {len(example.prompt_ids):,} tokens", style=_PROMPT)
         title.append(", ")

@@ -46,15 +46,14 @@ class ShownExample:
     @classmethod
     def of(cls, example: Example, tokenizer: PreTrainedTokenizerBase) -> ShownExample:
         """Decode an example."""
-        answer = example.real_ids[:-1] if example.real_finished else example.real_ids
-        stop = f"{tokenizer.decode([example.real_ids[-1]])} (id {example.real_ids[-1]})"
+        stop = example.stop_id
         return cls(
             f"Example {place(example.example_id)}",
             str(tokenizer.decode(list(example.prompt_ids))),
             len(example.prompt_ids),
-            str(tokenizer.decode(list(answer))),
-            len(answer),
-            stop if example.real_finished else "",
+            str(tokenizer.decode(list(example.answer_ids))),
+            len(example.answer_ids),
+            "" if stop is None else f"{tokenizer.decode([stop])} (id {stop})",
         )
 
 

@@ -11,7 +11,7 @@ from spin_lightning.data.numbering import example_id
 from spin_lightning.data.read_report import FileRead, ReadReport
 from spin_lightning.data.sources import open_source
 from spin_lightning.data.tables import SourceRow, Table
-from spin_lightning.data.turns import THOUGHTS, UnusableError
+from spin_lightning.data.turns import THOUGHT_FIELDS, UnusableError
 from spin_lightning.errors import DataError
 from spin_lightning.types import BadRow, Conversation
 
@@ -191,7 +191,7 @@ def _conversation(dialogue: Dialogue, i: int, number: int) -> Conversation:
     if first != "user":
         raise UnusableError("no user turn before the first answer")
     answer = dialogue.turns[i].message
-    thought = next((answer[name] for name in THOUGHTS if name in answer), None)  # type: ignore[literal-required]
+    thought = next((answer[name] for name in THOUGHT_FIELDS if name in answer), None)  # type: ignore[literal-required]
     return Conversation(
         number,
         prompt,

@@ -40,7 +40,7 @@ def object_table(data: object, setting: str) -> Table:
         setting: Which setting named it, for messages.
 
     Raises:
-        DataError: It is something else, or its rows have no names of columns.
+        DataError: It is something else, or its rows have no column names.
     """
     module = type(data).__module__.partition(".")[0]
     if module == "datasets":

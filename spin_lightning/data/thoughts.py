@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from spin_lightning.data.templates import LeftOut, Tools
+from spin_lightning.data.turns import THOUGHT_FIELDS
 from spin_lightning.types import Conversation, Message
 
 Thoughts = Literal["refuse", "keep", "drop"]
-THOUGHTS: tuple[str, ...] = get_args(Thoughts)
+THOUGHTS: tuple[Thoughts, ...] = get_args(Thoughts)
 
-# A message's keys that templates read a thought from.
-_KEYS = ("reasoning_content", "thinking", "reasoning")
 _OPENS, _CLOSES = THOUGHT_MARKS = "<think>", "</think>"
 _THOUGHT_FIRST = re.compile(rf"\s*{_OPENS}(.*?){_CLOSES}\s*(.*)\Z", re.DOTALL)
 
@@ -135,7 +134,7 @@ def spoken_answer(text: str) -> str:
 
 
 def _without_thought(turn: Message) -> Message:
-    rest: Any = {key: value for key, value in turn.items() if key not in _KEYS}
+    rest: Any = {key: value for key, value in turn.items() if key not in THOUGHT_FIELDS}
     content = turn.get("content")
     if isinstance(content, str) and (_OPENS in content or _CLOSES in content):
         rest["content"] = _split(content)[1]
@@ -147,7 +146,7 @@ def _has_thought(turn: Message) -> bool:
         return False
     content = turn.get("content")
     in_text = isinstance(content, str) and (_OPENS in content or _CLOSES in content)
-    return in_text or any(turn.get(key) for key in _KEYS)
+    return in_text or any(turn.get(key) for key in THOUGHT_FIELDS)
 
 
 def _split(text: str) -> tuple[str, str]:

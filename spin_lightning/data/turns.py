@@ -18,9 +18,9 @@ ROLES: Mapping[str, str] = {
     "function_call": "assistant",
 }
 # Where the thought before an answer may be.
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # What chat templates read from a message, besides its role and content.
-_FIELDS = ("name", "tool_calls", "tool_call_id", "tool_responses", *THOUGHTS)
+_FIELDS = ("name", "tool_calls", "tool_call_id", "tool_responses", *THOUGHT_FIELDS)
 _ROLE_KEYS = ("role", "from")
 _TEXT_KEYS = ("content", "value")
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
@@ -163,7 +163,7 @@ def _with_fields(role: str, content: Any, fields: dict[str, Any]) -> Turn:
 
 def _check_thoughts(fields: dict[str, Any]) -> None:
     """Keep one thought of those that are there in several spellings."""
-    thoughts = [(name, fields[name]) for name in THOUGHTS if name in fields]
+    thoughts = [(name, fields[name]) for name in THOUGHT_FIELDS if name in fields]
     for name, thought in thoughts:
         if not isinstance(thought, str):
             raise UnusableError(f"a thought that is not text: {name}")

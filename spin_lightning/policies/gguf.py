@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ from transformers.utils import is_gguf_available
 from spin_lightning.errors import SettingError, first_line
 from spin_lightning.run.cache import cache_root, make_once
 from spin_lightning.run.fingerprint import file_hash
+from spin_lightning.run.packages import package_folder
 
 # Part of the folder's name. Increase it whenever the same file gives different weights.
 VERSION: Final = 1
@@ -86,9 +86,8 @@ def reconversion(folder: str) -> str:
 def _packaged_file(name: str) -> Path:
     """The GGUF file of a packaged model; the package is found, not imported."""
     package, requirement = PACKAGED[name]
-    spec = find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = sorted(file for folder in folders for file in Path(folder).glob(f"*{_SUFFIX}"))
+    folder = package_folder(package)
+    found = [] if folder is None else sorted(folder.glob(f"*{_SUFFIX}"))
     if not found or not is_gguf_available():
         missing = "gguf" if found else requirement.partition("==")[0]
         raise SettingError(

@@ -1,7 +1,7 @@
 """Names of the files beside the parts in a folder of rows, of this version and of earlier ones.
 
 pandas, pyarrow and datasets read every file of a folder, except those in folders whose names begin
-with two underscores: all that is no part of the rows lies in such folders.
+with two underscores. So everything that is not rows lies in such folders.
 """
 
 from __future__ import annotations

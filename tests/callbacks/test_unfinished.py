@@ -15,22 +15,11 @@ from spin_lightning import SPIN, BestIterate, SelfPlay, SelfPlayDataModule
 from spin_lightning.callbacks.run_files import RunCSVLogger
 from spin_lightning.errors import RunFolderError, SettingError, SpinError
 from spin_lightning.run.folder import RunFolder
-from tests.toys.runs import contents, logged, play, recorded, write_examples
+from tests.toys.runs import contents, logged, play, quiet_trainer, recorded, write_examples
+from tests.toys.stopping import At, StopAfter
 
 # 96 rows: six batches of 16 in an epoch.
 DATA = {"batch_size": 16, "max_examples": 102, "val_examples": 6}
-
-
-class At(Callback):
-    """Does something at the end of the n-th batch of the run, before or after `SelfPlay`."""
-
-    def __init__(self, batch: int, act: Any) -> None:
-        self.left, self.act = batch, act
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.act(trainer)
 
 
 class SkipRest(Callback):
@@ -66,10 +55,6 @@ class TimeIsUp(Timer):
         super().on_train_batch_end(trainer, *args, **kwargs)
 
 
-def stop(trainer: L.Trainer) -> None:
-    trainer.should_stop = True
-
-
 def raise_(error: BaseException) -> Any:
     def act(trainer: L.Trainer) -> None:
         raise error
@@ -80,8 +65,8 @@ def raise_(error: BaseException) -> Any:
 # By name: the callbacks, and what `fit` raises.
 ENDINGS: dict[str, Any] = {
     "max_time": (lambda n: [TimeIsUp(n)], None),
-    "should_stop": (lambda n: [At(n, stop)], None),
-    "should_stop_after_the_loop": (lambda n: [SelfPlay(), At(n, stop)], None),
+    "should_stop": (lambda n: [StopAfter(n)], None),
+    "should_stop_after_the_loop": (lambda n: [SelfPlay(), StopAfter(n)], None),
     "keyboard_interrupt": (lambda n: [At(n, raise_(KeyboardInterrupt()))], SystemExit),
     "exception": (lambda n: [At(n, raise_(RuntimeError("power")))], RuntimeError),
     "stop_iteration": (lambda n: [SkipRest(n)], SpinError),
@@ -195,7 +180,7 @@ def test_metrics_of_a_run_that_was_stopped_are_those_of_one_that_was_not(
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(whole)
-    fit(parts, At(batch, stop))
+    fit(parts, StopAfter(batch))
     fit(parts)
     lines = logged(parts)
     more = [line for line in lines if line not in logged(whole)]
@@ -208,7 +193,7 @@ def test_metrics_of_a_run_that_was_stopped_are_those_of_one_that_was_not(
 
 
 def test_limit_that_changed_is_refused_before_training_goes_on(tiny_model_dir, data, tmp_path):
-    run_fit(tmp_path, tiny_model_dir, data, 1, callbacks=[At(3, stop)])
+    run_fit(tmp_path, tiny_model_dir, data, 1, callbacks=[StopAfter(3)])
     with pytest.raises(RunFolderError, match=r"limit_train_batches: run has 1\.0, you gave 0\.5"):
         run_fit(
             tmp_path,
@@ -225,7 +210,7 @@ def test_stop_inside_an_accumulation_is_continued_as_well(batch, tiny_model_dir,
     settings = {"trainer_settings": {"accumulate_grad_batches": 2}}
     run_fit(tmp_path / "whole", tiny_model_dir, data, 1, **settings)
     root = tmp_path / "parts"
-    run_fit(root, tiny_model_dir, data, 1, callbacks=[At(batch, stop)], **settings)
+    run_fit(root, tiny_model_dir, data, 1, callbacks=[StopAfter(batch)], **settings)
     assert RunFolder(root).known_iterates() == [0]
     last = RunFolder(root).last_checkpoint
     run_fit(root, tiny_model_dir, data, 1, ckpt_path=last, **settings)
@@ -233,7 +218,7 @@ def test_stop_inside_an_accumulation_is_continued_as_well(batch, tiny_model_dir,
 
 
 def test_stop_at_the_end_of_an_iterate_keeps_it(tiny_model_dir, data, tmp_path):
-    run_fit(tmp_path, tiny_model_dir, data, 1, callbacks=[At(6, stop)])
+    run_fit(tmp_path, tiny_model_dir, data, 1, callbacks=[StopAfter(6)])
     assert RunFolder(tmp_path).known_iterates() == [0, 1]
 
 
@@ -252,13 +237,13 @@ def test_second_fit_of_a_module_starts_from_its_settings(
 ):
     make, error = ENDINGS[ending] if ending else (lambda n: [], None)
     module, datamodule = build(tiny_model_dir, data)
-    first = trainer_in(tmp_path / "first", make(9))
+    first = quiet_trainer(tmp_path / "first", callbacks=make(9))
     if error is None:
         first.fit(module, datamodule)
     else:
         with pytest.raises(error):
             first.fit(module, datamodule)
-    trainer_in(tmp_path / "second").fit(module, datamodule)
+    quiet_trainer(tmp_path / "second").fit(module, datamodule)
     assert contents(tmp_path / "second") == wholes[1]
 
 
@@ -267,9 +252,9 @@ def test_second_fit_of_a_module_continues_the_run_from_its_checkpoint(
 ):
     module, datamodule = build(tiny_model_dir, data)
     with pytest.raises(RuntimeError):
-        trainer_in(tmp_path, ENDINGS["exception"][0](9)).fit(module, datamodule)
+        quiet_trainer(tmp_path, callbacks=ENDINGS["exception"][0](9)).fit(module, datamodule)
     last = RunFolder(tmp_path).last_checkpoint
-    trainer_in(tmp_path).fit(module, datamodule, ckpt_path=last, weights_only=True)
+    quiet_trainer(tmp_path).fit(module, datamodule, ckpt_path=last, weights_only=True)
     assert contents(tmp_path) == wholes[1]
 
 
@@ -279,7 +264,7 @@ def test_second_fit_with_the_same_callback_writes_into_its_own_folder(
     module, datamodule = build(tiny_model_dir, data)
     callback = SelfPlay()
     for name in ("first", "second"):
-        trainer_in(tmp_path / name, [callback]).fit(module, datamodule)
+        quiet_trainer(tmp_path / name, callbacks=[callback]).fit(module, datamodule)
     assert contents(tmp_path / "first") == contents(tmp_path / "second") == wholes[1]
 
 
@@ -291,7 +276,7 @@ def test_second_fit_of_a_trainer_is_refused_with_the_reason(
     monkeypatch.chdir(tmp_path)
     make, error = ENDINGS[ending] if ending else (lambda n: [], None)
     module, datamodule = build(tiny_model_dir, data)
-    trainer = trainer_in(None, make(9))
+    trainer = quiet_trainer(None, callbacks=make(9))
     if error is None:
         trainer.fit(module, datamodule)
     else:
@@ -303,21 +288,6 @@ def test_second_fit_of_a_trainer_is_refused_with_the_reason(
 
 
 def build(model: Path, data: Path) -> tuple[Any, Any]:
-
     L.seed_everything(1, verbose=False)
     module = SPIN(str(model), learning_rate=3e-3, generation={"unit_size": 32})
     return module, SelfPlayDataModule(str(data), max_response_tokens=8, **DATA)
-
-
-def trainer_in(root: Path | None, callbacks: Any = ()) -> L.Trainer:
-    return L.Trainer(
-        max_epochs=2,
-        default_root_dir=root,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        logger=False,
-        callbacks=list(callbacks),
-    )

@@ -310,7 +310,7 @@ def test_end_of_turn_of_a_template_without_one_is_eos() -> None:
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     text_format = chat_format("llama3", plain)
     assert text_format.end_of_turn == text_format.tokenizer.eos_token_id
-    # What it writes for the end of a line is no part of the answer.
+    # The line end that it writes is not part of the answer.
     asking = plain + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     example = tokenized(chat_format("llama3", asking), conversation())
     assert text_format.tokenizer.decode(example.prompt_ids) == "user: How are you?\nassistant: "

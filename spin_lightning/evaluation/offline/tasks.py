@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from spin_lightning.evaluation.offline.questions import BENCHMARKS, Questions, c
 from spin_lightning.evaluation.presets import OFFLINE_TASKS, PRESETS
 from spin_lightning.run.cache import cache_root, make_once
 from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.packages import package_folder
 
 _PREFIX: Final = "offline_"
 # The harness's own files, below its folder of tasks.
@@ -71,7 +71,7 @@ def offline_task(task: str, own: Path | None) -> OfflineTask:
         own: Folder of the user's own files.
 
     Raises:
-        SettingError: There are no files of it, or the cache cannot be written.
+        SettingError: Its files are missing, or the cache cannot be written.
         DataError: A file cannot be read or lacks a column.
     """
     data = task.removeprefix(_PREFIX)
@@ -86,10 +86,9 @@ def offline_task(task: str, own: Path | None) -> OfflineTask:
 
 
 def _harness_tasks() -> Path:
-    spec = importlib.util.find_spec("lm_eval")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(next(iter(spec.submodule_search_locations))) / "tasks"
+    folder = package_folder("lm_eval")
+    assert folder is not None, "check_installed() found it"
+    return folder / "tasks"
 
 
 def _write(task: str, questions: Questions, official: Path, made: Path, final: Path) -> None:
