@@ -26,7 +26,8 @@ def run(setup: Setup) -> Iterator[Figure]:
     """Yield the figures of generation."""
     for quantization in ("none", "nf4"):
         suffix = "" if quantization == "none" else f"_{quantization}"
-        yield from _figures(setup, quantization, suffix)
+        if f"generation{suffix}" in setup.goals:
+            yield from _figures(setup, quantization, suffix)
 
 
 def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
@@ -57,7 +58,7 @@ def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
             "mixture": lambda i: decoder.generate(module.policy, mixed[i]),
             "generate": lambda i: theirs(units[i], _OPPONENTS[i]),
         },
-        setup.count(len(units)),
+        setup.rounds(len(units)),
         setup.device,
         warmup=0,
     )

@@ -1,7 +1,8 @@
-"""The goal of each figure."""
+"""The goal of each figure, and the figures that a size measures."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -96,3 +97,20 @@ SUBJECTS: dict[str, Subject] = {
         "peak memory per added pair, 4 to 32 pairs", "itself", {"spread": Goal(at_most=1.15)}
     ),
 }
+
+# Sizes that measure only some of the figures, with goals of their own; none where it is empty.
+_OF_SIZE: dict[str, dict[str, dict[str, Goal]]] = {
+    "smollm2": {
+        "step_a": {"ratio": Goal(4.0), "peak": Goal(at_most=0.33)},
+        "scoring_first": {},
+        "scoring_next": {},
+        "generation": {"ratio": Goal(3.0)},
+        "token_mixture": {},
+        "iterate": {},
+    },
+}
+
+
+def goals_of(size: str) -> Mapping[str, Mapping[str, Goal]]:
+    """The figures that a size measures, and the goals of each."""
+    return _OF_SIZE.get(size) or {name: subject.goals for name, subject in SUBJECTS.items()}

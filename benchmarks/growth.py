@@ -20,6 +20,8 @@ _RESPONSE = 64
 
 def run(setup: Setup) -> Iterator[Figure]:
     """Yield the figures of growth, all of our step alone."""
+    if "growth_pairs" not in setup.goals:
+        return
     step = ours.Step(setup)
     yield _over_pairs(setup, step)
     yield _over_prompts(setup, step)

@@ -45,7 +45,7 @@ def run(setup: Setup) -> Iterator[Figure]:
             sides["trl"] = lambda _: _theirs(setup, model, pairs, cap, Path(folder))
         else:
             figure.note = peer.MISSING
-        figure.seconds = interleaved(sides, setup.count(_ROUNDS), setup.device, warmup=0)
+        figure.seconds = interleaved(sides, setup.rounds(_ROUNDS), setup.device, warmup=0)
     if "trl" in sides:
         figure.fields["ratio"] = median_ratio(figure.seconds["trl"], figure.seconds["ours"])
     yield figure

@@ -37,7 +37,7 @@ def run(setup: Setup) -> Iterator[Figure]:
                 "next": lambda _: scoring.make(_NEWEST, root / f"{next(numbers)}", before),
                 "loop": lambda _: _loop(model, pairs),
             },
-            setup.count(_ROUNDS),
+            setup.rounds(_ROUNDS),
             setup.device,
         )
     for name in ("first", "next"):
@@ -47,7 +47,8 @@ def run(setup: Setup) -> Iterator[Figure]:
             {"ratio": ratio},
             seconds={"ours": seconds[name], "loop": seconds["loop"]},
         )
-    yield _reservoir(setup)
+    if "reservoir" in setup.goals:
+        yield _reservoir(setup)
 
 
 def _scoring(setup: Setup, pairs: Sequence[Pair]) -> ours.Scoring:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as hf_logging
 
+from benchmarks.goals import Goal, goals_of
 from benchmarks.timing import Figure, machine, publish
-from benchmarks.workload import SIZES, WORKLOADS, Workload, base_model
+from benchmarks.workload import SIZES, WORKLOADS, Workload, base_model, has_weights
+
+# Rounds of the sizes whose rounds take minutes on a CPU.
+_ROUNDS = {"smollm2": 3}
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,22 @@ class Setup:
         """Folder of the base model."""
         return base_model(self.size, self.dtype, self.out / "models", self.device)
 
+    @property
+    def goals(self) -> Mapping[str, Mapping[str, Goal]]:
+        """The figures that this size measures, and the goals of each."""
+        return goals_of(self.size)
+
     def workload(self, name: str) -> Workload:
         """Workload A or B; short pairs in a tiny run."""
         return WORKLOADS["tiny" if self.tiny else name]
 
     def count(self, usual: int) -> int:
-        """A number of rounds or rows; at most 2 in a tiny run."""
+        """A number of rows; at most 2 in a tiny run."""
         return min(usual, 2) if self.tiny else usual
+
+    def rounds(self, usual: int) -> int:
+        """A number of rounds; fewer where one takes minutes, at most 2 in a tiny run."""
+        return self.count(min(usual, _ROUNDS.get(self.size, usual)))
 
     @property
     def arguments(self) -> list[str]:
@@ -105,11 +118,12 @@ def benchmark(
     figures = []
     with quiet():
         for figure in run(setup):
-            print(figure.line(judged=not setup.tiny), flush=True)
+            print(figure.line({} if setup.tiny else setup.goals[figure.name]), flush=True)
             figures.append(figure)
-    about = {"size": setup.size, "dtype": setup.dtype_name, "tiny": setup.tiny}
+    about = {"benchmark": name, "size": setup.size, "dtype": setup.dtype_name, "tiny": setup.tiny}
+    about["weights"] = "trained" if has_weights(setup.size) else "random"
     about["machine"] = machine(setup.device)
-    publish(name, figures, setup.out, about)
+    publish(setup.out / f"{name}-{setup.size}.json", figures, setup.goals, about)
     return figures
 
 

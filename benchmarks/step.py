@@ -19,9 +19,12 @@ _SAME_LOSS = {"float32": 1e-4, "bfloat16": 0.1}
 
 def run(setup: Setup) -> Iterator[Figure]:
     """Yield the figures of the training step."""
-    yield _figure(setup, "step_a", "A", rounds=9, with_memory=True)
-    yield _figure(setup, "step_b", "B", rounds=5)
-    yield _figure(setup, "step_a_nf4", "A", rounds=7, quantization="nf4")
+    if "step_a" in setup.goals:
+        yield _figure(setup, "step_a", "A", rounds=9, with_memory=True)
+    if "step_b" in setup.goals:
+        yield _figure(setup, "step_b", "B", rounds=5)
+    if "step_a_nf4" in setup.goals:
+        yield _figure(setup, "step_a_nf4", "A", rounds=7, quantization="nf4")
 
 
 def _figure(
@@ -32,7 +35,7 @@ def _figure(
     quantization: str = "none",
     with_memory: bool = False,
 ) -> Figure:
-    rounds = setup.count(rounds)
+    rounds = setup.rounds(rounds)
     batches = batches_of(setup.workload(workload), rounds, setup.vocabulary)
     our_step = ours.Step(setup, quantization)
     sides: dict[str, Callable[[int], Any]] = {"ours": lambda i: our_step(batches[i])}

@@ -1,18 +1,21 @@
-"""Write the figures of the last run into the table of docs/performance.md."""
+"""Write the figures of the last run of every size into the tables of docs/performance.md."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import SUBJECTS
+from benchmarks.goals import SUBJECTS, goals_of
 from benchmarks.setup import parser
 
 PAGE = Path("docs/performance.md")
-START, END = "<!-- figures: python -m benchmarks.table -->", "<!-- end of figures -->"
+START = "<!-- figures of {}: python -m benchmarks.table -->"
+END = "<!-- end of figures -->"
 _UNITS = {
     "ratio": "{:.2f}× as fast",
     "floor": "{:.2f}× the floor's time",
@@ -42,20 +45,21 @@ def verdict(results: Iterable[dict[str, Any]]) -> str:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table, with its notes and the machine it was measured on."""
+    """The table of one size, with its notes and the machine it was measured on."""
+    goals = goals_of(results[0]["size"])
     figures = {figure["name"]: figure for result in results for figure in result["figures"]}
     lines = ["| what | against | measured | goal | |", "|---|---|---|---|---|"]
     for name, subject in SUBJECTS.items():
-        for field, goal in subject.goals.items():
-            value = figures.get(name, {}).get("fields", {}).get(field)
-            if value is None:
-                continue
+        for field, value in figures.get(name, {}).get("fields", {}).items():
+            goal = goals[name].get(field)
             against = "the floor" if field == "floor" else subject.against
             measured = _UNITS[field].format(value)
             if field == "peak":
                 measured += " ({:.0f} of {:.0f} MB)".format(*figures[name]["peak_mb"])
-            verdict = "met" if goal.met(value) else "not met"
-            lines.append(f"| {subject.what} | {against} | {measured} | {goal} | {verdict} |")
+            judged = ("–", "") if goal is None else (goal, "met" if goal.met(value) else "not met")
+            lines.append(
+                "| {} | {} | {} | {} | {} |".format(subject.what, against, measured, *judged)
+            )
     notes = [f"- {SUBJECTS[n].what}: {f['note']}." for n, f in figures.items() if f["note"]]
     return "\n".join([*lines, "", *notes, "", _measured_on(results), ""])
 
@@ -65,19 +69,22 @@ def _measured_on(results: Sequence[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     dates = sorted({result["machine"]["date"] for result in results})
     return (
-        f"Model size {results[0]['size']}, {machine['device']}, {machine['threads']} threads, "
+        f"Model size {results[0]['size']} with {results[0]['weights']} weights, "
+        f"{machine['device']}, {machine['threads']} threads, "
         f"{' to '.join(dates)}; {versions}."
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Replace the table between the two marks of the page."""
+    """Replace the tables of the sizes that were measured, between their marks on the page."""
     results = read_results(parser(__doc__).parse_args(arguments).out)
-    page = PAGE.read_text()
-    before, rest = page.split(START)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n{markdown(results)}{END}{after}")
-    print(f"{PAGE}: {verdict(results)}")
+    for size, of_size in groupby(sorted(results, key=itemgetter("size")), itemgetter("size")):
+        measured = list(of_size)
+        start = START.format(size)
+        before, rest = PAGE.read_text().split(start)
+        after = rest.split(END, 1)[1]
+        PAGE.write_text(f"{before}{start}\n{markdown(measured)}{END}{after}")
+        print(f"{PAGE}, {size}: {verdict(measured)}")
 
 
 if __name__ == "__main__":

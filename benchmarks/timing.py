@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.goals import SUBJECTS
+from benchmarks.goals import Goal
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
@@ -42,21 +42,18 @@ class Figure:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
 
-    def verdicts(self) -> dict[str, bool]:
+    def verdicts(self, goals: Mapping[str, Goal]) -> dict[str, bool]:
         """Whether each measured goal is met, by field."""
-        goals = SUBJECTS[self.name].goals
         return {n: goal.met(self.fields[n]) for n, goal in goals.items() if n in self.fields}
 
-    def line(self, *, judged: bool = True) -> str:
-        """The figure as printed, with its goals if `judged`."""
-        goals = SUBJECTS[self.name].goals
+    def line(self, goals: Mapping[str, Goal]) -> str:
+        """The figure as printed, with a verdict on each goal."""
         parts = [self.name, *(f"{n}={v:.2f}" for n, v in self.fields.items() if n != "peak")]
         if self.peak_mb is not None:
             parts.append("peak_mb={:.0f}/{:.0f}".format(*self.peak_mb))
         parts += [
             f"[{name} {goals[name]}: {'met' if met else 'MISSED'}]"
-            for name, met in self.verdicts().items()
-            if judged
+            for name, met in self.verdicts(goals).items()
         ]
         if self.note:
             parts.append(f"({self.note})")
@@ -130,15 +127,16 @@ def in_subprocess(module: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
-def publish(benchmark: str, figures: Sequence[Figure], out: Path, about: Mapping[str, Any]) -> None:
-    """Write figures, and the setup and machine of the run, as JSON."""
-    out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "benchmark": benchmark,
-        **about,
-        "figures": [{**asdict(f), "met": f.verdicts()} for f in figures],
-    }
-    (out / f"{benchmark}.json").write_text(json.dumps(content, indent=2) + "\n")
+def publish(
+    path: Path,
+    figures: Sequence[Figure],
+    goals: Mapping[str, Mapping[str, Goal]],
+    about: Mapping[str, Any],
+) -> None:
+    """Write figures, their verdicts, and the setup and machine of the run, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    judged = [{**asdict(figure), "met": figure.verdicts(goals[figure.name])} for figure in figures]
+    path.write_text(json.dumps({**about, "figures": judged}, indent=2) + "\n")
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -15,13 +15,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning.data.dataset import Pair
+from spin_lightning.policies import gguf
+from spin_lightning.run.packages import package_folder
 from spin_lightning.types import Example
 
 PAD, STOP = 0, 2
 _FIRST_WORD = 4
 PAIRS_PER_STEP = 8
 
-# Llama-like. The sizes of 1b and 7b are those of Llama 3.2 1B and Mistral 7B.
+# Llama-like. smollm2 has the real weights of SmolLM2-135M-Instruct if its package is installed. The
+# sizes of 1b and 7b are those of Llama 3.2 1B and Mistral 7B.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 512,
@@ -39,6 +42,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "smollm2": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
     "1b": {
@@ -140,12 +152,34 @@ def words_of(ids: Sequence[int]) -> str:
     return " ".join(f"w{i}" for i in ids if i != STOP)
 
 
+def has_weights(size: str) -> bool:
+    """Whether a size has the weights of a trained model here; otherwise they are random."""
+    return size in gguf.PACKAGED and package_folder(gguf.PACKAGED[size][0]) is not None
+
+
 def base_model(size: str, dtype: torch.dtype, folder: Path, device: str = "cpu") -> Path:
-    """A folder with a random model and its tokenizer, made on first use."""
-    path = folder / f"{size}-{str(dtype).removeprefix('torch.')}"
+    """A folder with a model and the tokenizer of random words, made on first use."""
+    trained = has_weights(size)
+    kind = "-trained" if trained else ""
+    path = folder / f"{size}{kind}-{str(dtype).removeprefix('torch.')}"
     if (path / "tokenizer.json").exists():
         return path
-    sizes = SIZES[size]
+    model = _trained(size, dtype) if trained else _random(SIZES[size], dtype, device)
+    model.save_pretrained(path)
+    _tokenizer(SIZES[size]["vocab_size"]).save_pretrained(path)
+    return path
+
+
+def _trained(size: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(gguf.model_folder(size), dtype=dtype)
+    shape = {name: getattr(model.config, name) for name in SIZES[size]}
+    if shape != SIZES[size]:
+        raise RuntimeError(f"{size} has the shape {shape}, not {SIZES[size]}")
+    model.config.pad_token_id, model.config.eos_token_id = PAD, STOP
+    return model
+
+
+def _random(sizes: dict[str, Any], dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     config = LlamaConfig(
         **sizes,
         max_position_embeddings=2048,
@@ -156,9 +190,7 @@ def base_model(size: str, dtype: torch.dtype, folder: Path, device: str = "cpu")
     )
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        LlamaForCausalLM._from_config(config, dtype=dtype).save_pretrained(path)
-    _tokenizer(sizes["vocab_size"]).save_pretrained(path)
-    return path
+        return LlamaForCausalLM._from_config(config, dtype=dtype)
 
 
 def _words(source: random.Random, count: int, vocabulary: int) -> np.ndarray[Any, Any]:

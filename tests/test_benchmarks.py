@@ -11,10 +11,10 @@ import torch
 from benchmarks import generation, growth, iterate, ours, scoring, step, table
 from benchmarks.floor import Floor
 from benchmarks.generation import _operations
-from benchmarks.goals import SUBJECTS, Goal
+from benchmarks.goals import SUBJECTS, Goal, goals_of
 from benchmarks.setup import Setup
 from benchmarks.timing import Figure, median_ratio, peak_mb, spread
-from benchmarks.workload import SIZES, WORKLOADS, batches_of
+from benchmarks.workload import SIZES, WORKLOADS, batches_of, has_weights
 from spin_lightning.data.dataset import Pair
 from spin_lightning.generation.base import Request
 
@@ -58,6 +58,21 @@ def test_benchmark_tiny_prints_a_line_per_figure_and_writes_json(benchmark, out,
 def test_benchmark_tiny_runs_in_the_precision_of_gpus(benchmark, out, capsys):
     benchmark.main(["--tiny", "--dtype", "bfloat16", "--out", str(out)])
     assert len(capsys.readouterr().out.strip().splitlines()) == len(BENCHMARKS[benchmark])
+
+
+@pytest.mark.skipif(not has_weights("smollm2"), reason="needs SmolLM2: the demo extra")
+def test_benchmarks_of_smollm2_run_on_its_weights(out, capsys):
+    for benchmark, figures in {step: {"step_a"}, growth: set()}.items():
+        benchmark.main(["--tiny", "--size", "smollm2", "--out", str(out)])
+        lines = capsys.readouterr().out.strip().splitlines()
+        assert {line.split()[0] for line in lines} == figures
+    (result,) = (r for r in table.read_results(out) if r["figures"] and r["size"] == "smollm2")
+    assert result["weights"] == "trained"
+
+
+def test_benchmarks_of_smollm2_are_some_of_all():
+    assert goals_of("smollm2").keys() < SUBJECTS.keys()
+    assert goals_of("22m") == {name: subject.goals for name, subject in SUBJECTS.items()}
 
 
 def test_benchmarks_have_a_goal_for_every_figure():
@@ -175,7 +190,7 @@ def test_goal_is_judged_at_the_digits_that_are_printed(goal, value, met):
 
 def test_figure_line_says_ratio_floor_memory_and_goals():
     figure = Figure("step_a", {"ratio": 2.31, "floor": 1.2, "peak": 0.2}, peak_mb=(680.2, 3400.0))
-    assert figure.line() == (
+    assert figure.line(SUBJECTS["step_a"].goals) == (
         "step_a ratio=2.31 floor=1.20 peak_mb=680/3400 "
         "[ratio ≥ 2.2: met] [floor ≤ 1.1: MISSED] [peak ≤ 0.25: met]"
     )
@@ -183,15 +198,27 @@ def test_figure_line_says_ratio_floor_memory_and_goals():
 
 def test_table_replaces_what_stood_between_its_marks(tmp_path, monkeypatch):
     page = tmp_path / "performance.md"
-    page.write_text(f"above\n{table.START}\nold\n{table.END}\nbelow\n")
+    blocks = [f"{table.START.format(size)}\nold {size}\n{table.END}" for size in ("22m", "smollm2")]
+    page.write_text("\n".join(["above", *blocks, "below\n"]))
     monkeypatch.setattr(table, "PAGE", page)
     machine = {"device": "a CPU", "threads": 2, "date": "2030-01-02", "versions": {"trl": "1"}}
     figure = {"name": "iterate", "fields": {"ratio": 2.5}, "met": {"ratio": True}, "note": ""}
-    result = {"size": "22m", "tiny": False, "machine": machine, "figures": [figure]}
-    (tmp_path / "iterate.json").write_text(json.dumps(result))
+    about = {"tiny": False, "machine": machine, "weights": "random"}
+    result = {**about, "size": "22m", "figures": [figure]}
+    (tmp_path / "iterate-22m.json").write_text(json.dumps(result))
+    table.main(["--out", str(tmp_path)])
+    text = page.read_text()
+    assert "old 22m" not in text
+    assert "old smollm2" in text
+    step = {"name": "step_a", "met": {"ratio": True}, "note": "", "peak_mb": [100.0, 400.0]}
+    step["fields"] = {"ratio": 4.0, "floor": 1.3, "peak": 0.25}
+    result = {**about, "size": "smollm2", "figures": [step]}
+    (tmp_path / "step-smollm2.json").write_text(json.dumps(result))
     table.main(["--out", str(tmp_path)])
     text = page.read_text()
     assert "old" not in text
+    assert "| 4.00× as fast | ≥ 4 | met |" in text
+    assert "| the floor | 1.30× the floor's time | – |  |" in text
     assert text.startswith("above\n")
     assert text.endswith("below\n")
     assert "| 2.50× as fast | ≥ 2.5 | met |" in text
