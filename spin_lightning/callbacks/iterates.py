@@ -14,9 +14,9 @@ from spin_lightning.callbacks.console import (
 from spin_lightning.callbacks.early import EarlySteps
 from spin_lightning.callbacks.interfaces import IterateEvaluator, IterateListener
 from spin_lightning.callbacks.log_samples import log_samples, log_tells
-from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows, peak_memory
+from spin_lightning.callbacks.row_metrics import measure_iterate, measure_rows
 from spin_lightning.callbacks.run_log import RunLog
-from spin_lightning.callbacks.run_times import RunTimes, Spent
+from spin_lightning.callbacks.run_times import RunTimes, Spent, peak_memory
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.speed import Trained, measure_speed
 from spin_lightning.report.cue_words import best_cue_line, clear_cues, special_ids
@@ -202,6 +202,7 @@ def training_record(
         },
         speed=measure_speed(spent, trained, module.policy_spec.base, trainer.strategy.root_device),
         peak_memory=peak_memory(),
+        phase_peaks=spent.peaks,
         early=early.means(),
     )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-
 import numpy as np
 import torch
 
@@ -78,11 +75,3 @@ def measure_rows(
         "rows/duplicates": duplicate_rate(generated[i] for i in range(rows)),
         **({} if tells is None else tells.metrics()),
     }
-
-
-def peak_memory() -> int:
-    """Peak memory so far, bytes: of tensors on the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

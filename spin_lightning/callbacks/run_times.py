@@ -1,17 +1,22 @@
-"""Time and work of each iterate, summed over all starts of a run."""
+"""Time, work and memory of each iterate, over all starts of a run."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from spin_lightning.rows.making import Timing
 from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.validation import NUMBERS, check_fields
 
+PHASES: Final = ("before", "generating", "scoring", "training")
 _FIX: Final = "delete it: the time of earlier starts is then not counted"
 
 
@@ -22,15 +27,30 @@ class Spent(Timing):
     Attributes:
         training: Seconds of training, validation included.
         trained_rows: Rows of the batches trained on, as if all were full.
+        peak_before: Peak memory that loading, held-out rows or evaluation reached before the
+            iterate's rows were made, bytes; 0 if it was not above that of earlier phases.
+        peak_generating: The same for generating responses.
+        peak_scoring: The same for scoring them.
+        peak_training: The same for training, validation included.
     """
 
     training: float = 0.0
     trained_rows: float = 0.0
+    peak_before: float = 0
+    peak_generating: float = 0
+    peak_scoring: float = 0
+    peak_training: float = 0
 
     def train(self, seconds: float, rows: float) -> None:
         """Add a stretch of training."""
         self.training += seconds
         self.trained_rows += rows
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The peaks that are known, by phase."""
+        found = {phase: int(getattr(self, f"peak_{phase}")) for phase in PHASES}
+        return {phase: peak for phase, peak in found.items() if peak}
 
 
 class RunTimes:
@@ -47,6 +67,7 @@ class RunTimes:
     def __init__(self, path: Path | None, known: dict[int, Spent] | None = None) -> None:
         """Go on from what earlier starts took."""
         self._path = path
+        self._peak = 0
         self._spent: defaultdict[int, Spent] = defaultdict(Spent, known or {})
 
     @classmethod
@@ -71,12 +92,21 @@ class RunTimes:
 
     def making(self, t: int) -> Making:
         """Receives the progress of the rows that iterate t is trained on."""
+        self.keep_peak(t, "before")
         return Making(self, t)
 
     def train(self, t: int, seconds: float, rows: float) -> None:
         """Add a stretch of training iterate t."""
         self._spent[t].train(seconds, rows)
+        self.keep_peak(t, "training")
         self.write()
+
+    def keep_peak(self, t: int, phase: str) -> None:
+        """Give the phase that just ended the peak memory of the process, if the phase raised it."""
+        peak = peak_memory()
+        if peak > self._peak:
+            self._peak, spent, name = peak, self._spent[t], f"peak_{phase}"
+            setattr(spent, name, max(peak, getattr(spent, name)))
 
     def write(self) -> None:
         """Write the file."""
@@ -100,7 +130,16 @@ class Making:
         """Count the progress of a stage; rows of an existing part take no time."""
         if seconds:
             self.times.spent_on(self.t).advance(stage, rows, seconds, tokens)
+            self.times.keep_peak(self.t, stage)
             self.times.write()
+
+
+def peak_memory() -> int:
+    """Peak memory so far, bytes: of tensors on the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _parse(content: Any) -> dict[int, Spent]:

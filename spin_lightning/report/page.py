@@ -35,6 +35,7 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 _PROMPTS_SHOWN = 6
 _HISTOGRAMS_PER_RUN = 6
 _GIB = 1 << 30
+_STAGES = ("generating", "scoring", "training")
 
 
 @dataclass(frozen=True)
@@ -280,23 +281,26 @@ def _samples(views: Sequence[RunView]) -> list[dict[str, Any]]:
 
 
 def _timings(views: Sequence[RunView]) -> list[dict[str, Any]]:
+    """Time and memory of every iterate, phase by phase, one table per run."""
     timings = []
     for view in views:
         rows = []
         for record in view.records:
             training = record.training
             if training is not None and training.seconds:
-                memory = training.peak_memory
+                peaks = training.phase_peaks
                 rows.append(
                     [
                         f"p{record.index}",
-                        *(
-                            f"{training.seconds[stage]:.1f} s"
-                            for stage in ("generating", "scoring", "training")
-                        ),
-                        "–" if memory is None else f"{memory / _GIB:.2f} GiB",
+                        *(f"{training.seconds[stage]:.1f} s" for stage in _STAGES),
+                        *(_gib(peaks.get(phase)) for phase in ("before", *_STAGES)),
+                        _gib(training.peak_memory),
                     ]
                 )
         if rows:
             timings.append({"name": view.name, "rows": rows})
     return timings
+
+
+def _gib(size: int | None) -> str:
+    return "–" if size is None else f"{size / _GIB:.2f}"

@@ -36,6 +36,8 @@ class TrainingRecord:
         seconds: Time of each stage (generating, scoring, training), over all starts of the run.
         speed: Metrics of speed, see `callbacks.speed`; older versions did not record them.
         peak_memory: Bytes.
+        phase_peaks: Peak memory at the end of each phase (before, generating, scoring, training)
+            that raised it, bytes.
         early: Mean `accuracy` and `loss` of the batches in the second half of the iterate's first
             tenth, and their number of `pairs`; None for fewer than ten batches.
         others: Fields of other versions, written back as they were read.
@@ -50,6 +52,7 @@ class TrainingRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     speed: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
+    phase_peaks: Mapping[str, int] = field(default_factory=dict)
     early: Mapping[str, float] | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,8 +69,9 @@ class TrainingRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as plain values."""
         plain = asdict(self)
-        if self.early is None:
-            del plain["early"]
+        for name in ("early", "phase_peaks"):
+            if not plain[name]:
+                del plain[name]
         return {**plain.pop("others"), **plain}
 
 
@@ -202,5 +206,6 @@ _TRAINING_RULES: Final = {
     "seconds": NUMBERS,
     "speed": NUMBERS,
     "peak_memory": optional(NUMBER),
+    "phase_peaks": NUMBERS,
     "early": NUMBERS,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spin_lightning import SPIN, SelfPlay
-from spin_lightning.callbacks import iterates
+from spin_lightning.callbacks import iterates, run_times
 from spin_lightning.callbacks.run_times import RunTimes, Spent
 from spin_lightning.errors import RunFolderError
 from spin_lightning.report.page import make_page
@@ -113,6 +113,31 @@ def test_run_stopped_in_training_sums_rows_and_training_of_both_starts(
     assert speed["speed/share_training"] == pytest.approx(9 / 25)
     page = make_page(read_runs([RunFolder(tmp_path)]), "1").html
     assert "<td>8.0 s</td><td>8.0 s</td><td>9.0 s</td>" in page
+
+
+def test_peak_memory_belongs_to_the_phase_that_raised_it(tmp_path, monkeypatch):
+    highest = 100
+    monkeypatch.setattr(run_times, "peak_memory", lambda: highest)
+    run = RunFolder(tmp_path)
+    times = RunTimes.of(run, kept=True)
+    progress = times.making(1)
+    highest = 130
+    progress.advance("generating", 8, 1.0)
+    progress.advance("scoring", 8, 1.0)
+    highest = 200
+    times.train(1, 3.0, 8)
+    assert times.spent_on(1).peaks == {"before": 100, "generating": 130, "training": 200}
+    # Nothing of the next iterate rises above 200 but what came before its rows.
+    highest = 250
+    times.making(2).advance("generating", 8, 1.0)
+    times.train(2, 3.0, 8)
+    assert times.spent_on(2).peaks == {"before": 250}
+    run.iterate(0).mkdir(parents=True)
+    (run.iterate(0) / "iterate.json").write_text("{}")
+    again = RunTimes.of(run, kept=True)
+    highest = 120
+    again.making(1).advance("generating", 8, 1.0)
+    assert again.spent_on(1).peaks == {"before": 120, "generating": 130, "training": 200}
 
 
 def test_times_of_an_abandoned_start_do_not_count_for_a_new_run(tmp_path):

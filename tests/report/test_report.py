@@ -167,7 +167,14 @@ def test_page_has_a_card_of_verdicts_per_run(page):
 def test_time_and_memory_of_every_iterate_are_shown(page):
     part = page.split('id="time"')[1]
     assert re.findall(r"<td>p(\d)</td>", part) == ["1", "2", "3", "4"] * 2
-    assert len(re.findall(r"<td>[\d.]+ GiB</td>", part)) == 8
+    # Three stages; four phases, of which later ones need not rise above earlier ones, and the peak.
+    rows = re.findall(r"<td>p\d</td>(.*?)</tr>", part)
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+    assert {len(row) for row in cells} == {8}
+    assert all(float(row[-1]) > 0 for row in cells)
+    peaks = [float(cell) for cell in cells[0][3:7] if cell != "–"]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] <= float(cells[0][-1])
 
 
 def test_cards_of_one_metric_say_which_settings_differ_between_runs(two_runs, tmp_path):

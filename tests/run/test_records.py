@@ -60,6 +60,7 @@ TODAY = [
             **TRAINED["training"],
             "speed": {"speed/mfu": 0.4},
             "peak_memory": 123_456_789_012,
+            "phase_peaks": {"before": 1_000, "training": 123_456_789_012},
         },
         "metrics": {"val/real_nll_per_token": 1.25, "val/kl_base": -0.0, "exact/kl": math.nan},
     },
@@ -95,6 +96,7 @@ def test_record_has_the_values_of_its_file():
         seconds={"generating": 0.1, "scoring": 0.2, "training": 0.3},
         speed={"speed/mfu": 0.4},
         peak_memory=123_456_789_012,
+        phase_peaks={"before": 1_000, "training": 123_456_789_012},
     )
     assert record.tokenizer_files is None
     assert record.rows is None
@@ -108,6 +110,7 @@ def test_record_of_the_first_version_lacks_what_was_not_recorded_yet(content):
     if record.training is not None:
         assert record.training.speed == {}
         assert record.training.peak_memory is None
+        assert record.training.phase_peaks == {}
 
 
 def test_record_measured_later_is_written_with_its_metrics(tmp_path):

@@ -95,6 +95,6 @@ def recorded(root: Path) -> list[dict[str, Any]]:
         json.loads(file.read_text()) for file in sorted(root.glob("iterates/*/iterate.json"))
     ]
     for record in records:
-        for name in ("seconds", "speed", "peak_memory"):
+        for name in ("seconds", "speed", "peak_memory", "phase_peaks"):
             (record["training"] or {}).pop(name, None)
     return records
