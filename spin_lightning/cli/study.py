@@ -14,7 +14,8 @@ from spin_lightning.run.folder import RunFolder
 def study(args: list[str]) -> None:
     """Run several variants of one config over several seeds: one table, one figure.
 
-    Runs that are complete are not played again, and one that was cut off continues.
+    Runs that are complete are not played again, and one that was cut off continues. Scores that
+    `spin-lightning evaluate` gave the last iterate of every run get a table of their own.
     """
     from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
 
@@ -59,6 +60,7 @@ def study(args: list[str]) -> None:
     from spin_lightning.callbacks.console import console, quiet, quiet_libraries, show_table
     from spin_lightning.cli.fit import SpinCLI, explained
     from spin_lightning.report.study import (
+        benchmark_scores,
         difference_table,
         draw_study,
         study_curves,
@@ -67,13 +69,15 @@ def study(args: list[str]) -> None:
 
     quiet_libraries()
     out = Path(given.out or Path("runs") / Path(given.config).stem)
-    starts: dict[int, Path] = {}
+    started: dict[int, RunFolder] = {}
 
     def run(play: Play, number: str) -> RunFolder:
         console.print(f"[{number}] {play.stage}{play.variant}, seed {play.seed}", markup=False)
+        first = started.get(play.seed)
+        start = None if first is None else first.iterate(first.best()).resolve()
         with quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            SpinCLI(play.arguments(given.config, out, starts.get(play.seed)))
+            SpinCLI(play.arguments(given.config, out, start))
         return RunFolder(play.folder(out))
 
     with explained():
@@ -82,8 +86,7 @@ def study(args: list[str]) -> None:
                 play = replace(
                     Play.of(given.start, seed), epochs=given.start_epochs, stage="start-"
                 )
-                first = run(play, f"start {seed}")
-                starts[seed] = first.iterate(first.best()).resolve()
+                started[seed] = run(play, f"start {seed}")
         for number, play in enumerate(plays, start=1):
             run(play, f"{number}/{len(plays)}")
         groups = {
@@ -92,6 +95,16 @@ def study(args: list[str]) -> None:
         }
         curves = study_curves(groups)
         show_table(study_table(curves))
-        if control is not None and len(given.seeds) > 1:
-            show_table(difference_table(curves, control))
+        scored = {
+            variant: [(run, run.known_iterates()[-1]) for run in runs]
+            for variant, runs in groups.items()
+        }
+        if started:
+            scored["start"] = [(run, run.best()) for run in started.values()]
+        scores, compared = benchmark_scores(scored), "start" if started else control
+        if len(given.seeds) > 1:
+            if control is not None:
+                show_table(difference_table(curves, control))
+            if scores and compared is not None:
+                show_table(difference_table(scores, compared))
         console.print(f"Picture: {draw_study(curves, out / 'study.png')}")

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from spin_lightning.errors import RunFolderError
+from spin_lightning.evaluation.contestants import label_of
+from spin_lightning.evaluation.results import read_results, score_lines
 from spin_lightning.report.run_view import read_records
 from spin_lightning.run.folder import RunFolder
 
@@ -75,6 +77,30 @@ def study_curves(groups: Mapping[str, Sequence[RunFolder]]) -> Curves:
         }
         for metric in common
     }
+
+
+def benchmark_scores(iterates: Mapping[str, Sequence[tuple[RunFolder, int]]]) -> Curves:
+    """Read the scores of `spin-lightning evaluate` that the same benchmarks gave all runs.
+
+    Args:
+        iterates: For each variant, a run per seed and the iterate to look at.
+
+    Returns:
+        One point per run; nothing if there is no such benchmark.
+    """
+    measured = {variant: [_scores(run, t) for run, t in runs] for variant, runs in iterates.items()}
+    of_all = [scores for runs in measured.values() for scores in runs]
+    common = [name for name in of_all[0] if all(name in scores for scores in of_all)]
+    return {
+        name: {variant: [[scores[name]] for scores in runs] for variant, runs in measured.items()}
+        for name in common
+    }
+
+
+def _scores(run: RunFolder, t: int) -> dict[str, float]:
+    label = label_of(run.iterate(t).name)
+    lines = score_lines(read_results(run))
+    return {line.name: line.scores[label][0] for line in lines if label in line.scores}
 
 
 def study_table(curves: Curves) -> list[list[str]]:

@@ -11,7 +11,10 @@ from scipy import stats
 
 from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError
+from spin_lightning.evaluation.contestants import iterate_contestant
+from spin_lightning.evaluation.results import Result, write_result
 from spin_lightning.report.study import (
+    benchmark_scores,
     difference_table,
     draw_study,
     paired_interval,
@@ -69,6 +72,30 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert head == ["last iterate", "variant", "mean", "minus SFT", "95 % interval"]
     assert spin == ["exact/kl", "SPIN", "8.000", "+2.000", "-0.484 to +4.484"]
     assert sft == ["exact/kl", "SFT", "6.000", "-", "-"]
+
+
+def test_benchmark_scores_are_those_that_all_runs_have_of_the_iterate(tmp_path):
+    """SPIN - start is 0.1, 0.3: mean 0.2, deviation 0.1 sqrt(2), half width 12.706 · 0.1."""
+    runs = [finished(tmp_path / str(i), [{"exact/kl": 0.0}] * 2) for i in range(4)]
+
+    def scored(run: RunFolder, t: int, benchmark: str, score: float) -> None:
+        one = iterate_contestant(run, t)
+        scores = {"acc": score, "acc_error": 0.01}
+        write_result(run, Result(one.name, one.identity, benchmark, {"limit": 9}, scores))
+
+    assert benchmark_scores({"SPIN": [(run, 1) for run in runs]}) == {}
+    for run, score in zip(runs, (0.4, 0.7, 0.3, 0.4), strict=True):
+        scored(run, 1, "lm_eval/arc", score)
+        scored(run, 0, "lm_eval/arc", 0.9)
+    scored(runs[0], 1, "lm_eval/mmlu", 0.5)
+    scores = benchmark_scores(
+        {"SPIN": [(run, 1) for run in runs[:2]], "start": [(run, 1) for run in runs[2:]]}
+    )
+    assert scores == {
+        "lm_eval/arc/acc": {"SPIN": [[0.4], [0.7]], "start": [[0.3], [0.4]]},
+    }
+    _, spin, _ = difference_table(scores, "start")
+    assert spin == ["lm_eval/arc/acc", "SPIN", "0.550", "+0.200", "-1.071 to +1.471"]
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 21])
