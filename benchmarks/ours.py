@@ -20,6 +20,7 @@ from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import Pair
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.mixtures import window
+from spin_lightning.modules import pass_by_pass
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.optimizers import make_optimizer
 from spin_lightning.rows.making import Synthesis, Timing, finish
@@ -103,7 +104,7 @@ class Step:
     def loss(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """The loss of a batch, with its graph."""
         batch = collate(pairs).to(self.device)
-        return self.module.anchored_objective(self.module.pair_logps(batch))
+        return pass_by_pass.score(self.module, batch)[1]
 
     def __call__(self, pairs: Sequence[Pair]) -> None:
         """Take one step."""

@@ -34,15 +34,33 @@ def pack_prompts(
     )
 
 
+# Tokens of a forward pass, so that activations stay small whatever the batch. On a CPU, from about
+# 8000 on, even those of a small model exceed what glibc's allocator keeps (32 MiB): the system maps
+# their memory again each time, page by page, which took a third of a step. On other devices a pass
+# has to be long enough for efficient products.
+_TOKENS_OF_A_PASS = {"cpu": 1024}
+_TOKENS_ELSEWHERE = 8192
+
+
+def split_for(device: torch.device, batch: PromptBatch) -> list[PromptBatch]:
+    """Split a batch between prompts into forward passes that suit a device.
+
+    A batch that is such a pass already stays whole.
+    """
+    if batch.is_one_pass:
+        return [batch]
+    return split_prompts(batch, _TOKENS_OF_A_PASS.get(device.type, _TOKENS_ELSEWHERE))
+
+
 def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:
-    """Split a batch between prompts into pieces of about equal numbers of tokens.
+    """Split a batch between prompts into passes of about equal numbers of tokens.
 
     Args:
         batch: n prompts and their responses.
-        most: Tokens of a piece; pieces can be longer by up to one prompt with its responses.
+        most: Tokens of a pass; one can be longer by up to one prompt with its responses.
 
     Returns:
-        The pieces in order; a single one if the batch has at most `most` tokens.
+        The passes in order; a single one if the batch has at most `most` tokens.
     """
     groups = list(zip(batch.prompt_lengths, batch.response_lengths, strict=True))
     lengths = [prompt + sum(responses) for prompt, responses in groups]
@@ -59,6 +77,7 @@ def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:
             input_ids=ids,
             prompt_lengths=tuple(batch.prompt_lengths[i] for i in piece),
             response_lengths=tuple(batch.response_lengths[i] for i in piece),
+            is_one_pass=True,
         )
         for ids, piece in zip(torch.split(batch.input_ids, sizes), pieces.values(), strict=True)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
@@ -177,11 +177,13 @@ class PromptBatch:
         input_ids: int64, shape [tokens].
         prompt_lengths: Number of tokens of each prompt.
         response_lengths: Number of tokens of each of its responses.
+        is_one_pass: Whether one forward pass is to compute all of it.
     """
 
     input_ids: Tensor
     prompt_lengths: tuple[int, ...]
     response_lengths: tuple[tuple[int, ...], ...]
+    is_one_pass: bool = False
 
     def to(self, device: torch.device | str) -> PromptBatch:
         """Return a copy on `device`."""
@@ -219,6 +221,22 @@ class PairBatch:
             reference_real=self.reference_real.to(device),
             reference_generated=None if reference is None else reference.to(device),
         )
+
+    def split(self, passes: Sequence[PromptBatch]) -> list[PairBatch]:
+        """The pairs of each of some consecutive parts of `pairs`."""
+        batches, start = [], 0
+        for part in passes:
+            own = slice(start, start := start + len(part.prompt_lengths))
+            reference = self.reference_generated
+            batches.append(
+                PairBatch(
+                    pairs=part,
+                    reference_real=self.reference_real[own],
+                    reference_generated=None if reference is None else reference[own],
+                    row_ids=self.row_ids[own],
+                )
+            )
+        return batches
 
     def __len__(self) -> int:
         """Number of pairs."""

@@ -21,7 +21,7 @@ from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics
 from spin_lightning.mixtures import Mixture, Reference
-from spin_lightning.modules import checkpointing, checks, skipping
+from spin_lightning.modules import checkpointing, checks, pass_by_pass, skipping
 from spin_lightning.modules.epoch_loss import EpochLoss
 from spin_lightning.modules.settings import at_iterate, check_choices, check_ranges, values_before
 from spin_lightning.modules.step_log import log_first_margin, log_step
@@ -170,6 +170,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self.epoch_loss = EpochLoss()
         self._open_gradients: Mapping[str, Tensor] = {}
         self.was_fitted = False  # whether SelfPlay may have changed the weights
+        self.needs_whole_batches = False  # whether the objective is not a mean over pairs
         self.val_metrics.reset()
 
     # ------------------------------------------------------------------ what a variant defines
@@ -311,8 +312,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """One step on a batch of pairs."""
-        logps = self.pair_logps(batch)
-        loss = self.anchored_objective(logps)
+        logps, loss = pass_by_pass.score(self, batch)
         if self.max_skipped_batches:
             self.log("train/skipped_batches", float(self.skipped_batches.count))
         if skipping.is_non_finite(self.trainer, logps, loss):

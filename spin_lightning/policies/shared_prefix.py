@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from spin_lightning.errors import SettingError
 from spin_lightning.logps import head_logps, sum_by_response
-from spin_lightning.packing import positions, predictors, split_prompts
+from spin_lightning.packing import positions, predictors, split_for
 from spin_lightning.policies.pretrained import FrozenBase, load_config
 from spin_lightning.types import PromptBatch
 
@@ -35,10 +35,6 @@ ARCHITECTURES = frozenset(
     {"gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
 )
 _NAME = "spin_lightning_shared_prefix"
-# Tokens of a row on a CPU, so that activations stay small whatever the batch. From about 8000 on,
-# even those of a small model exceed what glibc's allocator keeps (32 MiB): the system maps their
-# memory again each time, page by page, which took a third of a step.
-_CPU_TOKENS = 1024
 
 
 def shares_prefixes(base: FrozenBase, packing: Packing) -> bool:
@@ -69,9 +65,8 @@ def prompt_logps(model: Any, batch: PromptBatch) -> Tensor:
     Returns:
         Nats, float64, in the order of the responses, with gradient where the model has it.
     """
-    on_cpu = batch.input_ids.device.type == "cpu"
-    pieces = split_prompts(batch, _CPU_TOKENS) if on_cpu else [batch]
-    return torch.cat([_logps_of_row(model, piece) for piece in pieces])
+    passes = split_for(batch.input_ids.device, batch)
+    return torch.cat([_logps_of_row(model, one) for one in passes])
 
 
 def _logps_of_row(model: Any, batch: PromptBatch) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from spin_lightning import packing
 from spin_lightning.errors import SettingError
 from spin_lightning.losses import logistic
 from spin_lightning.packing import pack_prompts, pad_prompts
@@ -159,7 +160,7 @@ def test_step_equals_the_padded_one_for_random_lengths(seed, folder_of):
 
 @pytest.mark.parametrize("most", [1, 60])
 def test_step_in_several_rows_equals_the_padded_one(most, folder_of, monkeypatch):
-    monkeypatch.setattr("spin_lightning.policies.shared_prefix._CPU_TOKENS", most)
+    monkeypatch.setitem(packing._TOKENS_OF_A_PASS, "cpu", most)
     base = FrozenBase(folder_of("gemma2"), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     assert_same_step(fast, plain, some_pairs(seed=5), within=1e-5)

@@ -1,0 +1,131 @@
+"""A training step that holds the activations of one forward pass at a time, not of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spin_lightning.packing import split_for
+from spin_lightning.types import PairBatch, PairLogps
+
+if TYPE_CHECKING:
+    from spin_lightning.modules.base import SelfPlayModule
+
+# Largest difference between the derivatives of one pass and of the whole batch, relative to the
+# largest one, that rounding in float64 explains.
+_ROUNDING = 1e-9
+
+
+def score(module: SelfPlayModule, batch: PairBatch) -> tuple[PairLogps, Tensor]:
+    """Log-probs of a batch and its objective, whose backward pass gives the usual gradients.
+
+    An objective is a mean over pairs, so its derivatives with respect to the log-probs of one pass
+    are known once that pass is computed: it goes backward at once, and its activations are freed
+    before the next one. The objective holds the summed gradients. An objective that is something
+    else (its derivatives depend on other passes) gets a plain step on the whole batch.
+
+    Args:
+        module: The module in training.
+        batch: n pairs.
+
+    Returns:
+        The log-probs, without a graph if there were several passes, and the objective, shape [].
+    """
+    passes = batch.split(split_for(module.policy.device, batch.pairs))
+    if len(passes) == 1 or module.needs_whole_batches:
+        logps = module.pair_logps(batch)
+        return logps, module.anchored_objective(logps)
+    parameters = [parameter for _, parameter in module.policy.trainable()]
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    scored: list[PairLogps] = []
+    derivatives: list[Tensor] = []
+    # From last to first, the order in which autograd adds up the gradients of a whole batch.
+    for part in reversed(passes):
+        logps = module.pair_logps(part)
+        found = _derivatives(module, logps, len(part) / len(batch))
+        _add(gradients, torch.autograd.grad(_sides(logps), parameters, found, allow_unused=True))
+        scored.insert(0, _detached(logps))
+        derivatives.insert(0, torch.stack(found))
+    logps = _joined(scored)
+    of_batch = torch.stack(_derivatives(module, logps))
+    if not _equal(torch.cat(derivatives, dim=1), of_batch):
+        module.needs_whole_batches = True
+        module.print(
+            f"NOTE: the objective of {type(module).__name__} is not a mean over pairs, so a step "
+            "holds the activations of its whole batch."
+        )
+        return score(module, batch)
+    with torch.no_grad():
+        value = module.anchored_objective(logps)
+    return logps, _WithGradients.apply(value, gradients, *parameters)
+
+
+def _sides(logps: PairLogps) -> list[Tensor]:
+    """The policy's log-probs: of the real responses, and of the generated ones if there are any."""
+    sides = (logps.policy_real, logps.policy_generated)
+    return [side for side in sides if side is not None]
+
+
+def _with_sides(logps: PairLogps, sides: Sequence[Tensor]) -> PairLogps:
+    real, *generated = sides
+    return replace(logps, policy_real=real, policy_generated=generated[0] if generated else None)
+
+
+def _detached(logps: PairLogps) -> PairLogps:
+    return _with_sides(logps, [side.detach() for side in _sides(logps)])
+
+
+def _joined(parts: Sequence[PairLogps]) -> PairLogps:
+    """The log-probs of consecutive parts of a batch as those of the batch."""
+    columns: dict[str, Any] = {}
+    for name in PairLogps.__dataclass_fields__:
+        values = [getattr(part, name) for part in parts]
+        columns[name] = None if values[0] is None else torch.cat(values)
+    return PairLogps(**columns)
+
+
+def _derivatives(module: SelfPlayModule, logps: PairLogps, share: float = 1.0) -> list[Tensor]:
+    """Derivatives of `share` times the objective with respect to each side's log-probs."""
+    leaves = [side.detach().requires_grad_() for side in _sides(logps)]
+    objective = module.anchored_objective(_with_sides(logps, leaves))
+    found = torch.autograd.grad(objective * share, leaves, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if derivative is None else derivative
+        for leaf, derivative in zip(leaves, found, strict=True)
+    ]
+
+
+def _equal(by_pass: Tensor, of_batch: Tensor) -> bool:
+    """Whether derivatives agree within rounding; non-finite ones are left to the step's check."""
+    if not bool(torch.isfinite(by_pass).all() and torch.isfinite(of_batch).all()):
+        return True
+    largest = float(of_batch.abs().max())
+    return bool(((by_pass - of_batch).abs() <= _ROUNDING * largest).all())
+
+
+def _add(total: list[Tensor | None], added: Sequence[Tensor | None]) -> None:
+    for i, gradient in enumerate(added):
+        if gradient is not None:
+            known = total[i]
+            total[i] = gradient if known is None else known.add_(gradient)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *_parameters: Tensor
+    ) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = outer
+        known = (None if g is None else g * factor.to(g.dtype) for g in ctx.gradients)
+        return (None, None, *known)

@@ -1,0 +1,182 @@
+"""A step in several forward passes: the gradients of the whole batch, one pass's activations."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from spin_lightning import SFT, SPACE, SPIN, SelfPlayModule, packing
+from spin_lightning.modules import pass_by_pass
+from spin_lightning.packing import pack_prompts, split_for
+from spin_lightning.types import PairBatch, PairLogps
+from tests.toys.runs import contents, play, write_examples
+
+CPU = torch.device("cpu")
+
+
+class CenteredSPIN(SPIN):
+    """Margins relative to the mean of the batch: not a mean over pairs."""
+
+    def objective(self, logps: PairLogps) -> Tensor:
+        return -torch.nn.functional.logsigmoid(logps.margin - logps.margin.mean()).mean()
+
+
+@pytest.fixture
+def short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of about 24 tokens, two pairs of these tests."""
+    monkeypatch.setitem(packing._TOKENS_OF_A_PASS, "cpu", 24)
+
+
+def build(model: Path, variant: type[SelfPlayModule] = SPIN, **settings: Any) -> SelfPlayModule:
+    """A module whose adapter differs from the base."""
+    L.seed_everything(0, verbose=False)
+    module = variant(model=str(model), **settings)
+    module.configure_model()
+    with torch.no_grad():
+        for _, parameter in module.policy.trainable():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module
+
+
+def a_batch(pairs: int, *, paired: bool = True) -> PairBatch:
+    """Pairs of random ids whose references leave margins of some nats."""
+    draw = random.Random(3)
+
+    def ids(most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 15) for _ in range(draw.randrange(1, most)))
+
+    prompts = [ids(6) for _ in range(pairs)]
+    responses = [[ids(6) for _ in range(2 if paired else 1)] for _ in range(pairs)]
+    reference = -10 * torch.rand(2, pairs, dtype=torch.float64)
+    return PairBatch(
+        pack_prompts(prompts, responses),
+        reference[0],
+        reference[1] if paired else None,
+        tuple((i, 0) for i in range(pairs)),
+    )
+
+
+def gradients(module: SelfPlayModule) -> list[Tensor]:
+    found = []
+    for name, parameter in module.policy.trainable():
+        assert parameter.grad is not None, name
+        found.append(parameter.grad.clone())
+        parameter.grad = None
+    return found
+
+
+def whole(module: SelfPlayModule, batch: PairBatch) -> tuple[PairLogps, Tensor]:
+    """The plain step: all passes in one graph."""
+    logps = module.pair_logps(batch)
+    return logps, module.anchored_objective(logps)
+
+
+SETTINGS = [
+    (SPIN, {}),
+    (SPIN, {"loss": "hinge", "beta": 0.3}),
+    (SPIN, {"loss": "ipo", "real_nll_weight": 0.2}),
+    (SPIN, {"loss": "exponential", "packing": "padded"}),
+    (SPACE, {"ratio": 2.0}),
+    (SFT, {}),
+]
+
+
+@pytest.mark.parametrize("pairs", [8, 11])
+@pytest.mark.parametrize(("variant", "settings"), SETTINGS)
+def test_step_by_passes_has_the_loss_and_gradients_of_the_plain_step(
+    variant, settings, pairs, tiny_model_dir, short_passes
+):
+    module, batch = (
+        build(tiny_model_dir, variant, **settings),
+        a_batch(pairs, paired=variant != SFT),
+    )
+    assert len(split_for(CPU, batch.pairs)) > 1
+    plain, loss = whole(module, batch)
+    (0.5 * loss).backward()
+    expected = gradients(module)
+    logps, value = pass_by_pass.score(module, batch)
+    (0.5 * value).backward()
+    assert not module.needs_whole_batches
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(logps.policy_real, plain.policy_real.detach(), rtol=1e-6, atol=1e-6)
+    assert logps.real_lengths.tolist() == plain.real_lengths.tolist()
+    for found, wanted in zip(gradients(module), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_objective_over_the_whole_batch_keeps_its_gradients(
+    tiny_model_dir, short_passes, monkeypatch
+):
+    printed: list[str] = []
+    monkeypatch.setattr(CenteredSPIN, "print", lambda _, text: printed.append(text))
+    module, batch = build(tiny_model_dir, CenteredSPIN), a_batch(8)
+    whole(module, batch)[1].backward()
+    expected = gradients(module)
+    for _ in range(2):
+        pass_by_pass.score(module, batch)[1].backward()
+        for found, wanted in zip(gradients(module), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+    (line,) = printed
+    assert "CenteredSPIN is not a mean over pairs" in line
+
+
+def test_activations_of_one_pass_live_at_a_time(tiny_model_dir, short_passes):
+    module, live, most = build(tiny_model_dir), 0, 0
+
+    def gone(size: int) -> None:
+        nonlocal live
+        live -= size
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal live, most
+        held = tensor.detach().view_as(tensor)
+        live += tensor.nbytes
+        most = max(most, live)
+        weakref.finalize(held, gone, tensor.nbytes)
+        return held
+
+    peaks = []
+    for pairs in (2, 8, 32):
+        batch, most = a_batch(pairs), 0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held):
+            pass_by_pass.score(module, batch)[1].backward()
+        peaks.append(most)
+        assert live < peaks[0] / 10
+    assert peaks[2] < 2 * peaks[0], "32 pairs in about 16 passes"
+
+
+def test_run_by_passes_has_the_bytes_of_the_plain_run(
+    tiny_model_dir, tmp_path, monkeypatch, short_passes
+):
+    """Batches of 8 pairs, several passes each, two iterates: equal adapters and rows."""
+    data = write_examples(tmp_path / "data.jsonl", 60)
+    settings = {"data_settings": {"batch_size": 8}}
+    play(tmp_path / "passes", tiny_model_dir, data, **settings)
+    monkeypatch.setattr(pass_by_pass, "score", whole)
+    play(tmp_path / "plain", tiny_model_dir, data, **settings)
+    found = contents(tmp_path / "passes")
+    assert any(name.endswith(".safetensors") for name in found)
+    assert found == contents(tmp_path / "plain")
+
+
+def test_accumulated_gradients_are_those_of_the_plain_run_within_rounding(
+    tiny_model_dir, tmp_path, monkeypatch, short_passes
+):
+    """The weight of a batch within its step is applied to the sum of the passes' gradients."""
+    data = write_examples(tmp_path / "data.jsonl", 60)
+    settings: dict[str, Any] = {"epochs": 1, "data_settings": {"batch_size": 8}}
+    settings["trainer_settings"] = {"accumulate_grad_batches": 3}
+    first, *_ = play(tmp_path / "passes", tiny_model_dir, data, **settings)
+    monkeypatch.setattr(pass_by_pass, "score", whole)
+    plain, *_ = play(tmp_path / "plain", tiny_model_dir, data, **settings)
+    for (name, found), (_, wanted) in zip(
+        first.policy.trainable(), plain.policy.trainable(), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6, msg=name)
