@@ -16,6 +16,7 @@ from spin_lightning import SFT, SPACE, SPIN, SelfPlayModule, packing
 from spin_lightning.modules import pass_by_pass
 from spin_lightning.packing import pack_prompts, split_for
 from spin_lightning.types import PairBatch, PairLogps
+from tests.toys.models import family_config, write_model
 from tests.toys.runs import contents, play, write_examples
 
 CPU = torch.device("cpu")
@@ -83,9 +84,21 @@ SETTINGS = [
     (SPIN, {"loss": "hinge", "beta": 0.3}),
     (SPIN, {"loss": "ipo", "real_nll_weight": 0.2}),
     (SPIN, {"loss": "exponential", "packing": "padded"}),
+    (SPIN, {"activation_checkpointing": True}),
     (SPACE, {"ratio": 2.0}),
     (SFT, {}),
 ]
+
+
+@pytest.fixture
+def wide_model_dir(tmp_path: Path) -> Path:
+    """A Llama whose widths are multiples of 64, as bitsandbytes' CPU kernels need."""
+    return write_model(family_config("llama", 24, intermediate_size=128), tmp_path / "wide")
+
+
+def test_step_by_passes_in_4_bits_has_the_gradients_of_the_plain_step(wide_model_dir, short_passes):
+    module, batch = build(wide_model_dir, quantization="nf4"), a_batch(8)
+    assert_same_step(module, batch)
 
 
 @pytest.mark.parametrize("pairs", [8, 11])
@@ -97,6 +110,10 @@ def test_step_by_passes_has_the_loss_and_gradients_of_the_plain_step(
         build(tiny_model_dir, variant, **settings),
         a_batch(pairs, paired=variant != SFT),
     )
+    assert_same_step(module, batch)
+
+
+def assert_same_step(module: SelfPlayModule, batch: PairBatch) -> None:
     assert len(split_for(CPU, batch.pairs)) > 1
     plain, loss = whole(module, batch)
     (0.5 * loss).backward()
