@@ -5,18 +5,27 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spin_lightning.cli.parsing import command_parser
 from spin_lightning.errors import SettingError
 from spin_lightning.run.folder import RunFolder
 
+if TYPE_CHECKING:
+    from spin_lightning.evaluation.settings import HarnessSettings
+    from spin_lightning.report.study_plan import Play
+
+# The runs of a study by label, one per seed, each with the iterate that its scores are of.
+Scored = dict[str, list[tuple[RunFolder, int]]]
+
 
 def study(args: list[str]) -> None:
     """Run several variants of one config over several seeds: one table, one figure.
 
-    Runs that are complete are not played again, and one that was cut off continues. Scores that
-    `spin-lightning evaluate` gave the last iterate of every run get a table of their own.
+    Runs that are complete are not played again, and one that was cut off continues. With --tasks
+    the last iterate of every run is scored on benchmarks, and so is what --start played.
     """
+    from spin_lightning.evaluation.settings import HarnessSettings
     from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
 
     parser = command_parser("study", study)
@@ -48,6 +57,13 @@ def study(args: list[str]) -> None:
         "--control", help="A variant to compare with, seed by seed; default: SFT, if it is played."
     )
     parser.add_argument("--out", help="Folder of the runs; default: runs/<name of the config>.")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        help="Benchmarks, as in `spin-lightning evaluate`; default: none.",
+    )
+    parser.add_class_arguments(HarnessSettings, "benchmark", skip={"tasks"})
     given = parser.parse_args(args)
     # By seed, so that a study that is cut off has whole seeds.
     plays = [Play.of(variant, seed) for seed in given.seeds for variant in given.variants]
@@ -57,8 +73,8 @@ def study(args: list[str]) -> None:
             "control", given.control, "it is not played", fix="name one of --variants"
         )
 
-    from spin_lightning.callbacks.console import console, quiet, quiet_libraries, show_table
-    from spin_lightning.cli.fit import SpinCLI, explained
+    from spin_lightning.callbacks.console import console, quiet_libraries, show_table
+    from spin_lightning.cli.fit import explained
     from spin_lightning.report.study import (
         benchmark_scores,
         difference_table,
@@ -69,42 +85,60 @@ def study(args: list[str]) -> None:
 
     quiet_libraries()
     out = Path(given.out or Path("runs") / Path(given.config).stem)
-    started: dict[int, RunFolder] = {}
-
-    def run(play: Play, number: str) -> RunFolder:
-        console.print(f"[{number}] {play.stage}{play.variant}, seed {play.seed}", markup=False)
-        first = started.get(play.seed)
-        start = None if first is None else first.iterate(first.best()).resolve()
-        with quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            SpinCLI(play.arguments(given.config, out, start))
-        return RunFolder(play.folder(out))
-
     with explained():
+        started: dict[int, RunFolder] = {}
         if given.start is not None:
             for seed in given.seeds:
-                play = replace(
-                    Play.of(given.start, seed), epochs=given.start_epochs, stage="start-"
-                )
-                started[seed] = run(play, f"start {seed}")
+                first = Play.of(given.start, seed)
+                first = replace(first, epochs=given.start_epochs, stage="start-")
+                started[seed] = _run(first, f"start {seed}", given.config, out)
         for number, play in enumerate(plays, start=1):
-            run(play, f"{number}/{len(plays)}")
+            _run(play, f"{number}/{len(plays)}", given.config, out, started.get(play.seed))
         groups = {
             variant: [RunFolder(play.folder(out)) for play in plays if play.variant == variant]
             for variant in given.variants
         }
-        curves = study_curves(groups)
-        show_table(study_table(curves))
-        scored = {
+        scored: Scored = {
             variant: [(run, run.known_iterates()[-1]) for run in runs]
             for variant, runs in groups.items()
         }
         if started:
             scored["start"] = [(run, run.best()) for run in started.values()]
-        scores, compared = benchmark_scores(scored), "start" if started else control
-        if len(given.seeds) > 1:
-            if control is not None:
-                show_table(difference_table(curves, control))
-            if scores and compared is not None:
-                show_table(difference_table(scores, compared))
+        if given.tasks:
+            _evaluate(scored, HarnessSettings(tuple(given.tasks), **given.benchmark))
+        curves, scores = study_curves(groups), benchmark_scores(scored)
+        show_table(study_table(curves))
+        if len(given.seeds) > 1 and control is not None:
+            show_table(difference_table(curves, control))
+        compared = "start" if started else control
+        if len(given.seeds) > 1 and scores and compared is not None:
+            show_table(difference_table(scores, compared))
         console.print(f"Picture: {draw_study(curves, out / 'study.png')}")
+
+
+def _run(
+    play: Play, number: str, config: str, out: Path, started: RunFolder | None = None
+) -> RunFolder:
+    """Play one run, from the best iterate of another one if there is one; return its folder."""
+    from spin_lightning.callbacks.console import console, quiet
+    from spin_lightning.cli.fit import SpinCLI
+
+    console.print(f"[{number}] {play.stage}{play.variant}, seed {play.seed}", markup=False)
+    start = None if started is None else started.iterate(started.best()).resolve()
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        SpinCLI(play.arguments(config, out, start))
+    return RunFolder(play.folder(out))
+
+
+def _evaluate(scored: Scored, settings: HarnessSettings) -> None:
+    """Score iterates on benchmarks, as far as their results are not in their run folders."""
+    from spin_lightning.callbacks.console import console
+    from spin_lightning.evaluation.base import evaluate_run
+    from spin_lightning.evaluation.lm_eval import Harness
+
+    for label, members in scored.items():
+        for run, t in members:
+            console.print(f"[benchmarks] {label}: p{t} of {run.root.name}", markup=False)
+            for _ in evaluate_run(run, [str(t)], [Harness(settings)]):
+                pass

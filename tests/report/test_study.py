@@ -12,7 +12,7 @@ from scipy import stats
 from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.contestants import iterate_contestant
-from spin_lightning.evaluation.results import Result, write_result
+from spin_lightning.evaluation.results import Result, read_results, write_result
 from spin_lightning.report.study import (
     benchmark_scores,
     difference_table,
@@ -23,6 +23,8 @@ from spin_lightning.report.study import (
 )
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import IterateRecord
+from tests.toys.runs import write_examples
+from tests.toys.tasks import write_tasks
 
 CONFIG = Path(__file__).parents[2] / "configs" / "testbed" / "stability.yaml"
 
@@ -166,6 +168,44 @@ def test_variants_start_from_the_best_iterate_of_the_start(
                 for folder in (run.iterate(0), start.iterate(start.best()))
             ]
             assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_last_iterates_and_the_start_are_scored_on_benchmarks(
+    tmp_path, monkeypatch, capsys, tiny_model_dir
+):
+    pytest.importorskip("lm_eval")
+    config = {
+        "model": {"class_path": "SPIN", "init_args": {"model": str(tiny_model_dir)}},
+        "data": {
+            "class_path": "SelfPlayDataModule",
+            "init_args": {
+                "data": str(write_examples(tmp_path / "data.jsonl", 40)),
+                "val_examples": 8,
+                "max_response_tokens": 8,
+            },
+        },
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    arguments = (
+        *("--config", tmp_path / "tiny.yaml", "--seeds", 0, 1, "--out", tmp_path / "out"),
+        *("--start", "SFT", "--start_epochs", 2, "--variants", "SPIN"),
+        *("--tasks", write_tasks(tmp_path / "tasks"), "--benchmark.limit", 5),
+    )
+    study(monkeypatch, *arguments)
+    output = capsys.readouterr().out
+    assert "[benchmarks] SPIN: p1 of SPIN-seed0" in output
+    assert "minus start" in output
+    assert "toy_choice/acc" in output
+    for seed in (0, 1):
+        run = RunFolder(tmp_path / "out" / f"SPIN-seed{seed}")
+        start = RunFolder(tmp_path / "out" / f"start-SFT-seed{seed}")
+        assert {r.contestant for r in read_results(run)} == {"iterate_001"}
+        assert {r.contestant for r in read_results(start)} == {start.iterate(start.best()).name}
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("evaluation/**/*.json")}
+    assert len(files) >= 4
+    study(monkeypatch, *arguments)
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "results are cached"
 
 
 def test_control_that_is_not_played_is_refused(monkeypatch, tmp_path):
