@@ -106,20 +106,22 @@ def _scores(run: RunFolder, t: int) -> dict[str, float]:
 def study_table(curves: Curves) -> list[list[str]]:
     """Each metric of each variant at each iterate, the median over seeds, as rows of text.
 
-    The last column is the median over seeds of the mean over the second half of the iterates. The
-    first row is the header.
+    The last column is the median over seeds of the mean over the second half of the iterates, if
+    that is more than one. The first row is the header.
     """
     histories_of_all = [runs for variants in curves.values() for runs in variants.values()]
     length = max(len(points) for runs in histories_of_all for points in runs)
     first_late = length - int(_LATE * (length - 1))
-    late = f"mean p{first_late}–p{length - 1}"
-    table = [["median over seeds", "variant", *(f"p{t}" for t in range(length)), late]]
+    late = [f"mean p{first_late}–p{length - 1}"] if first_late < length - 1 else []
+    table = [["median over seeds", "variant", *(f"p{t}" for t in range(length)), *late]]
     for metric, runs in curves.items():
         for variant, histories in runs.items():
             cells = [f"{median(at):.3f}" for at in zip(*histories, strict=False)]
             cells += ["-"] * (length - len(cells))
-            settled = median(fmean(points[first_late:] or points[-1:]) for points in histories)
-            table.append([metric, variant, *cells, f"{settled:.3f}"])
+            if late:
+                settled = median(fmean(points[first_late:] or points[-1:]) for points in histories)
+                cells.append(f"{settled:.3f}")
+            table.append([metric, variant, *cells])
     return table
 
 
