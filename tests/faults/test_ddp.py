@@ -8,6 +8,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
 from tests.faults.points import BROKEN, RANK, VARIABLE, Point
 from tests.faults.processes import environment, fit, fit_command
@@ -52,6 +53,24 @@ def test_two_processes_make_the_rows_and_the_adapter_of_one_with_the_doubled_bat
     assert apart < 1e-5
     losses = [RunFolder(r).record(2).metrics["val/real_nll_per_token"] for r in (tmp_path, two)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_two_processes_with_several_passes_per_batch_train_the_adapter_of_one(
+    tiny_model_dir, data, tmp_path
+):
+    """Batches of 48 pairs of up to 60 tokens: more than one pass of 1024 on every rank."""
+    long = (*ROWS, "--data.max_response_tokens", "40", "--trainer.max_epochs", "1")
+    fit(tmp_path / "one", tiny_model_dir, data, *long, "--data.batch_size", "96")
+    fit(tmp_path / "two", tiny_model_dir, data, *TWO, *long, "--data.batch_size", "48")
+    assert rows_of_iterate_zero(tmp_path / "one") == rows_of_iterate_zero(tmp_path / "two")
+    rows = read_rows(RunFolder(tmp_path / "two").rows(0))
+    tokens = rows.prompt_ids.lengths + rows.real_ids.lengths + rows.generated_ids.lengths
+    assert 48 * tokens.mean() > 1.2 * 1024
+    one, two = (
+        load_file(RunFolder(tmp_path / name).iterate(1) / "adapter_model.safetensors")
+        for name in ("one", "two")
+    )
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_four_processes_make_the_rows_of_two(two, tiny_model_dir, data, tmp_path):
