@@ -23,6 +23,7 @@ class Message(TypedDict, total=False):
     tool_call_id: str
     name: str
     reasoning_content: str
+    reasoning: str
     thinking: str
 
 

@@ -204,18 +204,19 @@ def test_table_replaces_what_stood_between_its_marks(tmp_path, monkeypatch):
     machine = {"device": "a CPU", "threads": 2, "date": "2030-01-02", "versions": {"trl": "1"}}
     figure = {"name": "iterate", "fields": {"ratio": 2.5}, "met": {"ratio": True}, "note": ""}
     about = {"tiny": False, "machine": machine, "weights": "random"}
-    result = {**about, "size": "22m", "figures": [figure]}
-    (tmp_path / "iterate-22m.json").write_text(json.dumps(result))
-    table.main(["--out", str(tmp_path)])
-    text = page.read_text()
+
+    def page_with(size: str, figure: dict[str, object]) -> str:
+        result = {**about, "size": size, "figures": [figure]}
+        (tmp_path / f"{size}.json").write_text(json.dumps(result))
+        table.main(["--out", str(tmp_path)])
+        return page.read_text()
+
+    text = page_with("22m", figure)
     assert "old 22m" not in text
     assert "old smollm2" in text
     step = {"name": "step_a", "met": {"ratio": True}, "note": "", "peak_mb": [100.0, 400.0]}
     step["fields"] = {"ratio": 4.0, "floor": 1.3, "peak": 0.25}
-    result = {**about, "size": "smollm2", "figures": [step]}
-    (tmp_path / "step-smollm2.json").write_text(json.dumps(result))
-    table.main(["--out", str(tmp_path)])
-    text = page.read_text()
+    text = page_with("smollm2", step)
     assert "old" not in text
     assert "| 4.00× as fast | ≥ 4 | met |" in text
     assert "| the floor | 1.30× the floor's time | – |  |" in text

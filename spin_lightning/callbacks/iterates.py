@@ -29,7 +29,7 @@ from spin_lightning.rows.tells import find_tells
 from spin_lightning.run.files import replace_synced, write_json, writing
 from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import ITERATE_FILE
-from spin_lightning.run.records import IterateRecord, TrainingRecord
+from spin_lightning.run.records import STAGES, IterateRecord, TrainingRecord
 
 _PAIRS_LOGGED = 20
 
@@ -195,11 +195,7 @@ def training_record(
         loss=metric("train/loss_epoch"),
         margin=metric("val/rewards/margins"),
         accuracy=metric("val/rewards/accuracies"),
-        seconds={
-            "generating": spent.generating,
-            "scoring": spent.scoring,
-            "training": spent.training,
-        },
+        seconds={stage: getattr(spent, stage) for stage in STAGES},
         speed=measure_speed(spent, trained, module.policy_spec.base, trainer.strategy.root_device),
         peak_memory=peak_memory(),
         phase_peaks=spent.peaks,

@@ -14,9 +14,9 @@ import torch
 from spin_lightning.rows.making import Timing
 from spin_lightning.run.files import read_json, write_json
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.records import PHASES
 from spin_lightning.run.validation import NUMBERS, check_fields
 
-PHASES: Final = ("before", "generating", "scoring", "training")
 _FIX: Final = "delete it: the time of earlier starts is then not counted"
 
 

@@ -191,7 +191,7 @@ def _conversation(dialogue: Dialogue, i: int, number: int) -> Conversation:
     if first != "user":
         raise UnusableError("no user turn before the first answer")
     answer = dialogue.turns[i].message
-    thought = next((answer[name] for name in THOUGHT_FIELDS if name in answer), None)  # type: ignore[literal-required]
+    thought = next((answer[name] for name in THOUGHT_FIELDS if name in answer), None)
     return Conversation(
         number,
         prompt,

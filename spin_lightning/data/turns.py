@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 from spin_lightning.types import Message
 
@@ -18,7 +18,8 @@ ROLES: Mapping[str, str] = {
     "function_call": "assistant",
 }
 # Where the thought before an answer may be.
-THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_ThoughtField = Literal["reasoning_content", "reasoning", "thinking"]
+THOUGHT_FIELDS: Final[tuple[_ThoughtField, ...]] = get_args(_ThoughtField)
 # What chat templates read from a message, besides its role and content.
 _FIELDS = ("name", "tool_calls", "tool_call_id", "tool_responses", *THOUGHT_FIELDS)
 _ROLE_KEYS = ("role", "from")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,21 +46,19 @@ def score(module: SelfPlayModule, batch: PairBatch) -> tuple[PairLogps, Tensor]:
     # From last to first, the order in which autograd adds up the gradients of a whole batch.
     for part in reversed(passes):
         logps = module.pair_logps(part)
-        found = _derivatives(module, logps, len(part) / len(batch))
+        _, found = _objective(module, logps, len(part) / len(batch))
         _add(gradients, torch.autograd.grad(_sides(logps), parameters, found, allow_unused=True))
         scored.insert(0, _detached(logps))
         derivatives.insert(0, torch.stack(found))
     logps = _joined(scored)
-    of_batch = torch.stack(_derivatives(module, logps))
-    if not _equal(torch.cat(derivatives, dim=1), of_batch):
+    value, of_batch = _objective(module, logps)
+    if not _equal(torch.cat(derivatives, dim=1), torch.stack(of_batch)):
         module.needs_whole_batches = True
         module.print(
             f"NOTE: the objective of {type(module).__name__} is not a mean over pairs, so a step "
             "holds the activations of its whole batch."
         )
         return score(module, batch)
-    with torch.no_grad():
-        value = module.anchored_objective(logps)
     return logps, _WithGradients.apply(value, gradients, *parameters)
 
 
@@ -82,18 +80,20 @@ def _detached(logps: PairLogps) -> PairLogps:
 def _joined(parts: Sequence[PairLogps]) -> PairLogps:
     """The log-probs of consecutive parts of a batch as those of the batch."""
     columns: dict[str, Any] = {}
-    for name in PairLogps.__dataclass_fields__:
-        values = [getattr(part, name) for part in parts]
-        columns[name] = None if values[0] is None else torch.cat(values)
+    for column in fields(PairLogps):
+        values = [getattr(part, column.name) for part in parts]
+        columns[column.name] = None if values[0] is None else torch.cat(values)
     return PairLogps(**columns)
 
 
-def _derivatives(module: SelfPlayModule, logps: PairLogps, share: float = 1.0) -> list[Tensor]:
-    """Derivatives of `share` times the objective with respect to each side's log-probs."""
+def _objective(
+    module: SelfPlayModule, logps: PairLogps, share: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
+    """The objective, and `share` times its derivatives with respect to each side's log-probs."""
     leaves = [side.detach().requires_grad_() for side in _sides(logps)]
     objective = module.anchored_objective(_with_sides(logps, leaves))
     found = torch.autograd.grad(objective * share, leaves, allow_unused=True)
-    return [
+    return objective.detach(), [
         torch.zeros_like(leaf) if derivative is None else derivative
         for leaf, derivative in zip(leaves, found, strict=True)
     ]

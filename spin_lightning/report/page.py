@@ -28,6 +28,7 @@ from spin_lightning.report.run_view import RunView, config_differences
 from spin_lightning.report.tells import tells_of_runs
 from spin_lightning.report.verdicts import find_verdicts
 from spin_lightning.run.fingerprint import fingerprint
+from spin_lightning.run.records import PHASES, STAGES
 
 # Of real and of generated responses.
 Pair = tuple[NDArray[Any], NDArray[Any]]
@@ -35,7 +36,6 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 _PROMPTS_SHOWN = 6
 _HISTOGRAMS_PER_RUN = 6
 _GIB = 1 << 30
-_STAGES = ("generating", "scoring", "training")
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,8 @@ def _timings(views: Sequence[RunView]) -> list[dict[str, Any]]:
                 rows.append(
                     [
                         f"p{record.index}",
-                        *(f"{training.seconds[stage]:.1f} s" for stage in _STAGES),
-                        *(_gib(peaks.get(phase)) for phase in ("before", *_STAGES)),
+                        *(f"{training.seconds[stage]:.1f} s" for stage in STAGES),
+                        *(_gib(peaks.get(phase)) for phase in PHASES),
                         _gib(training.peak_memory),
                     ]
                 )

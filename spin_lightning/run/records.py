@@ -21,6 +21,10 @@ from spin_lightning.run.validation import (
     optional,
 )
 
+# What making an iterate consists of, and, with what comes before it, the phases of its memory.
+STAGES: Final = ("generating", "scoring", "training")
+PHASES: Final = ("before", *STAGES)
+
 
 @dataclass(frozen=True)
 class TrainingRecord:
@@ -33,11 +37,10 @@ class TrainingRecord:
         loss: Mean loss of the last epoch; None where Lightning has no figure.
         margin: Mean reward margin of the held-out pairs, in units of beta times nats.
         accuracy: Share of held-out pairs whose real response has the larger reward.
-        seconds: Time of each stage (generating, scoring, training), over all starts of the run.
+        seconds: Time of each of `STAGES`, over all starts of the run.
         speed: Metrics of speed, see `callbacks.speed`; older versions did not record them.
         peak_memory: Bytes.
-        phase_peaks: Peak memory at the end of each phase (before, generating, scoring, training)
-            that raised it, bytes.
+        phase_peaks: Peak memory at the end of each of `PHASES` that raised it, bytes.
         early: Mean `accuracy` and `loss` of the batches in the second half of the iterate's first
             tenth, and their number of `pairs`; None for fewer than ten batches.
         others: Fields of other versions, written back as they were read.

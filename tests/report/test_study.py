@@ -51,9 +51,11 @@ def test_table_has_the_median_over_seeds_and_that_of_the_later_half(tmp_path):
 
 def test_table_and_picture_of_a_run_that_stopped_early_end_where_it_did(tmp_path):
     short = finished(tmp_path / "a", [{"val/real_nll_per_token": 2.0}])
-    long = finished(tmp_path / "b", [{"val/real_nll_per_token": 2.0}] * 4)
+    long = finished(tmp_path / "b", [{"val/real_nll_per_token": 2.0}] * 5)
     curves = study_curves({"SPIN": [short], "SFT": [long]})
-    assert study_table(curves)[1][2:] == ["2.000", "-", "-", "-"]
+    assert study_table(curves)[1][2:] == ["2.000", "-", "-", "-", "-", "2.000"]
+    two = finished(tmp_path / "c", [{"val/real_nll_per_token": 2.0}] * 3)
+    assert study_table(study_curves({"SPIN": [two]}))[0][2:] == ["p0", "p1", "p2"]
     picture = draw_study(curves, tmp_path / "new" / "study.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
