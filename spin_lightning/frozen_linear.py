@@ -88,6 +88,15 @@ def add_product(y: Tensor, hidden: Tensor, up: Tensor, scaling: float = 1.0) -> 
         flat.copy_(torch.addmm(flat.to(up.dtype), hidden, up, alpha=scaling))
 
 
+def product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices of one type, summed and returned in a type at least as wide."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
 def _rounded_up(rows: int) -> int:
     """Round a number of rows up to one of eight values between powers of two.
 

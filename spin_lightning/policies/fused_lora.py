@@ -2,10 +2,14 @@
 
 PEFT's layer leaves the backward pass to autograd. Here the base is known to be frozen: only the
 gradient of the input is needed of its weight, and the adapter's part is added in place.
+
+The trained weights and their gradients are float32, since small updates would vanish in a narrower
+type. Their products are in the type that the base computes in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from spin_lightning.frozen_linear import add_product, is_linear, product
+from spin_lightning.frozen_linear import add_product, is_linear, product, product_in
 
 
 def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
@@ -34,12 +38,58 @@ def fuse(model: nn.Module, *, in_4_bits: bool = False) -> None:
             module.__class__ = kinds[type(module)]
 
 
+def keep_copies(model: Any, adapter: str, dtype: torch.dtype) -> None:
+    """Give the fused layers copies of an adapter in the compute dtype; nothing if it has that type.
+
+    They are refreshed at the start of every forward pass with that adapter, all layers in one call.
+    (Layers that are recomputed in a backward pass use the copies of its forward pass.)
+
+    A layer that is called by itself after a change of its weights would use the copies of before.
+
+    Args:
+        model: A causal language model of PEFT, after `fuse`.
+        adapter: Name of the trained adapter.
+        dtype: Type that the base computes in.
+    """
+    layers = [layer for layer in _fused_layers(model) if adapter in layer.lora_A]
+    masters = [weight for layer in layers for weight in layer.halves(adapter)]
+    if all(master.dtype == dtype for master in masters):
+        return
+    copies = [master.detach().to(dtype) for master in masters]
+    for layer, down, up in zip(layers, copies[::2], copies[1::2], strict=True):
+        layer.copies = {adapter: (down, up)}
+
+    def refresh(*_: Any) -> None:
+        if layers[0].active_adapters == [adapter] and not layers[0].disable_adapters:
+            torch._foreach_copy_(copies, [master.detach() for master in masters])
+
+    # All passes go through it, those of `generate`, of PEFT's wrapper and of shared prefixes.
+    model.get_base_model().base_model.register_forward_pre_hook(refresh)
+
+
+def narrow(model: nn.Module, adapter: str, dtype: torch.dtype) -> None:
+    """Cast a frozen adapter to the compute dtype in the layers that the fused pass serves."""
+    for layer in _fused_layers(model):
+        if layer.is_plain(adapter):
+            layer.lora_A[adapter].to(dtype)
+            layer.lora_B[adapter].to(dtype)
+
+
+def _fused_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, _Fused)]
+
+
 class _Fused:
     """The fused pass of a LoRA layer, a mix-in to put before PEFT's class.
 
     y = W x + s B A x. All other cases fall back to PEFT's pass: no adapter or several, a mixed
     batch, dropout, a variant of LoRA, autocast, a base that is trained or computes in another type.
+
+    Attributes:
+        copies: A and B of the trained adapter in the compute dtype by its name, see `keep_copies`.
     """
+
+    copies: Mapping[str, tuple[Tensor, Tensor]] | None = None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else self._single_adapter(x)
@@ -47,25 +97,38 @@ class _Fused:
             plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return plain
         output: Tensor = _LoraLinear.apply(
-            x, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], self
+            x, *self.halves(name), self._in(name, x.dtype), self.scaling[name], self
         )
         return output
+
+    def halves(self: Any, name: str) -> tuple[Tensor, Tensor]:
+        """A, shape [rank, inputs], and B, shape [outputs, rank], of an adapter."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def _in(self: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`halves` without gradients in a type, from the copies if the adapter has some."""
+        is_copied = self.copies is not None and name in self.copies
+        down, up = self.copies[name] if is_copied else self.halves(name)
+        return down.detach().to(dtype), up.detach().to(dtype)
 
     def _single_adapter(self: Any, x: Tensor) -> str | None:
         """Name of the active adapter, if it is the only one and plain LoRA on a frozen base."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name: str = self.active_adapters[0]
-        is_plain = (
-            name in self.lora_A
-            and name not in self.lora_variant
-            and not self.lora_bias[name]
+        is_served = (
+            self.is_plain(name)
             and not (self.training and isinstance(self.lora_dropout[name], nn.Dropout))
             and not torch.is_autocast_enabled(x.device.type)
             and not self.base_layer.weight.requires_grad
             and self.computes_in() == x.dtype
         )
-        return name if is_plain else None
+        return name if is_served else None
+
+    def is_plain(self: Any, name: str) -> bool:
+        """Whether the layer has this adapter, and it is a product of two matrices alone."""
+        has_it = name in self.lora_A and name not in self.lora_variant
+        return has_it and not self.lora_bias[name]
 
     def computes_in(self: Any) -> torch.dtype | None:
         """Type that the base layer computes in; None for a layer of an unsupported kind."""
@@ -133,29 +196,38 @@ class _LoraLinear(torch.autograd.Function):
     """y = W x + s B A x with gradients of x, A and B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        _b: Tensor,
+        halves: tuple[Tensor, Tensor],  # A and B in the type of x
+        scaling: float,
+        layer: Any,
+    ) -> Tensor:
         y: Tensor = layer.base_layer(x)
         rows = x.flatten(0, -2)
-        low = rows.to(a.dtype) @ a.t()
-        add_product(y, low, b.t(), scaling)
-        ctx.save_for_backward(rows, low, a, b)
+        down, up = halves
+        low = rows @ down.t()
+        add_product(y, low, up.t(), scaling)
+        ctx.save_for_backward(rows, low)
+        # Not as saved tensors: later passes of a step refresh the copies, with equal values.
+        ctx.halves, ctx.dtype = halves, a.dtype
         ctx.scaling, ctx.layer = scaling, layer
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, a, b = ctx.saved_tensors
+        rows, low = ctx.saved_tensors
+        down, up = ctx.halves
         flat = upstream.flatten(0, -2)
-        outer = flat.to(b.dtype)
-        inner = (outer @ b).mul_(ctx.scaling)
-        grad_a = inner.t() @ rows.to(a.dtype)
-        grad_b = (outer.t() @ low).mul_(ctx.scaling)
+        # One kernel; with `beta` 0 the values of `low`, which has the right shape, are ignored.
+        inner = torch.addmm(low, flat, up, beta=0, alpha=ctx.scaling)
+        grad_a = product_in(ctx.dtype, inner.t(), rows)
+        grad_b = product_in(ctx.dtype, flat.t(), low).mul_(ctx.scaling)
         if not ctx.needs_input_grad[0]:
-            return None, grad_a, grad_b, None, None
+            return None, grad_a, grad_b, None, None, None
         grad_x = product(flat, ctx.layer.frozen_weight().to(flat.dtype).t())
-        if a.dtype == grad_x.dtype:
-            grad_x.addmm_(inner, a)
-        else:
-            grad_x += (inner @ a).to(grad_x.dtype)
-        return grad_x.view(*upstream.shape[:-1], -1), grad_a, grad_b, None, None
+        grad_x.addmm_(inner, down)
+        return grad_x.view(*upstream.shape[:-1], -1), grad_a, grad_b, None, None, None

@@ -104,6 +104,7 @@ class LoraPolicy(Policy):
             parameter.requires_grad_(_is_trained(name))
         if fused:
             fused_lora.fuse(self.model, in_4_bits=base.quantization == "nf4")
+            fused_lora.keep_copies(self.model, _TRAINED, base.dtype)
         self._compiled = compiled
         if compiled:
             for module in self.model.modules():
@@ -282,6 +283,7 @@ class LoraPolicy(Policy):
                     self.model.load_adapter(
                         str(folder), adapter_name=name, torch_device=str(self.device)
                     )
+                fused_lora.narrow(self.model, name, self.base.dtype)
             except BaseException:
                 # Half loaded, it has random or zero weights, and the next call would find it.
                 if name in self.model.peft_config:

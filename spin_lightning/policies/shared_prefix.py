@@ -257,7 +257,8 @@ def _varlen_attention(
     sliding_window: int | None,
 ) -> tuple[Tensor, None]:
     """All pieces in one call; the last query of a piece is aligned with its last key."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # (The gradient of `x[0]` would be a copy.)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     attended: Any = varlen_attn(
         q,
         k.index_select(0, layout.keys),

@@ -100,7 +100,7 @@ def assert_same(model: PeftModel, plain: PeftModel, within: float, **kwargs) -> 
 
 
 CASES = [("wide", "none", "float32", 1e-5), ("gpt2", "none", "float32", 1e-5)]
-CASES += [("wide", "nf4", "float32", 1e-5), ("wide", "none", "bfloat16", 0.02)]
+CASES += [("wide", "nf4", "float32", 1e-5), ("wide", "none", "bfloat16", 0.05)]
 
 
 @pytest.mark.parametrize(("model", "quantization", "dtype", "within"), CASES)
@@ -117,7 +117,7 @@ def test_fused_layers_have_the_outputs_and_gradients_of_peft(
 
 
 def test_fused_layers_keep_nothing_dense_of_a_4_bit_base(wide):
-    """Inputs, their low-rank image and the adapter: no tensor of the size of a weight."""
+    """Inputs and their low-rank image: no tensor of the size of a weight."""
     model = with_adapters(
         FrozenBase(str(wide), quantization="nf4", compute_dtype="float32"), fused=True
     )
@@ -127,7 +127,7 @@ def test_fused_layers_keep_nothing_dense_of_a_4_bit_base(wide):
         lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
     ):
         layer(torch.randn(1, 5, 64, requires_grad=True))
-    assert sorted(saved) == [(3, 64), (5, 3), (5, 64), (64, 3)]
+    assert sorted(saved) == [(5, 3), (5, 64)]
 
 
 @pytest.mark.parametrize("active", [["two"], ["one", "two"], []])
@@ -191,3 +191,36 @@ def test_fused_policy_acts_as_iterates_that_are_loaded_later(wide, tmp_path):
         with policy.at(1):
             found.append(policy.model(IDS).logits)
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+def test_in_bfloat16_the_trained_weights_stay_in_float32_and_products_follow_them(wide):
+    """After a step the policy computes what one that starts with its weights does."""
+    base = FrozenBase(str(wide), compute_dtype="bfloat16")
+    policy, fresh = (LoraPolicy(base, LoraSettings(r=2), seed=3) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    policy.model(IDS)  # with the weights of before
+    for each in (policy, fresh):
+        generator.manual_seed(1)
+        for _, parameter in each.trainable():
+            assert parameter.dtype == torch.float32
+            with torch.no_grad():
+                parameter.copy_(torch.empty_like(parameter).normal_(0, 0.2, generator=generator))
+    found = [each.model(IDS).logits for each in (policy, fresh)]
+    assert found[0].dtype == torch.bfloat16
+    assert torch.equal(*found)
+
+
+def test_in_bfloat16_an_iterate_is_in_the_compute_dtype_and_acts_as_the_policy_did(wide, tmp_path):
+    base = FrozenBase(str(wide), compute_dtype="bfloat16")
+    policy = LoraPolicy(base, LoraSettings(r=2), seed=3)
+    for _, parameter in policy.trainable():
+        parameter.data.normal_(0, 0.2)
+    expected = policy.model(IDS).logits
+    policy.snapshot(tmp_path / "1")
+    policy.use_iterates({0: tmp_path, 1: tmp_path / "1"})
+    with policy.at(1):
+        found = policy.model(IDS).logits
+    loaded = {p.dtype for n, p in policy.named_parameters() if "iterate_001" in n}
+    assert loaded == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for _, parameter in policy.trainable())
+    assert torch.equal(found, expected)

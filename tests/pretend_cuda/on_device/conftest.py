@@ -1,0 +1,26 @@
+"""The machine with the pretend device."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+
+from spin_lightning.policies import lora
+from spin_lightning.policies.loading import load_base
+from spin_lightning.policies.pretrained import FrozenBase
+from tests.pretend_cuda.device import DEVICE, Counts, move, pretending
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[Counts]]:
+    """A context with the pretend device, see `pretending`; bases loaded to the device claim it."""
+
+    def load(base: FrozenBase, device: torch.device | str = "cpu"):
+        model = load_base(base, "cpu")
+        if torch.device(device) == DEVICE:
+            move(model)
+        return model
+
+    monkeypatch.setattr(lora, "load_base", load)
+    return pretending
