@@ -16,7 +16,8 @@ from spin_lightning.frozen_linear import is_linear, product
 from spin_lightning.types import SequenceBatch
 
 # Logits are the largest tensor of a step; they are computed for this many tokens at a time.
-_HEAD_ROWS = 256
+_HEAD_ROWS = {"cpu": 256}
+_HEAD_ROWS_ELSEWHERE = 1024
 
 
 def response_logps(model: nn.Module, batch: SequenceBatch) -> Tensor:
@@ -105,7 +106,8 @@ def head_logps(
         frozen_head: Any = _FrozenHead.apply  # untyped in torch
         logps: Tensor = frozen_head(hidden, head.weight, head.bias, targets, softcap)
         return logps
-    chunks = zip(torch.split(hidden, _HEAD_ROWS), torch.split(targets, _HEAD_ROWS), strict=True)
+    most = _head_rows(hidden)
+    chunks = zip(torch.split(hidden, most), torch.split(targets, most), strict=True)
     return torch.cat([_plain_head_logps(head, h, y, softcap) for h, y in chunks])
 
 
@@ -121,6 +123,10 @@ def sum_by_response(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
     """
     by_response = torch.split(token_logps.double(), list(lengths))
     return pad_sequence(list(by_response), batch_first=True).sum(dim=-1)
+
+
+def _head_rows(hidden: Tensor) -> int:
+    return _HEAD_ROWS.get(hidden.device.type, _HEAD_ROWS_ELSEWHERE)
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:
@@ -150,8 +156,9 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        for start in range(0, len(hidden), _HEAD_ROWS):
-            rows = slice(start, start + _HEAD_ROWS)
+        most = _head_rows(hidden)
+        for start in range(0, len(hidden), most):
+            rows = slice(start, start + most)
             h, y = hidden[rows], targets[rows, None]
             z, slope = _capped(product(h, weight, bias), softcap)
             # In place from here on: z becomes the probabilities, then the gradient of log p(y).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ NextLogits = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 
 # Padded tokens of a pass over prompts: enough to keep a processor busy, and few enough that prompts
 # of a pass have similar lengths and need little padding.
-_PASS_TOKENS = 1024
+_PASS_TOKENS = {"cpu": 1024}
+_PASS_TOKENS_ELSEWHERE = 8192
 
 
 @dataclass
@@ -77,31 +79,35 @@ def read_prompts(
     Returns:
         The batch, with memory for the responses.
     """
-    prompts = list(dict.fromkeys((r.prompt_ids, r.policy) for r in requests))
     slots = routing.assign([request.policy for request in requests])
     device = slots.rows.device
     batch = _unread(requests, routing, device)
-    number = {prompt: i for i, prompt in enumerate(prompts)}
+    prompts = list(dict.fromkeys((r.prompt_ids, r.policy) for r in requests))
+    most = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
+    passes = [
+        [prompts[i] for i in group]
+        for group in group_by_length([len(ids) for ids, _ in prompts], most)
+    ]
+    number = {prompt: n for n, prompt in enumerate(chain.from_iterable(passes))}
     prompt_of = torch.tensor([number[r.prompt_ids, r.policy] for r in requests], device=device)
     wanted = (prompt_of[slots.rows], slots.is_base.long())
     cache = PreallocatedCache(layers, len(slots.rows), batch.columns, batch.mask.shape[1])
-    for group in group_by_length([len(ids) for ids, _ in prompts], _PASS_TOKENS):
-        reading = routing.assign([prompts[i][1] for i in group])
+    after: list[Tensor] = []
+    start = 0
+    for group in passes:
+        reading = routing.assign([policy for _, policy in group])
         read = DynamicCache()
-        logits = next_logits(*_padded([prompts[i][0] for i in group], pad_id, device), read)
+        after.append(next_logits(*_padded([ids for ids, _ in group], pad_id, device), read))
         # Slot of this pass with the prompt of each slot of the batch; -1 if in another pass.
-        found = torch.full((len(prompts), 2), -1, device=device)
-        places = torch.tensor(group, device=device)
-        found[places[reading.rows], reading.is_base.long()] = torch.arange(
+        found = torch.full((len(number), 2), -1, device=device)
+        found[start + reading.rows, reading.is_base.long()] = torch.arange(
             len(reading.rows), device=device
         )
+        start += len(group)
         sources = found[wanted]
         filled = (sources >= 0).nonzero().squeeze(-1)
         cache.place(read, filled, sources[filled])
-        if not len(batch.logits):
-            batch.logits = logits.new_empty(len(requests), logits.shape[-1])
-        for i, place in enumerate(group):
-            batch.logits[prompt_of == place] = logits[i]
+    batch.logits = torch.cat(after).index_select(0, prompt_of)
     batch.cache = cache
     routing.assign([request.policy for request in requests])
     return batch

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the weight at a fraction, in [0, 1), of each row's total, and how far into it."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = _cumulative(weights, torch.float64)
     # `right=True`, so that a fraction of exactly 0 cannot select a weight of 0.
     thresholds = (fractions * cumulative[:, -1])[:, None]
     found = torch.searchsorted(cumulative, thresholds, right=True)
@@ -97,6 +98,30 @@ def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
     share = weights.gather(1, found).double()
     into = (thresholds - cumulative.gather(1, found) + share) / share
     return found.squeeze(-1), into.clamp(0.0, _BELOW_ONE).squeeze(-1)
+
+
+def _cumulative(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cumulative sums of each row, shape [n, k], also where only deterministic kernels are allowed.
+
+    There torch refuses `cumsum` on a GPU, because of its kernel for one sequence, in which the
+    order of additions varies. The kernel for rows of a matrix has a fixed order; a matrix of one
+    row is taken for a sequence.
+    """
+    if not weights.is_cuda:
+        return weights.cumsum(dim=-1, dtype=dtype)
+    rows = weights if len(weights) > 1 else weights.expand(2, -1)
+    with _allowing_cumsum():
+        return rows.cumsum(dim=-1, dtype=dtype)[: len(weights)]
+
+
+@contextmanager
+def _allowing_cumsum() -> Iterator[None]:
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -114,7 +139,7 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
         # Sort a few tokens, and more only if those do not reach `top_p`: sorting the vocabulary
         # takes longer than the model.
         values, places = probabilities.topk(min(most, vocabulary), dim=-1)
-        totals = values.cumsum(dim=-1)
+        totals = _cumulative(values, values.dtype)
         if most >= vocabulary or bool((totals[:, -1] >= top_p).all()):
             kept = values.masked_fill(totals - values >= top_p, 0.0)
             return torch.zeros_like(probabilities).scatter(1, places, kept)

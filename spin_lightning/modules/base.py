@@ -51,7 +51,7 @@ class SelfPlayModule(L.LightningModule, ABC):
     Args:
         model: Hub id, folder or GGUF file of a causal language model, or smollm2; it stays frozen.
         quantization: Store the frozen weights in 4 bits (nf4), in 8 bits (int8), or unquantized.
-        compute_dtype: Precision to compute in; auto: bfloat16 on a GPU, else float32.
+        compute_dtype: Precision to compute in; auto: bfloat16 on GPUs from Ampere on, else float32.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Allow code that comes with the model to run.
         lora_r: Rank of the adapter; default 16.
@@ -63,7 +63,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         beta: Temperature of the implicit reward (SPIN's lambda); one value or one per iterate.
         loss: Loss of the margin.
         learning_rate: Peak learning rate; one value or one per iterate.
-        optimizer: adamw, rmsprop (as in SPIN's scripts), adamw_8bit, or on a GPU paged_adamw_8bit.
+        optimizer: adamw, rmsprop (as in SPIN's scripts), or adamw_8bit.
         weight_decay: Weight decay of the adapter.
         schedule: Shape of the learning rate after warm-up.
         warmup_ratio: Warm-up as a share of the schedule's steps.
@@ -247,6 +247,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             SettingError: The Trainer's settings do not fit, a list does not have one value per
                 iterate, or the opponents and references do not fit the loss or `refresh`.
         """
+        self.policy_spec = self.policy_spec.on(self.trainer.strategy.root_device)
         iterates = checks.iterates_to_play(self.trainer, self.epochs_per_iterate)
         checks.check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
         checks.check_variant(self, iterates)

@@ -190,14 +190,20 @@ class LoraPolicy(Policy):
 
         Leaving the block restores everything, see `Policy.at`.
         """
+        policy_id = PolicyId(iterate, token_alpha)
+        can_share = policy_id.mixes_base and self._can_share_batch([policy_id])
         with self._frozen(str(iterate)):
-            adapter = self._load(iterate)
-            self._mixes_base = PolicyId(iterate, token_alpha).mixes_base
-            base_adapter = (self._load(0) or BARE) if self._mixes_base else None
+            adapters = self._load_group([policy_id])
+            self._mixes_base = policy_id.mixes_base
             self.eval()
+            adapter = adapters[iterate]
             if adapter is not None:
                 self.model.set_adapter(adapter)
-            with self._switched_to(adapter, base_adapter, token_alpha):
+            with (
+                many_adapters(self.model, adapters, everywhere=policy_id)
+                if can_share
+                else self._switched_to(adapter, adapters.get(0) or BARE, token_alpha)
+            ):
                 yield
 
     def batch_groups(self, ids: Collection[PolicyId]) -> list[list[PolicyId]]:
@@ -260,13 +266,13 @@ class LoraPolicy(Policy):
                 module.training = training
 
     def _switched_to(
-        self, adapter: str | None, base_adapter: str | None, token_alpha: float
+        self, adapter: str | None, base_adapter: str, token_alpha: float
     ) -> AbstractContextManager[Any]:
         if adapter is None:
             # Not get_base_model(): the adapter stays active in it.
             disabled: AbstractContextManager[Any] = self.model.disable_adapter()
             return disabled
-        if base_adapter is not None:
+        if self._mixes_base:
             return pulled_to_base(self.model, adapter, base_adapter, token_alpha)
         return nullcontext()
 

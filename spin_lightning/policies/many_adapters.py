@@ -132,7 +132,9 @@ class AdapterRouting:
 
 
 @contextmanager
-def many_adapters(model: nn.Module, adapters: Mapping[int, str | None]) -> Iterator[AdapterRouting]:
+def many_adapters(
+    model: nn.Module, adapters: Mapping[int, str | None], everywhere: PolicyId | None = None
+) -> Iterator[AdapterRouting]:
     """Let every row of a batch use the adapter of its own iterate inside the block.
 
     Every layer starts with W x of all rows. With many tokens, as in prompts, adapters are added one
@@ -144,6 +146,7 @@ def many_adapters(model: nn.Module, adapters: Mapping[int, str | None]) -> Itera
     Args:
         model: A PEFT model in eval mode, of which `are_plain` holds for these adapters.
         adapters: Name of each iterate's adapter, None for the bare base.
+        everywhere: Policy of all rows of every batch; by default `assign` sets the policies.
 
     Yields:
         The routing of rows to adapters.
@@ -151,6 +154,8 @@ def many_adapters(model: nn.Module, adapters: Mapping[int, str | None]) -> Itera
     routing = AdapterRouting(adapters, next(model.parameters()).device)
 
     def spread(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if everywhere is not None:
+            routing.assign([everywhere] * len(kwargs["input_ids"]))
         return args, routing.spread(kwargs)
 
     with ExitStack() as undo:

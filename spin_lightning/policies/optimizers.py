@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LRScheduler
 
-from spin_lightning.errors import SettingError
-
-OptimizerName = Literal["adamw", "rmsprop", "adamw_8bit", "paged_adamw_8bit"]
+OptimizerName = Literal["adamw", "rmsprop", "adamw_8bit"]
 ScheduleName = Literal["linear", "cosine", "constant"]
 
 
@@ -24,16 +21,8 @@ def make_optimizer(
 ) -> Optimizer:
     """Build an optimizer: AdamW, RMSprop (used by the SPIN paper), or bitsandbytes' 8-bit AdamW.
 
-    Raises:
-        SettingError: The paged optimizer was chosen without a GPU.
+    Not the paged one: bitsandbytes never frees its pages, and every iterate has a new optimizer.
     """
-    if name == "paged_adamw_8bit" and not torch.cuda.is_available():
-        raise SettingError(
-            "optimizer",
-            name,
-            "it needs a CUDA GPU, and this machine has none",
-            fix="use adamw or adamw_8bit",
-        )
     return _OPTIMIZERS[name](list(parameters), lr=learning_rate, weight_decay=weight_decay)
 
 
@@ -66,5 +55,4 @@ _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": AdamW,
     "rmsprop": RMSprop,
     "adamw_8bit": _bitsandbytes("AdamW8bit"),
-    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
 }

@@ -44,7 +44,8 @@ class FrozenBase:
             by the folder that they are converted into.
         revision: Branch, tag or commit of a hub id.
         quantization: How the frozen weights are stored.
-        compute_dtype: Type of the computation; auto is bfloat16 on a GPU, else float32.
+        compute_dtype: Type of the computation; auto is bfloat16 on a GPU that computes in it, which
+            is Ampere or newer, else float32.
         trust_remote_code: Whether code shipped with the model may run.
     """
 
@@ -64,9 +65,15 @@ class FrozenBase:
     def dtype(self) -> torch.dtype:
         """`compute_dtype` as a torch type."""
         if self.compute_dtype == "auto":
-            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+            return torch.bfloat16 if _has_bfloat16() else torch.float32
         dtype: torch.dtype = getattr(torch, self.compute_dtype)
         return dtype
+
+    def on(self, device: torch.device) -> FrozenBase:
+        """The same base, `auto` decided for a device: float32 on a CPU beside an idle GPU."""
+        if self.compute_dtype != "auto" or device.type == "cuda" or not _has_bfloat16():
+            return self
+        return replace(self, compute_dtype="float32")
 
     @property
     def absolute(self) -> FrozenBase:
@@ -78,6 +85,11 @@ class FrozenBase:
     def source(self) -> dict[str, Any]:
         """Keyword arguments for every `from_pretrained` call."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def _has_bfloat16() -> bool:
+    """Whether there is a GPU that multiplies in bfloat16 and does not just emulate it."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 # The files of a base that are read without its weights, and are read again when one has changed.

@@ -35,6 +35,9 @@ ARCHITECTURES = frozenset(
     {"gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
 )
 _NAME = "spin_lightning_shared_prefix"
+# What the kernel for sequences of unequal length requires: Ampere or newer.
+_FIRST_CAPABILITY = (8, 0)
+_LARGEST_HEAD = 256
 
 
 def shares_prefixes(base: FrozenBase, packing: Packing) -> bool:
@@ -245,7 +248,14 @@ def _shared_prefix_attention(
 
 def _has_varlen(query: Tensor) -> bool:
     """Whether torch's kernel for sequences of unequal length supports these queries."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    size = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size % 8 == 0
+        and size <= _LARGEST_HEAD
+        and torch.cuda.get_device_capability(query.device) >= _FIRST_CAPABILITY
+    )
 
 
 def _varlen_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -65,6 +65,11 @@ class PolicySpec:
         if isinstance(self.initial_adapter, str) and self.initial_adapter.startswith("~"):
             expanded = str(Path(self.initial_adapter).expanduser())
             object.__setattr__(self, "initial_adapter", expanded)
+
+    def on(self, device: torch.device) -> PolicySpec:
+        """The same policy, what depends on the device decided."""
+        base = self.base.on(device)
+        return self if base is self.base else replace(self, base=base)
 
     def check(self) -> None:
         """Check all that can be checked before weights are read.

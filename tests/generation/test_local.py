@@ -207,6 +207,10 @@ ERRORS = {
         "you tried to allocate 99999999999 bytes. Error code 12 (Cannot allocate memory)"
     ),
     "python": MemoryError(),
+    "cublas": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "driver": RuntimeError("CUDA error: out of memory"),
 }
 
 

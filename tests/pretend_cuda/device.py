@@ -51,6 +51,8 @@ _TO_HOST = frozenset({"aten::_local_scalar_dense", "aten::equal", "aten::is_nonz
 _INDEXED = frozenset(
     f"aten::{name}" for name in ("index", "index_put", "index_put_", "_index_put_impl_")
 )
+# Of those that CUDA has no deterministic kernel for, the ones that the code could meet.
+_VARYING = frozenset({"aten::cumsum", "aten::cumsum_", "aten::put_", "aten::kthvalue"})
 _QUANTIZED = "bitsandbytes::"
 
 
@@ -126,6 +128,7 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_here = bool(ours) or wanted == "cuda" or name == f"{_QUANTIZED}dequantize_4bit"
     if ours:
         _check_devices(func, name, args, tensors)
+        _check_determinism(name, ours)
     if is_here:
         _count(func, name, args, ours)
     if wanted is not None:
@@ -179,6 +182,12 @@ def _check_devices(func: Any, name: str, args: tuple[Any, ...], tensors: list[Te
     elif foreign or (func._schema.is_mutable and not isinstance(tensors[0], PretendTensor)):
         shapes = [(str(tensor.device), tuple(tensor.shape)) for tensor in tensors]
         raise DeviceMismatch(f"{func} of {shapes}")
+
+
+def _check_determinism(name: str, ours: list[PretendTensor]) -> None:
+    """Refuse what CUDA refuses where only deterministic kernels are allowed."""
+    if name in _VARYING and ours[0].is_floating_point():
+        assert not torch.are_deterministic_algorithms_enabled(), f"{name} is not deterministic"
 
 
 def _count(func: Any, name: str, args: tuple[Any, ...], ours: list[PretendTensor]) -> None:

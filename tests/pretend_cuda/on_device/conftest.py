@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from peft.utils import save_and_load
+from safetensors.torch import load_file
 
 from spin_lightning.policies import lora
 from spin_lightning.policies.loading import load_base
@@ -23,4 +25,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextMan
         return model
 
     monkeypatch.setattr(lora, "load_base", load)
+    # PEFT has adapters read straight to the device.
+    monkeypatch.setattr(save_and_load, "safe_load_file", lambda file, **_: load_file(file))
     return pretending

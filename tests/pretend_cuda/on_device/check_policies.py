@@ -1,0 +1,155 @@
+"""Frozen iterates on the pretend device: their responses, their scores, and the device's work."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from spin_lightning.generation.base import Request
+from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.generation.settings import GenerationSettings
+from spin_lightning.packing import pack_prompts
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
+from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.types import PolicyId
+from tests.policies.test_shared_prefix import LAYERS, SIZES, build, folder_of, some_pairs
+from tests.pretend_cuda.device import DEVICE, to_host
+from tests.toys.models import write_model
+
+__all__ = ["folder_of"]
+
+STOP, PAD = 2, 0
+POLICIES = [PolicyId(0), PolicyId(1), PolicyId(2), PolicyId(2, 0.3)]
+CASES = [(name, "none") for name in ("llama", "mistral_window", "qwen3", "gemma2", "gpt2")]
+CASES += [("llama", "nf4")]
+
+
+def iterates(base: FrozenBase, root: Path) -> dict[int, Path]:
+    """Folders of iterate 0, the bare base, and of two adapters far from zero."""
+    policy = LoraPolicy(base, LoraSettings(r=4))
+    folders = {0: root}
+    for t in (1, 2):
+        generator = torch.Generator().manual_seed(t)
+        for _, parameter in policy.trainable():
+            parameter.data.normal_(0, 0.1, generator=generator)
+        policy.snapshot(root / str(t))
+        folders[t] = root / str(t)
+    return folders
+
+
+def requests(policies: list[PolicyId], count: int) -> list[Request]:
+    draw = random.Random(5)
+    return [
+        Request(
+            prompt_ids=tuple(draw.randrange(3, 96) for _ in range(draw.randint(1, 9))),
+            opponent=iterate,
+            token_alpha=alpha,
+            cap=draw.randint(1, 12),
+            key=i,
+        )
+        for i, (iterate, alpha) in zip(range(count), itertools.cycle(policies), strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings", [GenerationSettings(), GenerationSettings(top_p=0.8, temperature=0.7)]
+)
+@pytest.mark.parametrize(("name", "quantization"), CASES)
+def test_responses_are_those_of_the_cpu(machine, folder_of, name, quantization, settings, tmp_path):
+    base = FrozenBase(folder_of(name), compute_dtype="float32", quantization=quantization)
+    folders = iterates(base, tmp_path)
+    asked = requests(POLICIES, 60)
+    generator = LocalGenerator((STOP,), PAD, settings)
+    on_cpu = LoraPolicy(base, LoraSettings(r=4))
+    on_cpu.use_iterates(folders)
+    with machine():
+        policy = LoraPolicy(base, LoraSettings(r=4), device=DEVICE)
+        policy.use_iterates(folders)
+        torch.use_deterministic_algorithms(True)
+        try:
+            on_device = generator.generate(policy, asked)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert [r.ids for r in on_device] == [r.ids for r in generator.generate(on_cpu, asked)]
+
+
+@pytest.mark.parametrize(("name", "quantization"), CASES)
+def test_in_bfloat16_sampler_and_scorer_agree(machine, folder_of, name, quantization, tmp_path):
+    """Rounding moves single ids, so that responses are not those of the CPU."""
+    base = FrozenBase(folder_of(name), compute_dtype="bfloat16", quantization=quantization)
+    with machine() as counts:
+        policy = LoraPolicy(base, LoraSettings(r=4), device=DEVICE)
+        policy.use_iterates(iterates(base, tmp_path))
+        asked = requests(POLICIES, 60)
+        counts.reset()
+        responses = LocalGenerator((STOP,), PAD, GenerationSettings()).generate(policy, asked)
+        assert not counts.float32_products
+        differences = []
+        for policy_id in POLICIES:
+            own = [(q, r) for q, r in zip(asked, responses, strict=True) if q.policy == policy_id]
+            batch = pack_prompts([q.prompt_ids for q, _ in own], [[r.ids] for _, r in own])
+            with policy.at(*policy_id):
+                scored = to_host(policy.prompt_logps(batch)).tolist()
+            differences += [s - (r.logp or 0.0) for s, (_, r) in zip(scored, own, strict=True)]
+    tokens = sum(len(response.ids) for response in responses)
+    assert abs(sum(differences)) <= 0.02 * tokens
+    assert max(map(abs, differences)) <= 0.3
+
+
+def test_scoring_a_token_mixture_copies_nothing_per_layer(machine, folder_of, tmp_path):
+    """PEFT's mixed batches index each layer by lists, which are copied to the device."""
+    base = FrozenBase(folder_of("llama"), compute_dtype="bfloat16")
+    folders = iterates(base, tmp_path)
+    batch = some_pairs(2)
+    on_cpu = LoraPolicy(base, LoraSettings(r=4))
+    on_cpu.use_iterates(folders)
+    with on_cpu.at(1, 0.3):
+        expected = on_cpu.prompt_logps(batch)
+    with machine() as counts:
+        policy = LoraPolicy(base, LoraSettings(r=4), device=DEVICE)
+        policy.use_iterates(folders)
+        with policy.at(1, 0.3):
+            counts.reset()
+            found = to_host(policy.prompt_logps(batch))
+    torch.testing.assert_close(found, expected, atol=0.2, rtol=0.02)
+    assert not counts.syncs["index to the device"]
+    assert not counts.float32_products
+
+
+@pytest.mark.parametrize(
+    ("capability", "calls"), [((7, 5), 0), ((8, 0), 2)], ids=["Turing", "Ampere"]
+)
+def test_the_kernel_for_unequal_lengths_runs_where_it_exists(machine, folder_of, capability, calls):
+    base = FrozenBase(folder_of("llama"), compute_dtype="float16")
+    with machine(get_device_capability=capability) as counts:
+        policy = build(base, device=DEVICE)
+        counts.reset()
+        policy.prompt_logps(some_pairs(2))
+        assert counts.kernels["torch_attn::_varlen_attn"] == calls
+
+
+def test_a_head_size_that_the_kernel_lacks_goes_by_the_plain_pass(machine, tmp_path):
+    folder = write_model(LlamaConfig(**SIZES, **{**LAYERS, "head_dim": 12}), tmp_path / "odd")
+    base = FrozenBase(str(folder), compute_dtype="bfloat16")
+    batch = pack_prompts([[3, 4, 5]], [[[6, 7, 2], [8, 2]]])
+    expected = build(base).prompt_logps(batch).detach()
+    with machine() as counts:
+        found = to_host(build(base, device=DEVICE).prompt_logps(batch).detach())
+        assert not counts.kernels["torch_attn::_varlen_attn"]
+    torch.testing.assert_close(found, expected, atol=0.2, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("capability", "on_gpu"), [((7, 5), torch.float32), ((8, 6), torch.bfloat16)]
+)
+def test_auto_computes_in_bfloat16_on_gpus_that_do(machine, capability, on_gpu):
+    with machine(get_device_capability=capability):
+        base = FrozenBase("some/model")
+        assert base.dtype == base.on(DEVICE).dtype == on_gpu
+        assert base.on(torch.device("cpu")).dtype == torch.float32
+        chosen = FrozenBase("some/model", compute_dtype="bfloat16")
+        assert chosen.on(torch.device("cpu")) is chosen
