@@ -17,6 +17,7 @@ from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.packing import group_by_length, pack_prompts
 from spin_lightning.policies.base import Policy
+from spin_lightning.rows.agreement import Sampled, check_agreement
 from spin_lightning.rows.manifest import read_manifest, write_manifest
 from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowDraw, RowPlan, units
 from spin_lightning.rows.store import (
@@ -27,7 +28,7 @@ from spin_lightning.rows.store import (
     warn_damaged,
     write_part,
 )
-from spin_lightning.rows.suspects import check_rows
+from spin_lightning.rows.suspects import Suspect, check_rows
 from spin_lightning.run.row_folder import about
 from spin_lightning.types import Example, PolicyId, Row
 
@@ -125,6 +126,7 @@ class Synthesis:
 
         Raises:
             NonFiniteError: A log-prob of a unit is NaN or infinite; the unit is not written.
+            DisagreementError: Likewise, if its sampled responses have other log-probs when scored.
         """
         for unit, draws in enumerate(units(plan, examples, earlier)):
             if unit % world_size != rank:
@@ -133,15 +135,16 @@ class Synthesis:
                 report.advance("generating", len(draws), 0.0)
                 report.advance("scoring", len(draws), 0.0)
             else:
-                rows = self._unit(plan, draws, earlier, report)
                 made = f"scoring rows of iterate {plan.iterate}, work unit {unit}"
+                rows, sampled = self._unit(plan, draws, earlier, report)
                 check_rows(rows, about(folder) / f"not_finite-{unit:05d}.json", made)
+                check_agreement(sampled, about(folder) / f"disagreeing-{unit:05d}.json", made)
                 write_part(folder, unit, rows, self.generator.deviations)
             yield unit
 
     def _unit(
         self, plan: RowPlan, draws: list[RowDraw], earlier: EarlierRows, report: Reporter
-    ) -> list[Row]:
+    ) -> tuple[list[Row], list[Sampled]]:
         start = time.perf_counter()
         responses = self._responses(plan, draws)
         generated_at = time.perf_counter()
@@ -172,10 +175,11 @@ class Synthesis:
         )
         self._score(plan.scorers, sequences)
         report.advance("scoring", len(draws), time.perf_counter() - generated_at, unknown)
-        return [
+        rows = [
             _row(plan, draw, response, real[draw.example.example_id].logps, scored.logps)
             for draw, response, scored in zip(draws, responses, generated, strict=True)
         ]
+        return rows, list(_sampled(plan, draws, responses, generated))
 
     def _responses(self, plan: RowPlan, draws: Sequence[RowDraw]) -> list[Response]:
         if plan.opponent is None:
@@ -277,6 +281,25 @@ def _known_before(plan: RowPlan, draws: Sequence[RowDraw]) -> dict[str, list[Any
         "token_alpha": [plan.token_alpha or None] * rows,
         "token_members": [list(plan.token_members)] * rows,
     }
+
+
+def _sampled(
+    plan: RowPlan,
+    draws: Sequence[RowDraw],
+    responses: Sequence[Response],
+    generated: Sequence[Scored],
+) -> Iterator[Sampled]:
+    """The new responses that are scored under their own opponent."""
+    token_alpha = plan.opponent.token_alpha if plan.opponent else 0.0
+    for draw, response, scored in zip(draws, responses, generated, strict=True):
+        if draw.kept is not None or draw.opponent is None or response.logp is None:
+            continue
+        own = PolicyId(draw.opponent, token_alpha if draw.opponent else 0.0)
+        if own in scored.logps:
+            ids = {"prompt": scored.prompt_ids, "generated": response.ids}
+            logps = {"sampled": response.logp, "scored": scored.logps[own]}
+            suspect = Suspect(draw.example.example_id, draw.sample, ids, logps)
+            yield Sampled(suspect, len(response.ids), response.logp, scored.logps[own])
 
 
 def _row(

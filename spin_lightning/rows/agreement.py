@@ -1,0 +1,69 @@
+"""The sampler's log-probs against the scorer's: two passes through the same policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spin_lightning.errors import SpinError
+from spin_lightning.rows.suspects import Suspect, write_suspects
+
+# Largest mean difference, nats per token.
+_LARGEST_BIAS = 0.02
+# What rounding adds for one token; it averages out over many. (bfloat16 moves a token's log-prob by
+# up to about 0.1; float32 by 1e-5.)
+_ROUNDING = 0.2
+
+
+class DisagreementError(SpinError):
+    """Responses were sampled from another distribution than the one that they are scored under."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A response with its log-prob from sampling and from scoring.
+
+    Attributes:
+        suspect: The row, its ids and log-probs, as it is written if there is a disagreement.
+        tokens: Number of its tokens.
+        sampled: log-prob that the sampler summed, nats.
+        scored: log-prob of the same response under the policy that generated it, nats.
+    """
+
+    suspect: Suspect
+    tokens: int
+    sampled: float
+    scored: float
+
+
+def check_agreement(responses: Sequence[Sampled], path: Path, what: str) -> None:
+    """Check that responses were sampled from the policy that scores them.
+
+    Generation and scoring are different passes, through a cache and without one, in other batches.
+    Where they do not compute the same policy, every reference is wrong, and nothing else shows it.
+
+    Args:
+        responses: The new responses of a work unit.
+        path: Where to write them if they disagree.
+        what: What was being done, for the message.
+
+    Raises:
+        DisagreementError: The mean difference exceeds 0.02 nats per token and what rounding
+            explains.
+    """
+    tokens = sum(each.tokens for each in responses)
+    if not tokens:
+        return
+    bias = math.fsum(each.scored - each.sampled for each in responses) / tokens
+    if abs(bias) <= _LARGEST_BIAS + _ROUNDING / math.sqrt(tokens):
+        return
+    write_suspects(path, [each.suspect for each in responses], what=what, bias=bias)
+    raise DisagreementError(
+        f"{what}: the scorer gives responses {bias:+.3f} nats per token against the sampler, over "
+        f"{tokens} tokens; they should be equal but for rounding. The rows are written to {path}",
+        fix="set model.packing: padded and model.fused_lora: false to take the plain passes, and "
+        "report the model's type with this file; with an engine of your own, check that it samples "
+        "from the iterate's adapter and returns log-probs at temperature 1",
+    )
