@@ -28,10 +28,15 @@ from spin_lightning.policies.lora_settings import (
     adapter_base,
     check_embeddings,
 )
-from spin_lightning.policies.many_adapters import are_plain, keeps_rows_apart, many_adapters
+from spin_lightning.policies.many_adapters import (
+    AdapterRouting,
+    are_plain,
+    keeps_rows_apart,
+    many_adapters,
+)
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
-from spin_lightning.policies.token_mixture import BARE, pulled_to_base
+from spin_lightning.policies.token_mixture import BARE, mixture_logps, pulled_to_base
 from spin_lightning.run.files import write_json, writing
 from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
@@ -82,6 +87,8 @@ class LoraPolicy(Policy):
         self._folders: dict[int, Path] = {}
         self._active: str | None = None  # what `at` or `at_rows` has switched to
         self._mixes_base = False
+        # Inside `at`, of a token-level mixture whose rows are routed.
+        self._routing: tuple[AdapterRouting, PolicyId] | None = None
         self._rows_stay_apart: bool | None = None
         model = load_base(base, device)
         if activation_checkpointing:
@@ -130,15 +137,25 @@ class LoraPolicy(Policy):
     @property
     def shares_prompts(self) -> bool:
         """Whether the active policy computes a prompt once for all its responses."""
-        # A token-level mixture doubles the batch and combines the halves before the head.
-        return self._shares_prefixes and not self._mixes_base
+        # Otherwise a token-level mixture goes by PEFT's mixed batches, which need padding.
+        return self._shares_prefixes and (not self._mixes_base or self._routing is not None)
 
     def prompt_logps(self, batch: PromptBatch) -> Tensor:
         """log p(y|x) of each response under the active policy, nats, float64, [responses]."""
         if not self.shares_prompts:
             return super().prompt_logps(batch)
         # Adapters are part of the layers: PEFT's wrapper only adds support for mixed batches.
-        return shared_prefix.prompt_logps(self.model.get_base_model(), batch.to(self.device))
+        model, batch = self.model.get_base_model(), batch.to(self.device)
+        if self._routing is None:
+            return shared_prefix.prompt_logps(model, batch)
+        routing, policy_id = self._routing
+        return mixture_logps(
+            model,
+            batch,
+            policy_id.token_alpha,
+            lambda: routing.assign([PolicyId(policy_id.iterate)]),
+            lambda: routing.assign([PolicyId(0)]),
+        )
 
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained adapter in PEFT's format; return the SHA-256 of each file by name."""
@@ -199,12 +216,13 @@ class LoraPolicy(Policy):
             adapter = adapters[iterate]
             if adapter is not None:
                 self.model.set_adapter(adapter)
-            with (
-                many_adapters(self.model, adapters, everywhere=policy_id)
-                if can_share
-                else self._switched_to(adapter, adapters.get(0) or BARE, token_alpha)
-            ):
-                yield
+            if can_share:
+                with many_adapters(self.model, adapters, everywhere=policy_id) as routing:
+                    self._routing = (routing, policy_id)
+                    yield
+            else:
+                with self._switched_to(adapter, adapters.get(0) or BARE, token_alpha):
+                    yield
 
     def batch_groups(self, ids: Collection[PolicyId]) -> list[list[PolicyId]]:
         """Split policies into groups that share a batch: up to 16 if all adapters are plain LoRA.
@@ -258,7 +276,7 @@ class LoraPolicy(Policy):
             with torch.no_grad(), stance:
                 yield
         finally:
-            self._active, self._mixes_base = None, False
+            self._active, self._mixes_base, self._routing = None, False, None
             self.model.set_adapter(_TRAINED)
             for parameter, requires_grad in grads:
                 parameter.requires_grad_(requires_grad)

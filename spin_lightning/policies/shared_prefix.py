@@ -74,8 +74,30 @@ def prompt_logps(model: Any, batch: PromptBatch) -> Tensor:
 
 def _logps_of_row(model: Any, batch: PromptBatch) -> Tensor:
     """`prompt_logps` with all prompts in one row."""
+    return logps_of_states(
+        model.get_output_embeddings(),
+        predicting_states(model, batch),
+        batch,
+        getattr(model.config, "final_logit_softcapping", None),
+    )
+
+
+def logps_of_states(
+    head: nn.Module, states: Tensor, batch: PromptBatch, softcap: float | None
+) -> Tensor:
+    """log p(y|x) of every response from `predicting_states`, see `head_logps`."""
+    targets = batch.input_ids[predictors(batch)[1].to(states.device)]
+    return sum_by_response(head_logps(head, states, targets, softcap), batch.flat_lengths)
+
+
+def predicting_states(model: Any, batch: PromptBatch) -> Tensor:
+    """Hidden states that predict the response tokens, shape [response tokens, width].
+
+    Args:
+        model: As for `prompt_logps`.
+        batch: Prompts and responses, in one row, on the model's device.
+    """
     backbone, device = model.base_model, batch.input_ids.device
-    predicting, predicted = (index.to(device) for index in predictors(batch))
     with attending(model.config, _NAME):
         hidden = backbone(
             input_ids=batch.input_ids[None],
@@ -85,13 +107,8 @@ def _logps_of_row(model: Any, batch: PromptBatch) -> Tensor:
             use_cache=False,
             prompt_layout=Layout(batch),
         ).last_hidden_state[0]
-    token_logps = head_logps(
-        model.get_output_embeddings(),
-        hidden.index_select(0, predicting),
-        batch.input_ids[predicted],
-        getattr(model.config, "final_logit_softcapping", None),
-    )
-    return sum_by_response(token_logps, batch.flat_lengths)
+    states: Tensor = hidden.index_select(0, predictors(batch)[0].to(device))
+    return states
 
 
 @contextmanager

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from spin_lightning.frozen_linear import is_linear
+from spin_lightning.packing import split_for
+from spin_lightning.policies.shared_prefix import logps_of_states, predicting_states
+from spin_lightning.types import PromptBatch
 
 # PEFT's name, in a mixed batch, for the model without any adapter.
 BARE = "__base__"
+# Switches a model to one of the two policies that are mixed.
+Act = Callable[[], object]
 
 
 @contextmanager
@@ -49,6 +54,65 @@ def pulled_to_base(
         hooks.callback(model.register_forward_pre_hook(double, with_kwargs=True).remove)
         hooks.enter_context(meeting(model, meet))
         yield
+
+
+def mixture_logps(
+    model: Any, batch: PromptBatch, alpha: float, act_as_iterate: Act, act_as_base: Act
+) -> Tensor:
+    """log g(y|x) of every response under the mixture, each prompt computed once by each policy.
+
+    Args:
+        model: A causal language model that shares prefixes, in a block without gradients.
+        batch: Prompts and responses on the model's device.
+        alpha: Weight of the base.
+        act_as_iterate: Lets the model compute p_i until the other is called.
+        act_as_base: Lets it compute p_0.
+
+    Returns:
+        Nats, float64, in the order of the responses.
+    """
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    head = model.get_output_embeddings()
+    mixed_logits = _MixedLogits(head, softcap, alpha, act_as_iterate, act_as_base)
+
+    def logps(one: PromptBatch) -> Tensor:
+        act_as_iterate()
+        own = predicting_states(model, one)
+        act_as_base()
+        base = predicting_states(model, one)
+        if (linear := _linear_head(model)) is not None:
+            return logps_of_states(linear, torch.lerp(own, base, alpha), one, None)
+        return logps_of_states(mixed_logits, torch.cat([own, base], dim=-1), one, None)
+
+    return torch.cat([logps(one) for one in split_for(batch.input_ids.device, batch)])
+
+
+class _MixedLogits(nn.Module):
+    """Mixed logits from the hidden states of both policies, side by side."""
+
+    def __init__(
+        self,
+        head: nn.Module,
+        softcap: float | None,
+        alpha: float,
+        act_as_iterate: Act,
+        act_as_base: Act,
+    ) -> None:
+        super().__init__()
+        self.head, self.softcap, self.alpha = head, softcap, alpha
+        self.act_as_iterate, self.act_as_base = act_as_iterate, act_as_base
+
+    def forward(self, states: Tensor) -> Tensor:
+        own, base = states.chunk(2, dim=-1)
+        self.act_as_iterate()
+        own_logits = self._logits(own)
+        self.act_as_base()
+        return torch.lerp(own_logits, self._logits(base), self.alpha)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        # An adapter on the head is routed by rows: all states are one row.
+        logits: Tensor = self.head(states[None])[0]
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 @contextmanager

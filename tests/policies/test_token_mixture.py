@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spin_lightning import packing
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.kv_cache import PreallocatedCache
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
-from spin_lightning.packing import pack_padded, pad_left
+from spin_lightning.packing import pack_padded, pack_prompts, pad_left
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
@@ -176,14 +177,52 @@ def test_alpha_of_one_is_the_base_and_of_zero_the_iterate(t, players):
 # ----------------------------------------------------------------------------- scoring and sampling
 
 
+PROMPTS = [(1, 5, 9, 4), (1,), (1, 7)]
+RESPONSES = [[(4, STOP), (3,)], [(6, 3, 11, 10, 8, STOP), (5, STOP)], [(STOP,), (9, 9, 9)]]
+
+
+def mixed_logp(players: Players, t: int, alpha: float, x: tuple, y: tuple) -> float:
+    """log g(y|x) from two separate models, nats."""
+    log_p = players.mixed(t, alpha, torch.tensor([x + y]))[0, len(x) - 1 : -1]
+    return float(log_p[range(len(y)), list(y)].sum())
+
+
 def test_logps_are_sums_of_the_mixed_next_token_log_probs(players):
-    prompts = [(1, 5, 9, 4), (1,), (1, 7)]
-    responses = [(4, STOP), (6, 3, 11, 10, 8, STOP), (STOP,)]
+    responses = [first for first, _ in RESPONSES]
     with players.policy.at(2, 0.7):
-        found = players.policy.logps(pack_padded(prompts, responses, PAD))
-    for value, x, y in zip(found.tolist(), prompts, responses, strict=True):
-        log_p = players.mixed(2, 0.7, torch.tensor([x + y]))[0, len(x) - 1 : -1]
-        assert value == pytest.approx(float(log_p[range(len(y)), list(y)].sum()), abs=1e-5)
+        found = players.policy.logps(pack_padded(PROMPTS, responses, PAD))
+    for value, x, y in zip(found.tolist(), PROMPTS, responses, strict=True):
+        assert value == pytest.approx(mixed_logp(players, 2, 0.7, x, y), abs=1e-5)
+
+
+def assert_prompt_logps_are_mixed(players: Players) -> None:
+    batch = pack_prompts(PROMPTS, RESPONSES)
+    for t in (1, 2):
+        with players.policy.at(t, 0.7):
+            assert players.policy.shares_prompts
+            found = players.policy.prompt_logps(batch)
+        assert found.dtype == torch.float64
+        wanted = [
+            mixed_logp(players, t, 0.7, x, y)
+            for x, group in zip(PROMPTS, RESPONSES, strict=True)
+            for y in group
+        ]
+        torch.testing.assert_close(found, torch.tensor(wanted).double(), atol=1e-5, rtol=0)
+
+
+def test_prompts_are_computed_once_for_all_their_responses(players):
+    assert_prompt_logps_are_mixed(players)
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_prompts_are_computed_once_with_an_adapter_on_the_head_too(initial, tmp_path):
+    shape = {"target_modules": ["q_proj", "lm_head"]}
+    assert_prompt_logps_are_mixed(make_players(tmp_path, "llama", initial=initial, **shape))
+
+
+def test_prompts_are_computed_once_in_several_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_TOKENS_OF_A_PASS", {"cpu": 8})
+    assert_prompt_logps_are_mixed(make_players(tmp_path, "llama", initial=True))
 
 
 def test_probabilities_of_all_responses_up_to_the_cap_sum_to_one(players):
