@@ -78,6 +78,11 @@ class Policy(nn.Module, ABC):
         """Whether the active policy computes a prompt once for all its responses."""
         return False
 
+    @property
+    def largest_bias(self) -> float:
+        """How far the mean log-prob of responses may depend on the pass, nats per token."""
+        return 0.02
+
     def prompt_logps(self, batch: PromptBatch) -> Tensor:
         """log p(y|x) of each response under the active policy, nats, float64, shape [responses].
 

@@ -140,6 +140,11 @@ class LoraPolicy(Policy):
         # Otherwise a token-level mixture goes by PEFT's mixed batches, which need padding.
         return self._shares_prefixes and (not self._mixes_base or self._routing is not None)
 
+    @property
+    def largest_bias(self) -> float:
+        """See `Policy.largest_bias`; int8 rounds activations by what else is in their batch."""
+        return 0.1 if self.base.quantization == "int8" else super().largest_bias
+
     def prompt_logps(self, batch: PromptBatch) -> Tensor:
         """log p(y|x) of each response under the active policy, nats, float64, [responses]."""
         if not self.shares_prompts:

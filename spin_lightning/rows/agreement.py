@@ -10,8 +10,6 @@ from pathlib import Path
 from spin_lightning.errors import SpinError
 from spin_lightning.rows.suspects import Suspect, write_suspects
 
-# Largest mean difference, nats per token.
-_LARGEST_BIAS = 0.02
 # What rounding adds for one token; it averages out over many. (bfloat16 moves a token's log-prob by
 # up to about 0.1; float32 by 1e-5.)
 _ROUNDING = 0.2
@@ -38,7 +36,9 @@ class Sampled:
     scored: float
 
 
-def check_agreement(responses: Sequence[Sampled], path: Path, what: str) -> None:
+def check_agreement(
+    responses: Sequence[Sampled], largest_bias: float, path: Path, what: str
+) -> None:
     """Check that responses were sampled from the policy that scores them.
 
     Generation and scoring are different passes, through a cache and without one, in other batches.
@@ -46,18 +46,18 @@ def check_agreement(responses: Sequence[Sampled], path: Path, what: str) -> None
 
     Args:
         responses: The new responses of a work unit.
+        largest_bias: Largest mean difference, nats per token, see `Policy.largest_bias`.
         path: Where to write them if they disagree.
         what: What was being done, for the message.
 
     Raises:
-        DisagreementError: The mean difference exceeds 0.02 nats per token and what rounding
-            explains.
+        DisagreementError: The mean difference exceeds `largest_bias` and what rounding explains.
     """
     tokens = sum(each.tokens for each in responses)
     if not tokens:
         return
     bias = math.fsum(each.scored - each.sampled for each in responses) / tokens
-    if abs(bias) <= _LARGEST_BIAS + _ROUNDING / math.sqrt(tokens):
+    if abs(bias) <= largest_bias + _ROUNDING / math.sqrt(tokens):
         return
     write_suspects(path, [each.suspect for each in responses], what=what, bias=bias)
     raise DisagreementError(

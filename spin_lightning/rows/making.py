@@ -138,7 +138,8 @@ class Synthesis:
                 made = f"scoring rows of iterate {plan.iterate}, work unit {unit}"
                 rows, sampled = self._unit(plan, draws, earlier, report)
                 check_rows(rows, about(folder) / f"not_finite-{unit:05d}.json", made)
-                check_agreement(sampled, about(folder) / f"disagreeing-{unit:05d}.json", made)
+                disagreeing = about(folder) / f"disagreeing-{unit:05d}.json"
+                check_agreement(sampled, self.policy.largest_bias, disagreeing, made)
                 write_part(folder, unit, rows, self.generator.deviations)
             yield unit
 

@@ -27,11 +27,11 @@ def sampled(tokens: int, scored: float) -> Sampled:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_bias_beyond_a_fiftieth_of_a_nat_per_token_is_refused_with_the_rows(sign, tmp_path):
     """100 responses of 100 tokens: 0.02 and, for rounding, 0.2 / sqrt(10,000) = 0.002."""
-    check_agreement([sampled(100, sign * 2.19)] * 100, tmp_path / "rows.json", "scoring")
+    check_agreement([sampled(100, sign * 2.19)] * 100, 0.02, tmp_path / "rows.json", "scoring")
     with pytest.raises(
         DisagreementError, match=r"scoring: .*[+-]0\.022 nats per token.*10000.*Fix"
     ):
-        check_agreement([sampled(100, sign * 2.21)] * 100, tmp_path / "rows.json", "scoring")
+        check_agreement([sampled(100, sign * 2.21)] * 100, 0.02, tmp_path / "rows.json", "scoring")
     written = json.loads((tmp_path / "rows.json").read_text())
     assert written["bias"] == pytest.approx(sign * 0.0221)
     assert len(written["rows"]) == 100
@@ -39,18 +39,18 @@ def test_a_bias_beyond_a_fiftieth_of_a_nat_per_token_is_refused_with_the_rows(si
 
 
 def test_differences_of_both_signs_are_rounding(tmp_path):
-    check_agreement([sampled(1, 0.5), sampled(1, -0.5)], tmp_path / "rows.json", "scoring")
+    check_agreement([sampled(1, 0.5), sampled(1, -0.5)], 0.02, tmp_path / "rows.json", "scoring")
 
 
 def test_few_tokens_may_differ_by_what_rounding_explains(tmp_path):
     """One token: 0.02 + 0.2."""
-    check_agreement([sampled(1, 0.21)], tmp_path / "rows.json", "scoring")
+    check_agreement([sampled(1, 0.21)], 0.02, tmp_path / "rows.json", "scoring")
     with pytest.raises(DisagreementError):
-        check_agreement([sampled(1, 0.23)], tmp_path / "rows.json", "scoring")
+        check_agreement([sampled(1, 0.23)], 0.02, tmp_path / "rows.json", "scoring")
 
 
 def test_without_new_responses_there_is_nothing_to_compare(tmp_path):
-    check_agreement([], tmp_path / "rows.json", "scoring")
+    check_agreement([], 0.02, tmp_path / "rows.json", "scoring")
 
 
 @dataclass
