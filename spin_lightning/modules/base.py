@@ -240,6 +240,8 @@ class SelfPlayModule(L.LightningModule, ABC):
     def check_trainer(self) -> int:
         """Check the Trainer's settings, and the settings and opponents of every iterate.
 
+        From here on, `policy_spec` is that of the Trainer's device.
+
         Returns:
             The number of iterates to play.
 
