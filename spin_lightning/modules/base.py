@@ -240,8 +240,6 @@ class SelfPlayModule(L.LightningModule, ABC):
     def check_trainer(self) -> int:
         """Check the Trainer's settings, and the settings and opponents of every iterate.
 
-        From here on, `policy_spec` is that of the Trainer's device.
-
         Returns:
             The number of iterates to play.
 
@@ -315,6 +313,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """One step on a batch of pairs."""
+        self.policy.check_passes(batch.pairs)
         logps, loss = pass_by_pass.score(self, batch)
         if self.max_skipped_batches:
             self.log("train/skipped_batches", float(self.skipped_batches.count))

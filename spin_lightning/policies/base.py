@@ -90,6 +90,10 @@ class Policy(nn.Module, ABC):
         """
         return self.logps(pad_prompts(batch))
 
+    def check_passes(self, _batch: PromptBatch) -> None:
+        """Check, on a batch to train on, that fast passes compute what plain ones do."""
+        return
+
     @abstractmethod
     def at(self, iterate: int, token_alpha: float = 0.0) -> AbstractContextManager[None]:
         """Act as a frozen iterate inside the block: eval mode, no gradients.

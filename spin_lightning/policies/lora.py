@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,12 +10,10 @@ from typing import Any
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from spin_lightning.errors import RunFolderError, first_line
+from spin_lightning.errors import RunFolderError
 from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
 from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -35,9 +31,11 @@ from spin_lightning.policies.many_adapters import (
     many_adapters,
 )
 from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.policies.self_check import check_passes
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
+from spin_lightning.policies.tensor_files import write_tensors
 from spin_lightning.policies.token_mixture import BARE, mixture_logps, pulled_to_base
-from spin_lightning.run.files import write_json, writing
+from spin_lightning.run.files import write_json
 from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
@@ -83,13 +81,14 @@ class LoraPolicy(Policy):
         """Load the base and put the trained adapter on it."""
         super().__init__()
         self.base = base
-        self._shares_prefixes = shared_prefix.shares_prefixes(base, packing)
+        self.shares_prefixes = shared_prefix.shares_prefixes(base, packing)
         self._folders: dict[int, Path] = {}
         self._active: str | None = None  # what `at` or `at_rows` has switched to
         self._mixes_base = False
         # Inside `at`, of a token-level mixture whose rows are routed.
         self._routing: tuple[AdapterRouting, PolicyId] | None = None
         self._rows_stay_apart: bool | None = None
+        self._is_checked = False
         model = load_base(base, device)
         if activation_checkpointing:
             model.activation_checkpointing_enable(
@@ -138,7 +137,7 @@ class LoraPolicy(Policy):
     def shares_prompts(self) -> bool:
         """Whether the active policy computes a prompt once for all its responses."""
         # Otherwise a token-level mixture goes by PEFT's mixed batches, which need padding.
-        return self._shares_prefixes and (not self._mixes_base or self._routing is not None)
+        return self.shares_prefixes and (not self._mixes_base or self._routing is not None)
 
     @property
     def largest_bias(self) -> float:
@@ -162,6 +161,12 @@ class LoraPolicy(Policy):
             lambda: routing.assign([PolicyId(0)]),
         )
 
+    def check_passes(self, batch: PromptBatch) -> None:
+        """Compare the fast passes with plain ones, see `self_check`; once is enough."""
+        if not self._is_checked:
+            self._is_checked = True
+            check_passes(self, batch)
+
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained adapter in PEFT's format; return the SHA-256 of each file by name."""
         with quiet_peft():
@@ -169,13 +174,7 @@ class LoraPolicy(Policy):
                 self.model, adapter_name=_TRAINED, save_embedding_layers=False
             )
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        with writing(folder / ADAPTER_WEIGHTS):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            except SafetensorError as error:
-                # It carries the error of the disk as text only.
-                raise OSError(_os_errno(error), first_line(error)) from error
+        write_tensors(folder / ADAPTER_WEIGHTS, tensors)
         write_json(
             folder / ADAPTER_CONFIG,
             {**_plain(self.model.peft_config[_TRAINED]), **adapter_base(self.base)},
@@ -339,9 +338,3 @@ def _plain(config: peft.PeftConfig) -> dict[str, Any]:
     """The adapter's config as PEFT's save_pretrained writes it, with sets sorted."""
     fields = {**config.to_dict(), "inference_mode": True}
     return {n: sorted(v) if isinstance(v, set | frozenset) else v for n, v in fields.items()}
-
-
-def _os_errno(error: Exception) -> int:
-    """The number in `… (os error 28)`, which safetensors appends to its message."""
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else errno.EIO

@@ -7,6 +7,7 @@ from transformers import MistralConfig
 
 from spin_lightning.losses import logistic
 from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.policies.self_check import Tolerance, self_check
 from tests.policies.test_shared_prefix import (
     CONFIGS,
     LAYERS,
@@ -78,3 +79,11 @@ def test_a_layer_launches_few_kernels_and_none_in_float32(machine, quantization,
     assert deep.casts == shallow.casts
     assert not deep.float32_products
     assert deep.syncs == shallow.syncs
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_the_fast_passes_agree_with_the_plain_ones(machine, folder_of, name):
+    base = FrozenBase(folder_of(name), compute_dtype="bfloat16")
+    with machine():
+        found = self_check(build(base, device=DEVICE), some_pairs(3))
+    assert found.agrees(Tolerance(0.05, 0.99)), str(found)

@@ -1,0 +1,149 @@
+"""The fast passes of a policy against the plain ones, on the machine and the data of the run.
+
+Shared prefixes, fused LoRA layers and fused kernels are tested on a CPU. What the kernels of a GPU
+make of them is checked here, by two pairs of the first batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from spin_lightning.packing import shortest_prompts
+from spin_lightning.types import PromptBatch
+
+if TYPE_CHECKING:
+    from spin_lightning.policies.lora import LoraPolicy
+
+_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far both passes may be apart.
+
+    Attributes:
+        difference: See `SelfCheck`.
+        cosine: Likewise.
+    """
+
+    difference: float
+    cosine: float
+
+
+_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
+    torch.float32: Tolerance(1e-3, 0.9999),
+    torch.bfloat16: Tolerance(0.05, 0.99),
+    torch.float16: Tolerance(0.05, 0.99),
+}
+# Activations are rounded by what else is in their batch.
+_INT8 = Tolerance(0.2, 0.95)
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """How far the fast passes are from the plain ones.
+
+    Attributes:
+        difference: Largest difference of a response's log-prob, nats, over the square root of its
+            number of tokens.
+        cosine: Cosine of the adapter's gradients of the summed log-probs; 1 if both are 0.
+    """
+
+    difference: float
+    cosine: float
+
+    def agrees(self, within: Tolerance) -> bool:
+        """Whether the passes are the same but for rounding."""
+        return self.difference <= within.difference and self.cosine >= within.cosine
+
+    def __str__(self) -> str:
+        """Both figures."""
+        return (
+            f"log-probs within {self.difference:.2g} nats times the square root of the tokens, "
+            f"cosine of the gradients {self.cosine:.6f}"
+        )
+
+
+def check_passes(policy: LoraPolicy, batch: PromptBatch) -> None:
+    """Check a policy on a batch; if the passes disagree, it takes the plain ones from now on."""
+    found = self_check(policy, batch)
+    within = _INT8 if policy.base.quantization == "int8" else _TOLERANCES[policy.base.dtype]
+    if not math.isfinite(found.difference):
+        return  # the step itself reports numbers that are not finite
+    if found.agrees(within):
+        rank_zero_info(f"Self-check: fast and plain passes agree ({found}).")
+        return
+    take_plain_passes(policy)
+    rank_zero_warn(
+        f"Self-check: the fast passes disagree with the plain ones on this machine ({found}; "
+        f"allowed: {within.difference:g} and {within.cosine:g}). The run goes on with padded "
+        "sequences and the layers of PEFT and transformers, which is slower. Rows made before were "
+        "scored by the fast passes: for a clean run set model.packing: padded and "
+        "model.fused_lora: false, and start again in a new folder."
+    )
+
+
+def self_check(policy: LoraPolicy, batch: PromptBatch) -> SelfCheck:
+    """Compare both passes on the two shortest prompts of a batch and their responses."""
+    few = shortest_prompts(batch, _PROMPTS)
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()  # without dropout
+    try:
+        fast = _outcome(policy, few)
+        with plain_passes(policy):
+            plain = _outcome(policy, few)
+    finally:
+        for module, training in modes:
+            module.training = training
+    roots = torch.tensor(few.flat_lengths).double().sqrt().to(fast[0].device)
+    difference = ((fast[0] - plain[0]).abs() / roots).max()
+    return SelfCheck(float(difference), _cosine(fast[1], plain[1]))
+
+
+@contextmanager
+def plain_passes(policy: LoraPolicy) -> Iterator[None]:
+    """Padded sequences through the layers of torch, transformers and PEFT inside the block."""
+    before = [(module, type(module)) for module in policy.model.modules()]
+    shares_prefixes = policy.shares_prefixes
+    take_plain_passes(policy)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        policy.shares_prefixes = shares_prefixes
+        for module, kind in before:
+            module.__class__ = kind
+
+
+def take_plain_passes(policy: LoraPolicy) -> None:
+    """Give a policy padded sequences and the layers of torch, transformers and PEFT for good."""
+    policy.shares_prefixes = False
+    for module in policy.model.modules():
+        module.__class__ = _plain_class(type(module))
+
+
+def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return next(base for base in kind.__mro__ if not base.__module__.startswith("spin_lightning."))
+
+
+def _outcome(policy: LoraPolicy, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    """Log-probs of the responses, and the adapter's gradients of their sum."""
+    parameters = [parameter for _, parameter in policy.trainable()]
+    with torch.enable_grad():
+        logps = policy.prompt_logps(batch)
+        gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
+    flat = [gradient.flatten().double() for gradient in gradients if gradient is not None]
+    return logps.detach().double(), torch.cat(flat)
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    norms = one.norm() * other.norm()
+    return float(one @ other / norms) if norms > 0 else float(torch.equal(one, other))

@@ -1,0 +1,101 @@
+"""The fast passes of a policy are compared with the plain ones, and given up where they differ."""
+
+import logging
+
+import pytest
+import torch
+from peft.tuners import lora
+from torch import nn
+
+from spin_lightning.policies import shared_prefix
+from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.pretrained import FrozenBase
+from spin_lightning.policies.self_check import plain_passes, self_check
+from tests.policies.test_shared_prefix import build, folder_of, some_pairs, step
+
+__all__ = ["folder_of"]
+
+
+def classes(policy: LoraPolicy) -> list[type]:
+    return [type(module) for module in policy.modules()]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_in_float32_the_passes_agree(name, quantization, folder_of):
+    if (name, quantization) == ("gpt2", "nf4"):
+        pytest.skip("bitsandbytes does not quantize GPT-2's transposed layers")
+    base = FrozenBase(folder_of(name), compute_dtype="float32", quantization=quantization)
+    found = self_check(build(base), some_pairs(3))
+    assert found.difference <= 1e-5
+    assert found.cosine >= 0.999999
+
+
+def test_in_bfloat16_they_are_apart_by_rounding(folder_of):
+    found = self_check(
+        build(FrozenBase(folder_of("llama"), compute_dtype="bfloat16")), some_pairs(3)
+    )
+    assert 0 < found.difference <= 0.05
+    assert 0.99 <= found.cosine < 1
+
+
+def test_a_check_leaves_no_trace(folder_of, caplog):
+    base = FrozenBase(folder_of("llama"), compute_dtype="float32")
+    policy = build(base)
+    before, state = classes(policy), torch.get_rng_state()
+    with caplog.at_level(logging.INFO):
+        policy.check_passes(some_pairs(3))
+        policy.check_passes(some_pairs(4))
+    assert caplog.text.count("Self-check: fast and plain passes agree (log-probs within ") == 1
+    assert classes(policy) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    assert all(module.training for module in policy.modules())
+    assert policy.shares_prompts
+    again = step(build(base), some_pairs(3))
+    for one, other in zip(step(policy, some_pairs(3))[:2], again[:2], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_plain_passes_are_those_of_torch_and_peft(folder_of):
+    policy = build(FrozenBase(folder_of("llama"), compute_dtype="float32"))
+    with plain_passes(policy):
+        assert not policy.shares_prompts
+        kinds = set(classes(policy)[1:])
+        assert lora.Linear in kinds
+        assert nn.Linear in kinds
+        assert not [kind for kind in kinds if kind.__module__.startswith("spin_lightning.")]
+    assert policy.shares_prompts
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient"])
+def test_a_policy_whose_fast_passes_are_wrong_goes_on_with_the_plain_ones(
+    fault, folder_of, monkeypatch
+):
+    base = FrozenBase(folder_of("llama"), compute_dtype="float32")
+    right = shared_prefix.prompt_logps
+
+    def wrong(model, batch):
+        logps = right(model, batch)
+        return logps + 1.0 if fault == "value" else logps + (logps - logps.detach()) * -2.0
+
+    monkeypatch.setattr(shared_prefix, "prompt_logps", wrong)
+    policy = build(base)
+    with pytest.warns(UserWarning, match=r"Self-check: the fast passes disagree .*packing: padded"):
+        policy.check_passes(some_pairs(3))
+    assert not policy.shares_prompts
+    loss, margins, gradients = step(policy, some_pairs(3))
+    plain_loss, plain_margins, plain_gradients = step(
+        build(base, packing="padded", fused=False), some_pairs(3)
+    )
+    torch.testing.assert_close(loss, plain_loss)
+    torch.testing.assert_close(margins, plain_margins)
+    torch.testing.assert_close(gradients, plain_gradients)
+
+
+def test_numbers_that_are_not_finite_are_left_to_the_step(folder_of, recwarn):
+    policy = build(FrozenBase(folder_of("llama"), compute_dtype="float32"))
+    next(iter(policy.trainable()))[1].data.fill_(torch.nan)
+    policy.check_passes(some_pairs(3))
+    assert not [w for w in recwarn if "Self-check" in str(w.message)]
+    assert policy.shares_prompts
