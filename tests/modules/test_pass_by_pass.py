@@ -166,7 +166,8 @@ def test_activations_of_one_pass_live_at_a_time(tiny_model_dir, short_passes):
             pass_by_pass.score(module, batch)[1].backward()
         peaks.append(most)
         assert live < peaks[0] / 10
-    assert peaks[2] < 2 * peaks[0], "32 pairs in about 16 passes"
+    # 2 pairs are one pass of 16 tokens, 32 are 13 passes of up to 33, 302 in all.
+    assert peaks[2] < 3 * peaks[0]
 
 
 def test_run_by_passes_has_the_bytes_of_the_plain_run(
