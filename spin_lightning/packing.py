@@ -52,19 +52,6 @@ def split_for(device: torch.device, batch: PromptBatch) -> list[PromptBatch]:
     return split_prompts(batch, _TOKENS_OF_A_PASS.get(device.type, _TOKENS_ELSEWHERE))
 
 
-def shortest_prompts(batch: PromptBatch, count: int) -> PromptBatch:
-    """The prompts of a batch that are shortest with their responses, at most `count`, in order."""
-    groups = zip(batch.prompt_lengths, batch.response_lengths, strict=True)
-    lengths = [prompt + sum(responses) for prompt, responses in groups]
-    kept = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:count])
-    tokens = torch.split(batch.input_ids, lengths)
-    return PromptBatch(
-        input_ids=torch.cat([tokens[i] for i in kept]),
-        prompt_lengths=tuple(batch.prompt_lengths[i] for i in kept),
-        response_lengths=tuple(batch.response_lengths[i] for i in kept),
-    )
-
-
 def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:
     """Split a batch between prompts into passes of about equal numbers of tokens.
 

@@ -14,7 +14,6 @@ from spin_lightning.packing import (
     pad_prompts,
     positions,
     predictors,
-    shortest_prompts,
     split_prompts,
 )
 from spin_lightning.types import PromptBatch
@@ -212,15 +211,3 @@ def test_pack_prompts_takes_ids_of_any_kind(kind):
 def test_pack_prompts_of_unequal_counts_is_refused():
     with pytest.raises(ValueError, match="shorter"):
         pack_prompts([(1,), (2,)], [[(3,)]])
-
-
-def test_shortest_prompts_keep_their_order_and_responses():
-    """Lengths with responses: 3 + 3, 1 + 2, 2 + 3, 1 + 1 + 3."""
-    prompts = [[3, 4, 5], [6], [7, 8], [9]]
-    responses = [[[10, 11], [12]], [[13, 14]], [[15], [16, 17]], [[18], [19, 20, 21]]]
-    batch = pack_prompts(prompts, responses)
-    found = shortest_prompts(batch, 2)
-    assert found.input_ids.tolist() == [6, 13, 14, 7, 8, 15, 16, 17]
-    assert found.prompt_lengths == (1, 2)
-    assert found.response_lengths == ((2,), (1, 2))
-    assert shortest_prompts(batch, 9).input_ids.tolist() == batch.input_ids.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,13 +16,14 @@ from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
 from spin_lightning.mixtures import latest
+from spin_lightning.packing import pack_prompts
 from spin_lightning.rows.making import Reporter, Synthesis, Timing, finish, is_finished
 from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowPlan, RowSettings, plan_rows
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.row_folder import manifest_path
-from spin_lightning.types import Example
+from spin_lightning.types import Example, PromptBatch
 
 
 class DryRunFinished(Exception):
@@ -156,6 +158,8 @@ class RowMaker:
         estimate: bool = False,
     ) -> None:
         folder, trainer = folder_of(plan.iterate), self.session.trainer
+        # All ranks take the same examples, so that they take the same passes.
+        self.session.module.policy.check_passes(trial_batch(examples, plan.context))
         # Only one rank checks: another may already be regenerating parts.
         here = trainer.is_global_zero and is_finished(plan, examples, folder)
         if trainer.strategy.broadcast(here):
@@ -212,6 +216,20 @@ class RowMaker:
             )
         if self.dry_run:
             raise DryRunFinished
+
+
+def trial_batch(examples: Sequence[Example], context: int) -> PromptBatch:
+    """Two short prompts, each with the real responses to both, as a trial of a policy's passes.
+
+    Args:
+        examples: At least one.
+        context: Largest number of tokens of a prompt with a response; longer ones are cut.
+    """
+    few = nsmallest(2, examples, key=lambda e: len(e.prompt_ids) + len(e.real_ids))
+    return pack_prompts(
+        [one.prompt_ids for one in few],
+        [[other.real_ids[: context - len(one.prompt_ids)] for other in few] for one in few],
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.generation.decoding import Decoder
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.generation.settings import GenerationSettings
+from spin_lightning.out_of_memory import is_out_of_memory
 from spin_lightning.packing import group_by_length
 from spin_lightning.policies.base import Policy
 from spin_lightning.types import PolicyId
@@ -124,15 +125,6 @@ class LocalGenerator(Generator):
                 f"Model type {decoder.config.model_type!r} caches more than keys and values: "
                 "prompts are decoded one length at a time, which is slower."
             )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; torch has a class for its own allocator alone."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # On a CPU; of the libraries on a GPU, which allocate workspace; of the driver.
-    signs = ("can't allocate memory", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    return any(sign in str(error) for sign in signs)
 
 
 def default_batch_tokens(config: PretrainedConfig) -> int:

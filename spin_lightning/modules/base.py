@@ -313,7 +313,6 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """One step on a batch of pairs."""
-        self.policy.check_passes(batch.pairs)
         logps, loss = pass_by_pass.score(self, batch)
         if self.max_skipped_batches:
             self.log("train/skipped_batches", float(self.skipped_batches.count))

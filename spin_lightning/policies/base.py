@@ -91,7 +91,7 @@ class Policy(nn.Module, ABC):
         return self.logps(pad_prompts(batch))
 
     def check_passes(self, _batch: PromptBatch) -> None:
-        """Check, on a batch to train on, that fast passes compute what plain ones do."""
+        """Check, on a batch of the data, that fast passes compute what plain ones do."""
         return
 
     @abstractmethod

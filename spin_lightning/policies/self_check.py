@@ -1,7 +1,7 @@
 """The fast passes of a policy against the plain ones, on the machine and the data of the run.
 
 Shared prefixes, fused LoRA layers and fused kernels are tested on a CPU. What the kernels of a GPU
-make of them is checked here, by two pairs of the first batch.
+make of them is checked here, by a few responses, before anything is made with them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from spin_lightning.packing import shortest_prompts
+from spin_lightning.errors import first_line
+from spin_lightning.out_of_memory import is_out_of_memory
 from spin_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
     from spin_lightning.policies.lora import LoraPolicy
-
-_PROMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,14 @@ class Tolerance:
     cosine: float
 
 
+# Rounding alone puts passes in bfloat16 0.04 to 0.14 apart; a wrong mask or adapter, more than 0.5.
 _TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     torch.float32: Tolerance(1e-3, 0.9999),
-    torch.bfloat16: Tolerance(0.05, 0.99),
-    torch.float16: Tolerance(0.05, 0.99),
+    torch.bfloat16: Tolerance(0.2, 0.98),
+    torch.float16: Tolerance(0.2, 0.98),
 }
 # Activations are rounded by what else is in their batch.
-_INT8 = Tolerance(0.2, 0.95)
+_INT8 = Tolerance(0.3, 0.95)
 
 
 @dataclass(frozen=True)
@@ -73,39 +73,69 @@ class SelfCheck:
 
 
 def check_passes(policy: LoraPolicy, batch: PromptBatch) -> None:
-    """Check a policy on a batch; if the passes disagree, it takes the plain ones from now on."""
-    found = self_check(policy, batch)
+    """Check a policy; if its fast passes fail or disagree, it takes the plain ones from now on.
+
+    Args:
+        policy: The policy, not inside `at`.
+        batch: A few prompts and responses.
+    """
+    try:
+        found = self_check(policy, batch)
+    except FastPassError as error:
+        _give_up(policy, f"the fast passes fail on this machine ({error})")
+        return
     within = _INT8 if policy.base.quantization == "int8" else _TOLERANCES[policy.base.dtype]
     if not math.isfinite(found.difference):
-        return  # the step itself reports numbers that are not finite
+        return  # scoring itself reports numbers that are not finite
     if found.agrees(within):
         rank_zero_info(f"Self-check: fast and plain passes agree ({found}).")
         return
-    take_plain_passes(policy)
-    rank_zero_warn(
-        f"Self-check: the fast passes disagree with the plain ones on this machine ({found}; "
-        f"allowed: {within.difference:g} and {within.cosine:g}). The run goes on with padded "
-        "sequences and the layers of PEFT and transformers, which is slower. Rows made before were "
-        "scored by the fast passes: for a clean run set model.packing: padded and "
-        "model.fused_lora: false, and start again in a new folder."
+    _give_up(
+        policy,
+        f"the fast passes disagree with the plain ones on this machine ({found}; allowed: "
+        f"{within.difference:g} and {within.cosine:g})",
     )
 
 
+def _give_up(policy: LoraPolicy, problem: str) -> None:
+    take_plain_passes(policy)
+    rank_zero_warn(
+        f"Self-check: {problem}. The run goes on with padded sequences and the layers of PEFT and "
+        "transformers, which is slower: as with model.packing: padded and model.fused_lora: false."
+    )
+
+
+class FastPassError(RuntimeError):
+    """A fast pass raised an error, other than for a lack of memory."""
+
+
 def self_check(policy: LoraPolicy, batch: PromptBatch) -> SelfCheck:
-    """Compare both passes on the two shortest prompts of a batch and their responses."""
-    few = shortest_prompts(batch, _PROMPTS)
+    """Compare both passes on a batch.
+
+    Raises:
+        FastPassError: The fast pass raises an error.
+    """
     modes = [(module, module.training) for module in policy.modules()]
     policy.eval()  # without dropout
     try:
-        fast = _outcome(policy, few)
+        fast = _fast_outcome(policy, batch)
         with plain_passes(policy):
-            plain = _outcome(policy, few)
+            plain = _outcome(policy, batch)
     finally:
         for module, training in modes:
             module.training = training
-    roots = torch.tensor(few.flat_lengths).double().sqrt().to(fast[0].device)
+    roots = torch.tensor(batch.flat_lengths).double().sqrt().to(fast[0].device)
     difference = ((fast[0] - plain[0]).abs() / roots).max()
     return SelfCheck(float(difference), _cosine(fast[1], plain[1]))
+
+
+def _fast_outcome(policy: LoraPolicy, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    try:
+        return _outcome(policy, batch)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise FastPassError(first_line(error)) from error
 
 
 @contextmanager

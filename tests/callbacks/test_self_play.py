@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_lightning import SFT, SPIN, SelfPlay, SelfPlayDataModule, load_iterate
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.policies import shared_prefix
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
 from tests.toys.runs import contents, play, write_examples
@@ -311,6 +312,27 @@ def test_initial_adapter_of_an_sft_run_is_iterate_zero(finished, tiny_model_dir,
     play(tmp_path, tiny_model_dir, data, settings={"initial_adapter": str(start)}, epochs=1)
     kept = RunFolder(tmp_path).iterate(0) / "adapter_model.safetensors"
     assert kept.read_bytes() == (start / "adapter_model.safetensors").read_bytes()
+
+
+def test_passes_that_disagree_are_given_up_before_the_first_rows(
+    tiny_model_dir, data, tmp_path, monkeypatch, recwarn
+):
+    right = shared_prefix.prompt_logps
+    monkeypatch.setattr(shared_prefix, "prompt_logps", lambda *args: right(*args) + 1.0)
+    module, _, _ = play(tmp_path / "run", tiny_model_dir, data, epochs=1)
+    assert [w for w in recwarn if "Self-check: the fast passes disagree" in str(w.message)]
+    assert not module.policy.shares_prompts
+    monkeypatch.undo()
+    plain = {"packing": "padded", "fused_lora": False}
+    play(tmp_path / "plain", tiny_model_dir, data, epochs=1, settings=plain)
+    found, wanted = (
+        pq.read_table(tmp_path / name / "rows/iterate_000/part-00000.parquet").to_pylist()
+        for name in ("run", "plain")
+    )
+    for row, other in zip(found, wanted, strict=True):
+        assert row["generated_ids"] == other["generated_ids"]
+        for column in ("member_real_logps", "member_generated_logps"):
+            assert row[column] == pytest.approx(other[column], abs=1e-5)
 
 
 def test_iterate_zero_is_validated_in_full_and_logged_at_step_zero(tiny_model_dir, data, tmp_path):

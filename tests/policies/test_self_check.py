@@ -32,11 +32,12 @@ def test_in_float32_the_passes_agree(name, quantization, folder_of):
 
 
 def test_in_bfloat16_they_are_apart_by_rounding(folder_of):
-    found = self_check(
-        build(FrozenBase(folder_of("llama"), compute_dtype="bfloat16")), some_pairs(3)
-    )
-    assert 0 < found.difference <= 0.05
-    assert 0.99 <= found.cosine < 1
+    policy = build(FrozenBase(folder_of("llama"), compute_dtype="bfloat16"))
+    found = self_check(policy, some_pairs(3))
+    assert 0 < found.difference <= 0.2
+    assert 0.98 <= found.cosine < 1
+    policy.check_passes(some_pairs(3))
+    assert policy.shares_prompts
 
 
 def test_a_check_leaves_no_trace(folder_of, caplog):
@@ -68,7 +69,14 @@ def test_plain_passes_are_those_of_torch_and_peft(folder_of):
     assert policy.shares_prompts
 
 
-@pytest.mark.parametrize("fault", ["value", "gradient"])
+PROBLEMS = {
+    "value": r"Self-check: the fast passes disagree .* allowed: 0.001 .*packing: padded",
+    "gradient": r"Self-check: the fast passes disagree .*cosine of the gradients -1",
+    "error": r"Self-check: the fast passes fail on this machine \(no kernel image",
+}
+
+
+@pytest.mark.parametrize("fault", PROBLEMS)
 def test_a_policy_whose_fast_passes_are_wrong_goes_on_with_the_plain_ones(
     fault, folder_of, monkeypatch
 ):
@@ -76,12 +84,14 @@ def test_a_policy_whose_fast_passes_are_wrong_goes_on_with_the_plain_ones(
     right = shared_prefix.prompt_logps
 
     def wrong(model, batch):
+        if fault == "error":
+            raise RuntimeError("no kernel image is available for execution on the device")
         logps = right(model, batch)
         return logps + 1.0 if fault == "value" else logps + (logps - logps.detach()) * -2.0
 
     monkeypatch.setattr(shared_prefix, "prompt_logps", wrong)
     policy = build(base)
-    with pytest.warns(UserWarning, match=r"Self-check: the fast passes disagree .*packing: padded"):
+    with pytest.warns(UserWarning, match=PROBLEMS[fault]):
         policy.check_passes(some_pairs(3))
     assert not policy.shares_prompts
     loss, margins, gradients = step(policy, some_pairs(3))
@@ -91,6 +101,17 @@ def test_a_policy_whose_fast_passes_are_wrong_goes_on_with_the_plain_ones(
     torch.testing.assert_close(loss, plain_loss)
     torch.testing.assert_close(margins, plain_margins)
     torch.testing.assert_close(gradients, plain_gradients)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_passes(folder_of, monkeypatch):
+    def too_large(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(shared_prefix, "prompt_logps", too_large)
+    policy = build(FrozenBase(folder_of("llama"), compute_dtype="float32"))
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.check_passes(some_pairs(3))
+    assert policy.shares_prompts
 
 
 def test_numbers_that_are_not_finite_are_left_to_the_step(folder_of, recwarn):
