@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from spin_lightning.errors import SpinError
@@ -63,7 +64,7 @@ class LocalGenerator(Generator):
         return {} if self._halved is None else {"batch_tokens": self._halved}
 
     def _batch_tokens(self, decoder: Decoder) -> int:
-        return self._halved or self.settings.batch_tokens or default_batch_tokens(decoder.config)
+        return self._halved or self.settings.batch_tokens or default_batch_tokens(decoder.model)
 
     def _batches(self, decoder: Decoder, requests: Sequence[Request]) -> Iterator[list[int]]:
         """Split requests into batches of prompts of similar, or if needed of equal, length."""
@@ -127,13 +128,36 @@ class LocalGenerator(Generator):
             )
 
 
-def default_batch_tokens(config: PretrainedConfig) -> int:
-    """Number of tokens whose keys and values fill 2 GiB, from the model's config alone."""
+def default_batch_tokens(model: nn.Module) -> int:
+    """Number of tokens whose keys and values fill the memory that is set aside for them.
+
+    That is 2 GiB on a CPU. On a GPU it is three quarters of the card less the weights; the rest is
+    for the optimizer and for activations. It is not the memory that happens to be free, since the
+    batch is part of what decides a run's bytes.
+    """
+    causal: Any = model
+    weights = [p.numel() * p.element_size() for p in model.parameters()]
+    embeddings: Tensor = causal.get_input_embeddings().weight
+    if not embeddings.is_cuda:
+        return tokens_in_cache(causal.config, _CACHE_BYTES, element_size=4)
+    card = torch.cuda.get_device_properties(embeddings.device).total_memory
+    memory = max(_CACHE_BYTES, card * 3 // 4 - sum(weights))
+    return tokens_in_cache(causal.config, memory, embeddings.element_size())
+
+
+def tokens_in_cache(config: PretrainedConfig, memory: int, element_size: int) -> int:
+    """Number of tokens, up to 2^17, whose keys and values fit into some memory.
+
+    Args:
+        config: The model's config.
+        memory: Bytes.
+        element_size: Bytes of a number.
+    """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    bytes_per_token = 2 * text.num_hidden_layers * heads * head_dim * 4
-    return int(min(_MAX_BATCH_TOKENS, max(1, _CACHE_BYTES // bytes_per_token)))
+    bytes_per_token = 2 * text.num_hidden_layers * heads * head_dim * element_size
+    return int(min(_MAX_BATCH_TOKENS, max(1, memory // bytes_per_token)))
 
 
 def _cached_tokens(request: Request) -> int:

@@ -14,7 +14,11 @@ from transformers import TopPLogitsWarper
 
 from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Request, Response
-from spin_lightning.generation.local import LocalGenerator, default_batch_tokens
+from spin_lightning.generation.local import (
+    LocalGenerator,
+    default_batch_tokens,
+    tokens_in_cache,
+)
 from spin_lightning.generation.sampler import nucleus
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
@@ -286,11 +290,18 @@ def test_nucleus_is_that_of_transformers(top_p, spread):
     assert (found.sum(-1) >= top_p - 1e-5).all()
 
 
-def test_default_batch_tokens_fill_two_gibibytes_with_keys_and_values(tiny_base):
+def test_default_batch_tokens_fill_two_gibibytes_with_keys_and_values(policy):
     """2 layers, keys and values of 2 heads of 8 floats: 256 bytes a token, up to 2^17 tokens."""
-    config = load_config(tiny_base)
-    assert default_batch_tokens(config) == 2**17
-    wide = type(config)(
+    assert default_batch_tokens(policy.model) == 2**17
+
+
+def test_tokens_in_cache_are_those_of_mistral_on_a_card_of_24_gigabytes(tiny_base):
+    """Its weights in NF4 take 3.84 GiB; 128 KiB a token in bfloat16, 512 in float32 at 2 GiB."""
+    mistral = type(load_config(tiny_base))(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
     )
-    assert default_batch_tokens(wide) == 2**31 // (2 * 32 * 8 * 128 * 4)
+    memory = 24 * 2**30 * 3 // 4 - int(3.84 * 2**30)
+    tokens = tokens_in_cache(mistral, memory, element_size=2)
+    assert tokens == memory // 2**17
+    assert tokens // 768 == 151
+    assert tokens_in_cache(mistral, 2**31, element_size=4) == 2**31 // (2 * 32 * 8 * 128 * 4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -359,6 +360,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "current_device": lambda: 0,
     "empty_cache": lambda: None,
     "get_device_capability": lambda _device=None: (8, 0),
+    "get_device_properties": lambda _device=None: SimpleNamespace(total_memory=24 << 30),
     "get_rng_state": lambda _device=None: torch.zeros(1, dtype=torch.uint8),
     "set_rng_state": lambda _state, _device=None: None,
     "manual_seed": lambda _seed: None,

@@ -3,13 +3,14 @@
 import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from spin_lightning.generation.base import Request
-from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.generation.local import LocalGenerator, default_batch_tokens
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.packing import pack_prompts
 from spin_lightning.policies.lora import LoraPolicy
@@ -153,3 +154,16 @@ def test_auto_computes_in_bfloat16_on_gpus_that_do(machine, capability, on_gpu):
         assert base.on(torch.device("cpu")).dtype == torch.float32
         chosen = FrozenBase("some/model", compute_dtype="bfloat16")
         assert chosen.on(torch.device("cpu")) is chosen
+
+
+def test_a_batch_of_decoding_fills_three_quarters_of_the_card_less_the_weights(machine, folder_of):
+    """2 layers, keys and values of 2 heads of 16 in bfloat16: 256 bytes a token."""
+    base = FrozenBase(folder_of("llama"), compute_dtype="bfloat16")
+    memory = 2**31 + 2**24
+    card = SimpleNamespace(total_memory=(memory + 2**20) * 4 // 3)
+    with machine(get_device_properties=card):
+        model = LoraPolicy(base, LoraSettings(r=4), device=DEVICE).model
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        assert default_batch_tokens(model) == 2**17
+        model.config.num_hidden_layers = 512
+        assert default_batch_tokens(model) == (memory + 2**20 - weights) // 2**16
