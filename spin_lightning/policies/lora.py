@@ -111,7 +111,7 @@ class LoraPolicy(Policy):
         if fused:
             fused_lora.fuse(self.model, in_4_bits=base.quantization == "nf4")
             fused_lora.keep_copies(self.model, _TRAINED, base.dtype)
-        self._compiled = compiled
+        self.is_compiled = compiled
         if compiled:
             for module in self.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
@@ -274,10 +274,9 @@ class LoraPolicy(Policy):
         modes = [(module, module.training) for module in self.modules()]
         grads = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         self._active = active
-        # Each adapter and each cache shape would trigger a recompilation.
-        stance = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
         try:
-            with torch.no_grad(), stance:
+            # Each adapter and each cache shape would trigger a recompilation.
+            with torch.no_grad(), self.uncompiled():
                 yield
         finally:
             self._active, self._mixes_base, self._routing = None, False, None
@@ -286,6 +285,11 @@ class LoraPolicy(Policy):
                 parameter.requires_grad_(requires_grad)
             for module, training in modes:
                 module.training = training
+
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """Run compiled layers as they are written inside the block."""
+        # (Without compiled layers torch._dynamo, which takes a second to import, is not needed.)
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def _switched_to(
         self, adapter: str | None, base_adapter: str, token_alpha: float

@@ -118,9 +118,10 @@ def self_check(policy: LoraPolicy, batch: PromptBatch) -> SelfCheck:
     modes = [(module, module.training) for module in policy.modules()]
     policy.eval()  # without dropout
     try:
-        fast = _fast_outcome(policy, batch)
-        with plain_passes(policy):
-            plain = _outcome(policy, batch)
+        with policy.uncompiled():  # in eval mode, layers would be compiled again
+            fast = _fast_outcome(policy, batch)
+            with plain_passes(policy):
+                plain = _outcome(policy, batch)
     finally:
         for module, training in modes:
             module.training = training
@@ -145,8 +146,7 @@ def plain_passes(policy: LoraPolicy) -> Iterator[None]:
     shares_prefixes = policy.shares_prefixes
     take_plain_passes(policy)
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         policy.shares_prefixes = shares_prefixes
         for module, kind in before:
