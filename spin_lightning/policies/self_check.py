@@ -67,7 +67,7 @@ class SelfCheck:
     def __str__(self) -> str:
         """Both figures."""
         return (
-            f"log-probs within {self.difference:.2g} nats times the square root of the tokens, "
+            f"log-probs differ by at most {self.difference:.2g} nats per √token, "
             f"cosine of the gradients {self.cosine:.6f}"
         )
 
