@@ -6,9 +6,12 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; torch has a class for its own allocator alone."""
+    """Whether an error means that memory ran out; torch has a class for some of them only."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # On a CPU; of the libraries on a GPU, which allocate workspace; of the driver.
-    signs = ("can't allocate memory", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    signs = (
+        "can't allocate memory",  # CPU
+        "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN and others, for their workspace
+        "CUDA error: out of memory",  # driver
+    )
     return any(sign in str(error) for sign in signs)

@@ -158,8 +158,9 @@ class RowMaker:
         estimate: bool = False,
     ) -> None:
         folder, trainer = folder_of(plan.iterate), self.session.trainer
-        # All ranks take the same examples, so that they take the same passes.
-        self.session.module.policy.check_passes(trial_batch(examples, plan.context))
+        if examples:
+            # All ranks take the same examples, so that they take the same passes.
+            self.session.module.policy.check_passes(trial_batch(examples, plan.context))
         # Only one rank checks: another may already be regenerating parts.
         here = trainer.is_global_zero and is_finished(plan, examples, folder)
         if trainer.strategy.broadcast(here):

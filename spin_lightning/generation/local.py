@@ -131,17 +131,19 @@ class LocalGenerator(Generator):
 def default_batch_tokens(model: nn.Module) -> int:
     """Number of tokens whose keys and values fill the memory that is set aside for them.
 
-    That is 2 GiB on a CPU. On a GPU it is three quarters of the card less the weights; the rest is
-    for the optimizer and for activations. It is not the memory that happens to be free, since the
-    batch is part of what decides a run's bytes.
+    That is 2 GiB on a CPU. On a GPU it is three quarters of the card less the base's weights, but
+    at least 2 GiB; the rest is for adapters, the optimizer and activations. What happens to be free
+    does not count, since the batch is part of what decides a run's bytes.
     """
     causal: Any = model
-    weights = [p.numel() * p.element_size() for p in model.parameters()]
+    # Without adapters: how many are loaded differs between ranks and after a resume.
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    weights = sum(p.numel() * p.element_size() for p in base)
     embeddings: Tensor = causal.get_input_embeddings().weight
     if not embeddings.is_cuda:
         return tokens_in_cache(causal.config, _CACHE_BYTES, element_size=4)
     card = torch.cuda.get_device_properties(embeddings.device).total_memory
-    memory = max(_CACHE_BYTES, card * 3 // 4 - sum(weights))
+    memory = max(_CACHE_BYTES, card * 3 // 4 - weights)
     return tokens_in_cache(causal.config, memory, embeddings.element_size())
 
 

@@ -97,7 +97,8 @@ def read_prompts(
     for group in passes:
         reading = routing.assign([policy for _, policy in group])
         read = DynamicCache()
-        after.append(next_logits(*_padded([ids for ids, _ in group], pad_id, device), read))
+        logits = next_logits(*_padded([ids for ids, _ in group], pad_id, device), read)
+        after.append(logits.clone())  # maybe a view of the logits of all columns
         # Slot of this pass with the prompt of each slot of the batch; -1 if in another pass.
         found = torch.full((len(number), 2), -1, device=device)
         found[start + reading.rows, reading.is_base.long()] = torch.arange(

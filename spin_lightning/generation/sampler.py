@@ -103,9 +103,8 @@ def _find(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
 def _cumulative(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Cumulative sums of each row, shape [n, k], also where only deterministic kernels are allowed.
 
-    There torch refuses `cumsum` on a GPU, because of its kernel for one sequence, in which the
-    order of additions varies. The kernel for rows of a matrix has a fixed order; a matrix of one
-    row is taken for a sequence.
+    There torch refuses `cumsum` on a GPU: the order of additions varies in its kernel for a single
+    sequence. It is fixed in the kernel for the rows of a matrix, which needs two rows or more.
     """
     if not weights.is_cuda:
         return weights.cumsum(dim=-1, dtype=dtype)

@@ -21,7 +21,7 @@ class GenerationSettings:
 
     Attributes:
         batch_tokens: Maximum number of padded tokens decoded at once; default None derives it from
-            the model's size.
+            the model's size, and on a GPU from the card's memory.
         unit_size: Rows of a work unit. They are decoded and written together; a crash loses one
             unit.
         temperature: Divides the logits, > 0.

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, device
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
@@ -193,8 +193,11 @@ class SelfPlayModule(L.LightningModule, ABC):
     def make_policy(self) -> Policy:
         """Build the policy on the device where training runs."""
         rank_zero_info(f"packing: {self.policy_spec.packing_in_use}")
-        device = self._trainer.strategy.root_device if self._trainer else "cpu"
-        return self.policy_spec.build(device, global_seed())
+        return self.policy_spec.on(self._root_device).build(self._root_device, global_seed())
+
+    @property
+    def _root_device(self) -> device:
+        return self._trainer.strategy.root_device if self._trainer else device("cpu")
 
     def make_generator(
         self, stop_ids: tuple[int, ...], pad_id: int, settings: GenerationSettings
@@ -247,7 +250,6 @@ class SelfPlayModule(L.LightningModule, ABC):
             SettingError: The Trainer's settings do not fit, a list does not have one value per
                 iterate, or the opponents and references do not fit the loss or `refresh`.
         """
-        self.policy_spec = self.policy_spec.on(self.trainer.strategy.root_device)
         iterates = checks.iterates_to_play(self.trainer, self.epochs_per_iterate)
         checks.check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
         checks.check_variant(self, iterates)
@@ -264,7 +266,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             },
             "variant": f"{type(self).__module__}.{type(self).__qualname__}",
             **{name: values_before(getattr(self, name), t) for name in self.per_iterate},
-            **self.policy_spec.fingerprint_fields(),
+            **self.policy_spec.on(self._root_device).fingerprint_fields(),
             **self.generation.fingerprint_fields(),
         }
 

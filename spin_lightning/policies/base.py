@@ -90,9 +90,8 @@ class Policy(nn.Module, ABC):
         """
         return self.logps(pad_prompts(batch))
 
-    def check_passes(self, _batch: PromptBatch) -> None:
+    def check_passes(self, batch: PromptBatch) -> None:
         """Check, on a batch of the data, that fast passes compute what plain ones do."""
-        return
 
     @abstractmethod
     def at(self, iterate: int, token_alpha: float = 0.0) -> AbstractContextManager[None]:

@@ -51,20 +51,34 @@ def keep_copies(model: Any, adapter: str, dtype: torch.dtype) -> None:
         adapter: Name of the trained adapter.
         dtype: Type that the base computes in.
     """
-    layers = [layer for layer in _fused_layers(model) if adapter in layer.lora_A]
-    masters = [weight for layer in layers for weight in layer.halves(adapter)]
-    if all(master.dtype == dtype for master in masters):
-        return
-    copies = [master.detach().to(dtype) for master in masters]
-    for layer, down, up in zip(layers, copies[::2], copies[1::2], strict=True):
-        layer.copies = {adapter: (down, up)}
+    layers = [layer for layer in _fused_layers(model) if layer.is_plain(adapter)]
+    if any(half.dtype != dtype for layer in layers for half in layer.halves(adapter)):
+        copies = _Copies(layers, adapter, dtype)
+        copies.refresh()
+        # All passes go through it, those of `generate`, of PEFT's wrapper and of shared prefixes.
+        model.get_base_model().base_model.register_forward_pre_hook(copies.refresh)
 
-    def refresh(*_: Any) -> None:
-        if layers[0].active_adapters == [adapter] and not layers[0].disable_adapters:
-            torch._foreach_copy_(copies, [master.detach() for master in masters])
 
-    # All passes go through it, those of `generate`, of PEFT's wrapper and of shared prefixes.
-    model.get_base_model().base_model.register_forward_pre_hook(refresh)
+class _Copies:
+    """Copies of an adapter's weights, held by its layers. Copied along with them by `deepcopy`."""
+
+    def __init__(self, layers: list[Any], adapter: str, dtype: torch.dtype) -> None:
+        self.layers, self.adapter, self.dtype = layers, adapter, dtype
+
+    def refresh(self, *_: Any) -> None:
+        """Bring the copies up to date, unless another adapter or several are in use."""
+        first = self.layers[0]
+        is_fused = isinstance(first, _Fused) and "forward" not in first.__dict__  # not routed
+        if not is_fused or first.disable_adapters or first.active_adapters != [self.adapter]:
+            return
+        masters = [half.detach() for layer in self.layers for half in layer.halves(self.adapter)]
+        if first.copies is None or first.copies[self.adapter][0].device != masters[0].device:
+            pairs = iter([master.to(self.dtype, copy=True) for master in masters])
+            for layer, down in zip(self.layers, pairs, strict=False):
+                layer.copies = {self.adapter: (down, next(pairs))}
+        else:
+            copies = [half for layer in self.layers for half in layer.copies[self.adapter]]
+            torch._foreach_copy_(copies, masters)
 
 
 def narrow(model: nn.Module, adapter: str, dtype: torch.dtype) -> None:
@@ -107,8 +121,10 @@ class _Fused:
 
     def _in(self: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`halves` without gradients in a type, from the copies if the adapter has some."""
-        is_copied = self.copies is not None and name in self.copies
-        down, up = self.copies[name] if is_copied else self.halves(name)
+        halves = self.halves(name) if self.copies is None else self.copies.get(name)
+        if halves is None or halves[0].dtype != dtype:
+            halves = self.halves(name)
+        down, up = halves
         return down.detach().to(dtype), up.detach().to(dtype)
 
     def _single_adapter(self: Any, x: Tensor) -> str | None:

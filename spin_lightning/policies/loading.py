@@ -17,7 +17,6 @@ from spin_lightning.errors import SettingError, first_line
 from spin_lightning.frozen_linear import freeze_linear
 from spin_lightning.policies.adapter_check import check_none_loaded
 from spin_lightning.policies.causality import check_causal
-from spin_lightning.policies.fused_norm import fuse_norms
 from spin_lightning.policies.pretrained import FrozenBase, check_quantizable, load_config
 
 _PEFT_NOISE = (
@@ -39,7 +38,6 @@ def load_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTraine
     """
     model = read_base(base, device)
     freeze_linear(model)
-    fuse_norms(model)
     check_causal(base, model)
     return model
 

@@ -18,6 +18,7 @@ from spin_lightning.logps import response_logps
 from spin_lightning.policies import fused_lora, shared_prefix
 from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spin_lightning.policies.base import Policy, RowRouting
+from spin_lightning.policies.fused_norm import fuse_norms
 from spin_lightning.policies.loading import adapter_name, load_base, quiet_peft
 from spin_lightning.policies.lora_settings import (
     LoraSettings,
@@ -34,7 +35,7 @@ from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.self_check import check_passes
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
 from spin_lightning.policies.tensor_files import write_tensors
-from spin_lightning.policies.token_mixture import BARE, mixture_logps, pulled_to_base
+from spin_lightning.policies.token_mixture import BARE, pulled_to_base, token_mixture_logps
 from spin_lightning.run.files import write_json
 from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
@@ -109,6 +110,7 @@ class LoraPolicy(Policy):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(_is_trained(name))
         if fused:
+            fuse_norms(self.model)
             fused_lora.fuse(self.model, in_4_bits=base.quantization == "nf4")
             fused_lora.keep_copies(self.model, _TRAINED, base.dtype)
         self.is_compiled = compiled
@@ -136,7 +138,7 @@ class LoraPolicy(Policy):
     @property
     def shares_prompts(self) -> bool:
         """Whether the active policy computes a prompt once for all its responses."""
-        # Otherwise a token-level mixture goes by PEFT's mixed batches, which need padding.
+        # Otherwise a token-level mixture uses PEFT's mixed batches, which need padding.
         return self.shares_prefixes and (not self._mixes_base or self._routing is not None)
 
     @property
@@ -153,7 +155,7 @@ class LoraPolicy(Policy):
         if self._routing is None:
             return shared_prefix.prompt_logps(model, batch)
         routing, policy_id = self._routing
-        return mixture_logps(
+        return token_mixture_logps(
             model,
             batch,
             policy_id.token_alpha,

@@ -101,6 +101,11 @@ class AdapterRouting:
         bare = int((self._adapter < 0).sum())
         self.adapted, self._adapted = slice(bare, None), self._adapter[bare:]
 
+    @property
+    def is_assigned(self) -> bool:
+        """Whether there are rows."""
+        return len(self._adapter) > 0
+
     def mask(self, layout: Layout, dtype: torch.dtype) -> Tensor:
         """1 where an adapted slot uses a hidden unit of a layer, shape [slots, 1, units]."""
         if layout not in self._masks:
@@ -225,6 +230,11 @@ def _routed_forward(layer: Any, routing: AdapterRouting) -> Callable[..., Tensor
     down, up = torch.cat(downs, dim=1), torch.cat(ups)
 
     def forward(x: Tensor) -> Tensor:
+        if not routing.is_assigned:
+            raise RuntimeError(
+                "no rows are routed to adapters: call the policy's model itself, not an inner "
+                "module or `generate`"
+            )
         y = base(x).contiguous()
         spans = [(halves[name], slots) for name, slots in routing.spans if name in halves]
         if x.shape[:-1].numel() >= _TOKENS_OF_ONE * len(routing.spans):

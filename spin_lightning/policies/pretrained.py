@@ -44,8 +44,8 @@ class FrozenBase:
             by the folder that they are converted into.
         revision: Branch, tag or commit of a hub id.
         quantization: How the frozen weights are stored.
-        compute_dtype: Type of the computation; auto is bfloat16 on a GPU that computes in it, which
-            is Ampere or newer, else float32.
+        compute_dtype: Type of the computation; auto is bfloat16 on GPUs from Ampere on, else
+            float32.
         trust_remote_code: Whether code shipped with the model may run.
     """
 

@@ -56,7 +56,7 @@ def pulled_to_base(
         yield
 
 
-def mixture_logps(
+def token_mixture_logps(
     model: Any, batch: PromptBatch, alpha: float, act_as_iterate: Act, act_as_base: Act
 ) -> Tensor:
     """log g(y|x) of every response under the mixture, each prompt computed once by each policy.
@@ -65,8 +65,8 @@ def mixture_logps(
         model: A causal language model that shares prefixes, in a block without gradients.
         batch: Prompts and responses on the model's device.
         alpha: Weight of the base.
-        act_as_iterate: Lets the model compute p_i until the other is called.
-        act_as_base: Lets it compute p_0.
+        act_as_iterate: Switches the model to p_i.
+        act_as_base: Switches it to p_0.
 
     Returns:
         Nats, float64, in the order of the responses.

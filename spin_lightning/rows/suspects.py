@@ -29,7 +29,7 @@ class NonFiniteError(SpinError):
 
 @dataclass(frozen=True)
 class Suspect:
-    """A row with a non-finite log-prob.
+    """A row that is written for inspection, most often for a non-finite log-prob.
 
     Attributes:
         example_id: The example that it was made from.

@@ -1,5 +1,6 @@
 """The fused pass of LoRA layers against PEFT's own."""
 
+import copy
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -224,3 +225,23 @@ def test_in_bfloat16_an_iterate_is_in_the_compute_dtype_and_acts_as_the_policy_d
     assert loaded == {torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for _, parameter in policy.trainable())
     assert torch.equal(found, expected)
+
+
+def test_copies_in_bfloat16_belong_to_the_policy_that_holds_them(wide):
+    """After a deep copy and a cast."""
+    policy = LoraPolicy(FrozenBase(str(wide), compute_dtype="bfloat16"), LoraSettings(r=2))
+    clone = copy.deepcopy(policy)
+    for _, parameter in clone.trainable():
+        parameter.data.normal_(0, 0.2)
+    own = policy.model(IDS).logits
+    changed = clone.model(IDS).logits
+    assert not torch.equal(changed, own)
+    assert torch.equal(policy.model(IDS).logits, own)
+    exact, unfused = (
+        LoraPolicy(FrozenBase(str(wide), compute_dtype="bfloat16"), LoraSettings(r=2), fused=fused)
+        for fused in (True, False)
+    )
+    for each in (exact, unfused):
+        each.load_state_dict(clone.state_dict())
+        each.to(torch.float32)
+    torch.testing.assert_close(exact.model(IDS).logits, unfused.model(IDS).logits)

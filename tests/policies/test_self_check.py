@@ -7,8 +7,9 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from spin_lightning.policies import shared_prefix
+from spin_lightning.policies import fused_lora, shared_prefix
 from spin_lightning.policies.lora import LoraPolicy
+from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.self_check import plain_passes, self_check
 from tests.policies.test_shared_prefix import build, folder_of, some_pairs, step
@@ -34,7 +35,7 @@ def test_in_float32_the_passes_agree(name, quantization, folder_of):
 def test_in_bfloat16_they_are_apart_by_rounding(folder_of):
     policy = build(FrozenBase(folder_of("llama"), compute_dtype="bfloat16"))
     found = self_check(policy, some_pairs(3))
-    assert 0 < found.difference <= 0.2
+    assert 0 < found.difference <= 0.3
     assert 0.98 <= found.cosine < 1
     policy.check_passes(some_pairs(3))
     assert policy.shares_prompts
@@ -70,8 +71,9 @@ def test_plain_passes_are_those_of_torch_and_peft(folder_of):
 
 
 PROBLEMS = {
-    "value": r"Self-check: the fast passes disagree .* allowed: 0.001 .*packing: padded",
+    "value": r"Self-check: the fast passes disagree .* allowed: 0.001 .*padded sequences",
     "gradient": r"Self-check: the fast passes disagree .*cosine of the gradients -1",
+    "nan": r"Self-check: the fast passes disagree .*by at most nan",
     "error": r"Self-check: the fast passes fail on this machine \(no kernel image",
 }
 
@@ -85,9 +87,10 @@ def test_a_policy_whose_fast_passes_are_wrong_goes_on_with_the_plain_ones(
 
     def wrong(model, batch):
         if fault == "error":
-            raise RuntimeError("no kernel image is available for execution on the device")
+            raise ValueError("no kernel image is available for execution on the device")
         logps = right(model, batch)
-        return logps + 1.0 if fault == "value" else logps + (logps - logps.detach()) * -2.0
+        added = {"value": 1.0, "nan": torch.nan, "gradient": (logps - logps.detach()) * -2.0}
+        return logps + added[fault]
 
     monkeypatch.setattr(shared_prefix, "prompt_logps", wrong)
     policy = build(base)
@@ -103,7 +106,20 @@ def test_a_policy_whose_fast_passes_are_wrong_goes_on_with_the_plain_ones(
     torch.testing.assert_close(gradients, plain_gradients)
 
 
-def test_a_lack_of_memory_is_no_fault_of_the_passes(folder_of, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_product_with_a_fresh_adapter_is_found(dtype, folder_of, monkeypatch):
+    """B of a fresh adapter is 0, and would hide what becomes of A."""
+    right = fused_lora.add_product
+    monkeypatch.setattr(fused_lora, "add_product", lambda y, low, up, s: right(y, low, up, -5 * s))
+    policy = LoraPolicy(FrozenBase(folder_of("llama"), compute_dtype=dtype), LoraSettings(r=4))
+    before = [parameter.detach().clone() for _, parameter in policy.trainable()]
+    with pytest.warns(UserWarning, match="the fast passes disagree"):
+        policy.check_passes(some_pairs(3))
+    for (_, parameter), kept in zip(policy.trainable(), before, strict=True):
+        assert torch.equal(parameter, kept)
+
+
+def test_a_lack_of_memory_is_raised_and_keeps_the_fast_passes(folder_of, monkeypatch):
     def too_large(model, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -342,3 +342,12 @@ def test_successive_alphas_do_not_affect_each_other(llama):
         wanted = llama.mixed(t, alpha if t else 0.0, IDS)
         torch.testing.assert_close(llama.found(t, alpha, IDS), wanted, atol=1e-5, rtol=0)
         llama.policy.evict()
+
+
+def test_a_call_that_bypasses_the_routing_is_refused(llama):
+    """PEFT's `generate` calls the inner model, which would compute the bare base."""
+    with (
+        llama.policy.at(1, 0.4),
+        pytest.raises(RuntimeError, match="no rows are routed to adapters"),
+    ):
+        llama.policy.model.get_base_model()(input_ids=IDS)

@@ -26,16 +26,15 @@ def sampled(tokens: int, scored: float) -> Sampled:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_bias_beyond_a_fiftieth_of_a_nat_per_token_is_refused_with_the_rows(sign, tmp_path):
-    """100 responses of 100 tokens: 0.02 and, for rounding, 0.2 / sqrt(10,000) = 0.002."""
-    check_agreement([sampled(100, sign * 2.19)] * 100, 0.02, tmp_path / "rows.json", "scoring")
-    with pytest.raises(
-        DisagreementError, match=r"scoring: .*[+-]0\.022 nats per token.*10000.*Fix"
-    ):
-        check_agreement([sampled(100, sign * 2.21)] * 100, 0.02, tmp_path / "rows.json", "scoring")
-    written = json.loads((tmp_path / "rows.json").read_text())
-    assert written["bias"] == pytest.approx(sign * 0.0221)
+    """100 responses of 100 tokens: 0.02 and, for rounding, 1 / sqrt(10,000) = 0.01."""
+    path = tmp_path / "rows.json"
+    check_agreement([sampled(100, sign * 2.99)] * 100, 0.02, path, "scoring")
+    with pytest.raises(DisagreementError, match=r"scoring: .*0\.030 nats per token.*10000.*Fix"):
+        check_agreement([sampled(100, sign * 3.01)] * 100, 0.02, path, "scoring")
+    written = json.loads(path.read_text())
+    assert written["bias"] == pytest.approx(sign * 0.0301)
     assert len(written["rows"]) == 100
-    assert written["rows"][0]["logps"] == {"sampled": 0.0, "scored": sign * 2.21}
+    assert written["rows"][0]["logps"] == {"sampled": 0.0, "scored": sign * 3.01}
 
 
 def test_differences_of_both_signs_are_rounding(tmp_path):
@@ -43,10 +42,10 @@ def test_differences_of_both_signs_are_rounding(tmp_path):
 
 
 def test_few_tokens_may_differ_by_what_rounding_explains(tmp_path):
-    """One token: 0.02 + 0.2."""
-    check_agreement([sampled(1, 0.21)], 0.02, tmp_path / "rows.json", "scoring")
+    """One token: 0.02 + 1."""
+    check_agreement([sampled(1, 1.01)], 0.02, tmp_path / "rows.json", "scoring")
     with pytest.raises(DisagreementError):
-        check_agreement([sampled(1, 0.23)], 0.02, tmp_path / "rows.json", "scoring")
+        check_agreement([sampled(1, 1.03)], 0.02, tmp_path / "rows.json", "scoring")
 
 
 def test_without_new_responses_there_is_nothing_to_compare(tmp_path):
