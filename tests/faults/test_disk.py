@@ -20,7 +20,7 @@ from spin_lightning.callbacks.requirements import check_folder
 from spin_lightning.callbacks.run_files import RunCSVLogger
 from spin_lightning.cli.main import main
 from spin_lightning.errors import RunFolderError
-from spin_lightning.policies import lora
+from spin_lightning.policies import tensor_files
 from spin_lightning.run.files import append_line
 from spin_lightning.run.fingerprint import differences
 from spin_lightning.run.folder import RunFolder
@@ -77,7 +77,7 @@ def full_for_safetensors(*args: Any, **kwargs: Any) -> None:
 # ------------------------------------------------------------------------ every writer of a run
 
 WRITERS = {
-    "adapter": ("spin_lightning.policies.lora.save_file", "adapter_model.safetensors"),
+    "adapter": ("spin_lightning.policies.tensor_files.save_file", "adapter_model.safetensors"),
     "part": ("pyarrow.parquet.write_table", "part-00000.parquet"),
     "checkpoint": (f"{torch_io.__name__}._atomic_save", "last.ckpt"),
     "metrics": ("lightning.fabric.loggers.csv_logs._ExperimentWriter.save", "metrics.csv"),
@@ -114,7 +114,7 @@ def test_disk_error_is_one_message_and_the_same_command_continues(
 def test_full_disk_as_safetensors_reports_it_is_one_error(said, tiny_model_dir, data, tmp_path):
     arguments = fit_arguments(tmp_path / "run", tiny_model_dir, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora, "save_file", full_for_safetensors)
+        patch.setattr(tensor_files, "save_file", full_for_safetensors)
         message = said(*arguments)
     assert "adapter_model.safetensors cannot be written" in message
     assert "Fix: free some space there" in message

@@ -61,16 +61,20 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("compute_dtype", "gpu", "dtype"),
+    ("compute_dtype", "capability", "dtype"),
     [
-        ("auto", False, torch.float32),
-        ("auto", True, torch.bfloat16),
-        ("float32", True, torch.float32),
-        ("float16", False, torch.float16),
+        ("auto", None, torch.float32),
+        ("auto", (7, 5), torch.float32),
+        ("auto", (8, 0), torch.bfloat16),
+        ("float32", (8, 0), torch.float32),
+        ("float16", None, torch.float16),
     ],
 )
-def test_frozen_base_dtype_auto_is_bfloat16_on_a_gpu_only(compute_dtype, gpu, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+def test_frozen_base_dtype_auto_is_bfloat16_on_gpus_that_compute_in_it(
+    compute_dtype, capability, dtype, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert FrozenBase("any", compute_dtype=compute_dtype).dtype == dtype
 
 
