@@ -35,11 +35,16 @@ def _figure(
     quantization: str = "none",
     with_memory: bool = False,
 ) -> Figure:
+    figure = Figure(name)
+    if with_memory and peer.is_there():
+        # Before the models of the timed steps take memory here: TRL's step may need most of it.
+        peaks = [memory.of_step(setup, side, workload) for side in ("ours", "trl")]
+        figure.peak_mb = (peaks[0], peaks[1])
+        figure.fields["peak"] = peaks[0] / peaks[1]
     rounds = setup.rounds(rounds)
     batches = batches_of(setup.workload(workload), rounds, setup.vocabulary)
     our_step = ours.Step(setup, quantization)
     sides: dict[str, Callable[[int], Any]] = {"ours": lambda i: our_step(batches[i])}
-    figure = Figure(name)
     if peer.is_there():
         their_step = peer.Step(setup, quantization)
         sides["trl"] = lambda i: their_step(batches[i])
@@ -59,10 +64,6 @@ def _figure(
         nearer = median_ratio(figure.seconds["ours"], figure.seconds["own_floor"])
         note = f"{nearer:.2f}× a floor that uses our kernels for its products"
         figure.note = "; ".join(filter(None, (figure.note, note)))
-    if with_memory and "trl" in sides:
-        peaks = [memory.of_step(setup, side, workload) for side in ("ours", "trl")]
-        figure.peak_mb = (peaks[0], peaks[1])
-        figure.fields["peak"] = peaks[0] / peaks[1]
     return figure
 
 
