@@ -125,6 +125,11 @@ def sum_by_response(token_logps: Tensor, lengths: Sequence[int]) -> Tensor:
     return pad_sequence(list(by_response), batch_first=True).sum(dim=-1)
 
 
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """The model's logits from the output of its head, see `head_logps`."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def _head_rows(hidden: Tensor) -> int:
     return _HEAD_ROWS.get(hidden.device.type, _HEAD_ROWS_ELSEWHERE)
 
@@ -136,9 +141,7 @@ def _is_frozen_linear(head: nn.Module) -> bool:
 def _plain_head_logps(
     head: nn.Module, hidden: Tensor, targets: Tensor, softcap: float | None
 ) -> Tensor:
-    logits = head(hidden)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = soft_capped(head(hidden), softcap)
     return -functional.cross_entropy(logits.float(), targets, reduction="none")
 
 

@@ -75,7 +75,11 @@ class RowMaker:
     times: RunTimes = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read what earlier starts of the run took."""
+        """Read what earlier starts of the run took, and check the policy before it makes rows."""
+        module, examples = self.session.module, self.session.data.train
+        if examples:
+            # All ranks take the same examples, so that they take the same passes.
+            module.policy.check_passes(trial_batch(examples, module.context_length))
         kept = self.session.trainer.is_global_zero and not self.dry_run
         self.times = RunTimes.of(self.session.run, kept=kept)
 
@@ -158,9 +162,6 @@ class RowMaker:
         estimate: bool = False,
     ) -> None:
         folder, trainer = folder_of(plan.iterate), self.session.trainer
-        if examples:
-            # All ranks take the same examples, so that they take the same passes.
-            self.session.module.policy.check_passes(trial_batch(examples, plan.context))
         # Only one rank checks: another may already be regenerating parts.
         here = trainer.is_global_zero and is_finished(plan, examples, folder)
         if trainer.strategy.broadcast(here):

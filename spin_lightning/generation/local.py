@@ -136,12 +136,12 @@ def default_batch_tokens(model: nn.Module) -> int:
     does not count, since the batch is part of what decides a run's bytes.
     """
     causal: Any = model
-    # Without adapters: how many are loaded differs between ranks and after a resume.
-    base = [p for name, p in model.named_parameters() if "lora_" not in name]
-    weights = sum(p.numel() * p.element_size() for p in base)
     embeddings: Tensor = causal.get_input_embeddings().weight
     if not embeddings.is_cuda:
         return tokens_in_cache(causal.config, _CACHE_BYTES, element_size=4)
+    # Without adapters: how many are loaded differs between ranks and after a resume.
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    weights = sum(p.numel() * p.element_size() for p in base)
     card = torch.cuda.get_device_properties(embeddings.device).total_memory
     memory = max(_CACHE_BYTES, card * 3 // 4 - weights)
     return tokens_in_cache(causal.config, memory, embeddings.element_size())

@@ -89,7 +89,6 @@ class LoraPolicy(Policy):
         # Inside `at`, of a token-level mixture whose rows are routed.
         self._routing: tuple[AdapterRouting, PolicyId] | None = None
         self._rows_stay_apart: bool | None = None
-        self._is_checked = False
         model = load_base(base, device)
         if activation_checkpointing:
             model.activation_checkpointing_enable(
@@ -164,10 +163,8 @@ class LoraPolicy(Policy):
         )
 
     def check_passes(self, batch: PromptBatch) -> None:
-        """Compare the fast passes with plain ones, see `self_check`; once is enough."""
-        if not self._is_checked:
-            self._is_checked = True
-            check_passes(self, batch)
+        """Compare the fast passes with plain ones, see `self_check`."""
+        check_passes(self, batch)
 
     def snapshot(self, folder: Path) -> dict[str, str]:
         """Write the trained adapter in PEFT's format; return the SHA-256 of each file by name."""

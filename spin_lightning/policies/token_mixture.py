@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spin_lightning.frozen_linear import is_linear
+from spin_lightning.logps import soft_capped
 from spin_lightning.packing import split_for
 from spin_lightning.policies.shared_prefix import logps_of_states, predicting_states
 from spin_lightning.types import PromptBatch
@@ -111,8 +112,7 @@ class _MixedLogits(nn.Module):
 
     def _logits(self, states: Tensor) -> Tensor:
         # An adapter on the head is routed by rows: all states are one row.
-        logits: Tensor = self.head(states[None])[0]
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return soft_capped(self.head(states[None])[0], self.softcap)
 
 
 @contextmanager

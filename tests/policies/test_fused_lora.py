@@ -89,7 +89,9 @@ def outcome(model: PeftModel, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model: PeftModel, plain: PeftModel, within: float, **kwargs) -> None:
+def assert_same(
+    model: PeftModel, plain: PeftModel, within: float, gradients_within: float, **kwargs
+) -> None:
     logits, gradients = outcome(model, **kwargs)
     plain_logits, plain_gradients = outcome(plain, **kwargs)
     assert logits.dtype == plain_logits.dtype
@@ -97,22 +99,23 @@ def assert_same(model: PeftModel, plain: PeftModel, within: float, **kwargs) -> 
     assert gradients.keys() == plain_gradients.keys()
     for name, gradient in plain_gradients.items():
         assert gradients[name].dtype == gradient.dtype
-        assert (gradients[name] - gradient).norm() < within * gradient.norm(), name
+        assert (gradients[name] - gradient).norm() < gradients_within * gradient.norm(), name
 
 
-CASES = [("wide", "none", "float32", 1e-5), ("gpt2", "none", "float32", 1e-5)]
-CASES += [("wide", "nf4", "float32", 1e-5), ("wide", "none", "bfloat16", 0.05)]
+CASES = [("wide", "none", "float32", 1e-5, 1e-5), ("gpt2", "none", "float32", 1e-5, 1e-5)]
+# PEFT multiplies LoRA in float32, the fused pass in bfloat16: gradients may differ by 5 %.
+CASES += [("wide", "nf4", "float32", 1e-5, 1e-5), ("wide", "none", "bfloat16", 0.02, 0.05)]
 
 
-@pytest.mark.parametrize(("model", "quantization", "dtype", "within"), CASES)
+@pytest.mark.parametrize(("model", "quantization", "dtype", "within", "gradients_within"), CASES)
 def test_fused_layers_have_the_outputs_and_gradients_of_peft(
-    model, quantization, dtype, within, request
+    model, quantization, dtype, within, gradients_within, request
 ):
     folder = request.getfixturevalue(model)
     base = FrozenBase(str(folder), quantization=quantization, compute_dtype=dtype)
     fused, calls = with_adapters(base, fused=True), []
     with counting(calls):
-        assert_same(fused, with_adapters(base, fused=False), within)
+        assert_same(fused, with_adapters(base, fused=False), within, gradients_within)
     layers = sum("lora_A.one" in name for name, _ in fused.named_modules() if "one." not in name)
     assert len(calls) == layers > 0
 

@@ -21,11 +21,12 @@ def classes(policy: LoraPolicy) -> list[type]:
     return [type(module) for module in policy.modules()]
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+# (bitsandbytes does not quantize GPT-2's transposed layers.)
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [("llama", "none"), ("llama", "nf4"), ("gemma2", "none"), ("gemma2", "nf4"), ("gpt2", "none")],
+)
 def test_in_float32_the_passes_agree(name, quantization, folder_of):
-    if (name, quantization) == ("gpt2", "nf4"):
-        pytest.skip("bitsandbytes does not quantize GPT-2's transposed layers")
     base = FrozenBase(folder_of(name), compute_dtype="float32", quantization=quantization)
     found = self_check(build(base), some_pairs(3))
     assert found.difference <= 1e-5
@@ -35,7 +36,7 @@ def test_in_float32_the_passes_agree(name, quantization, folder_of):
 def test_in_bfloat16_they_are_apart_by_rounding(folder_of):
     policy = build(FrozenBase(folder_of("llama"), compute_dtype="bfloat16"))
     found = self_check(policy, some_pairs(3))
-    assert 0 < found.difference <= 0.3
+    assert 0 < found.difference <= 0.2
     assert 0.98 <= found.cosine < 1
     policy.check_passes(some_pairs(3))
     assert policy.shares_prompts
@@ -47,7 +48,6 @@ def test_a_check_leaves_no_trace(folder_of, caplog):
     before, state = classes(policy), torch.get_rng_state()
     with caplog.at_level(logging.INFO):
         policy.check_passes(some_pairs(3))
-        policy.check_passes(some_pairs(4))
     assert caplog.text.count("Self-check: fast and plain passes agree (log-probs differ") == 1
     assert classes(policy) == before
     assert torch.equal(torch.get_rng_state(), state)

@@ -72,7 +72,7 @@ class PretendTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> PretendTensor:
-        tensor: PretendTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: PretendTensor = Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -221,7 +221,7 @@ def _varlen(name: str, args: tuple[Any, ...]) -> Any:
     if name == "torch_attn::_varlen_attn":
         query, key, value, *starts = inner[:5]
         most, is_causal, scale, window = inner[5:7], *inner[7:10]
-        call = Sequences.of((query, key, value), tuple(starts), scale, window)  # type: ignore[arg-type]
+        call = Sequences.of((query, key, value), tuple(starts), scale, window)
         call.check(most, is_causal)
         lse = torch.zeros(query.shape[1], len(query))
         return tree_map(_claim, (call.forward(), lse, torch.zeros(2, dtype=torch.uint64)))
@@ -229,7 +229,7 @@ def _varlen(name: str, args: tuple[Any, ...]) -> Any:
     upstream, query, key, value, _out, _lse, *starts = inner[:8]
     assert upstream.stride(-1) == 1
     scale, window = inner[12:14]
-    call = Sequences.of((query, key, value), tuple(starts), scale, window)  # type: ignore[arg-type]
+    call = Sequences.of((query, key, value), tuple(starts), scale, window)
     return tree_map(_claim, call.backward(upstream))
 
 

@@ -51,12 +51,14 @@ class Sequences(NamedTuple):
         size = self.query.shape[-1]
         assert self.query.dtype in _TYPES, self.query.dtype
         assert self.query.dtype == self.key.dtype == self.value.dtype
-        assert size <= 256 and size % 8 == 0, f"head size {size}"  # noqa: PT018
+        assert size <= 256, f"head size {size}"
+        assert size % 8 == 0, f"head size {size}"
         assert is_causal == (list(self.window) == [-1, 0])
         pairs = ((self.query, self.query_starts), (self.key, self.key_starts))
         for (tensor, starts), longest in zip(pairs, most, strict=True):
             assert tensor.stride(-1) == 1
-            assert starts.dtype == torch.int32 and starts.is_contiguous()  # noqa: PT018
+            assert starts.dtype == torch.int32
+            assert starts.is_contiguous()
             assert int(starts[-1]) == len(tensor)
             assert int(starts.diff().max()) == longest
 
@@ -84,7 +86,7 @@ class Sequences(NamedTuple):
                 (grad_v, torch.einsum("hqk,qhd->khd", weights, up)),
             ):
                 gradient[keys] = of_heads.unflatten(1, (-1, groups)).sum(2)
-        return tuple(g.to(self.query.dtype) for g in (grad_q, grad_k, grad_v))  # type: ignore[return-value]
+        return tuple(g.to(self.query.dtype) for g in (grad_q, grad_k, grad_v))
 
     def _each(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Queries and keys of every sequence, and which query sees which key."""
