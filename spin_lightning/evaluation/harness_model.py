@@ -8,16 +8,18 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import keyed
 from spin_lightning.data.templates import ChatTemplate
+from spin_lightning.evaluation.shared_contexts import Continuation, saves_half, scores
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.mixture_model import by_member, write_by_member
@@ -110,6 +112,41 @@ class PolicyLM(HFLM):
     def _reads_parts(self) -> bool:
         """Whether the template is one of those of vision models, which would lose a plain text."""
         return ChatTemplate.of(self.tokenizer, dt.date.today()).parts
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """(log p in nats, whether it is greedy) per request; shared contexts are computed once.
+
+        The harness's own way is taken where that would not save half of the tokens.
+
+        Args:
+            requests: Texts, tokens of the context and of the continuation.
+            disable_tqdm: Show no progress.
+            override_bs: Rows of a forward pass; default: the batch size.
+        """
+        # The harness cuts off at the left what does not fit, and warns.
+        fitting = [
+            place
+            for place, (_, context, tokens) in enumerate(requests)
+            if len(context) + len(tokens) <= self.max_length + 1
+        ]
+        pairs = [Continuation(tuple(requests[i][1]), tuple(requests[i][2])) for i in fitting]
+        plain = partial(
+            super()._loglikelihood_tokens, disable_tqdm=disable_tqdm, override_bs=override_bs
+        )
+        if not (self.policy.shares_prompts and saves_half(pairs)):
+            answers: list[tuple[float, bool]] = plain(requests)
+            return answers
+        with tqdm(total=len(pairs), disable=disable_tqdm, desc="Scoring, shared contexts") as bar:
+            rows = override_bs or self.batch_size
+            found = dict(zip(fitting, scores(self.model, pairs, rows, bar.update), strict=True))
+        others = [place for place in range(len(requests)) if place not in found]
+        found.update(zip(others, plain([requests[i] for i in others]), strict=True))
+        return [found[place] for place in range(len(requests))]
 
     def _mixed(self, scores: Mapping[int, Sequence[float]]) -> list[float]:
         """log sum_i w_i exp(score_i) of each request, nats, from the scores of each member."""

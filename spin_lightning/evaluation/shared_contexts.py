@@ -1,0 +1,141 @@
+"""Log-probs of continuations of long contexts that begin alike, each beginning computed once.
+
+A benchmark asks for several continuations of one context and gives many contexts the same
+examples. In the order of their tokens, contexts with the longest common beginning are neighbors,
+so one cache follows them: it drops what the next context does not share, and reads what is new.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+Tokens = tuple[int, ...]
+
+
+class Continuation(NamedTuple):
+    """What is scored.
+
+    Attributes:
+        context: At least one token.
+        tokens: At least one token.
+    """
+
+    context: Tokens
+    tokens: Tokens
+
+    @property
+    def read(self) -> Tokens:
+        """The tokens that follow the context's cache: its last one, and all but the own last."""
+        return (self.context[-1], *self.tokens[:-1])
+
+
+class Score(NamedTuple):
+    """The score of a continuation.
+
+    Attributes:
+        logp: log p(tokens | context), nats.
+        is_greedy: Whether each token is the likeliest one.
+    """
+
+    logp: float
+    is_greedy: bool
+
+
+class _Context(NamedTuple):
+    """A context and its continuations.
+
+    Attributes:
+        cached: The context without its last token.
+        shared: How many tokens of `cached` the context before it begins with, too.
+        places: The places in the request of each distinct sequence that is read after `cached`.
+    """
+
+    cached: Tokens
+    shared: int
+    places: dict[Tokens, list[int]]
+
+
+def saves_half(requests: Sequence[Continuation]) -> bool:
+    """Whether shared contexts at least halve the tokens that are read for some requests."""
+    plain = shared = 0
+    for context in _contexts(requests):
+        own = sum(map(len, context.places))
+        plain += len(context.cached) * len(context.places) + own
+        shared += len(context.cached) - context.shared + own
+    return 2 * shared <= plain
+
+
+@torch.inference_mode()
+def scores(
+    model: Any, requests: Sequence[Continuation], rows: int, scored: Callable[[int], object]
+) -> list[Score]:
+    """The score of each continuation, as without a cache.
+
+    Args:
+        model: A causal language model whose layers keep nothing but keys and values.
+        requests: The continuations; with their contexts they fit the model.
+        rows: Most continuations in a forward pass.
+        scored: Called with the number of requests scored since the last call.
+
+    Returns:
+        One score per request, in their order.
+    """
+    found: dict[int, Score] = {}
+    # Without a config, also layers with a window keep everything, so that it can be dropped again.
+    cache = DynamicCache()
+    for context in _contexts(requests):
+        cache.crop(context.shared - cache.get_seq_length())
+        new = torch.tensor([context.cached[context.shared :]], device=model.device)
+        if new.numel():
+            model.base_model(input_ids=new, past_key_values=cache, use_cache=True)
+        read = sorted(context.places, key=len)
+        for start in range(0, len(read), rows):
+            for sequence, logp in _next_logps(model, cache, read[start : start + rows]):
+                for place in context.places[sequence]:
+                    found[place] = _score(logp, requests[place].tokens)
+        scored(sum(map(len, context.places.values())))
+    return [found[place] for place in range(len(requests))]
+
+
+def _contexts(requests: Sequence[Continuation]) -> Iterator[_Context]:
+    """The distinct contexts in the order of their tokens."""
+
+    def cached_of(place: int) -> Tokens:
+        return requests[place].context[:-1]
+
+    before: Tokens = ()
+    for cached, places in groupby(sorted(range(len(requests)), key=cached_of), key=cached_of):
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, cached, strict=False))
+        by_sequence: dict[Tokens, list[int]] = {}
+        for place in places:
+            by_sequence.setdefault(requests[place].read, []).append(place)
+        yield _Context(cached, sum(1 for _ in same), by_sequence)
+        before = cached
+
+
+def _next_logps(
+    model: Any, cache: DynamicCache, read: Sequence[Tokens]
+) -> Iterator[tuple[Tokens, Tensor]]:
+    """Each sequence with the log-probs after its tokens, shape [its length, vocabulary]."""
+    ids = pad_sequence([torch.tensor(tokens) for tokens in read], batch_first=True)
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(len(read))
+    # Padding is at the end and later than all that is read from the result: no mask is needed.
+    output = model(input_ids=ids.to(model.device), past_key_values=own, use_cache=True)
+    logps = output.logits.float().log_softmax(-1)
+    for tokens, row in zip(read, logps, strict=True):
+        yield tokens, row[: len(tokens)]
+
+
+def _score(logps: Tensor, tokens: Tokens) -> Score:
+    targets = torch.tensor(tokens, device=logps.device)
+    logp = logps.gather(1, targets[:, None]).sum()
+    return Score(float(logp), bool((logps.argmax(-1) == targets).all()))
