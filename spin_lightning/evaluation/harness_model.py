@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import keyed
 from spin_lightning.data.templates import ChatTemplate
+from spin_lightning.evaluation.greedy import continue_batch, decoder_of, is_greedy
 from spin_lightning.evaluation.shared_contexts import Continuation, saves_half, scores
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.base import Policy
@@ -147,6 +148,28 @@ class PolicyLM(HFLM):
         others = [place for place in range(len(requests)) if place not in found]
         found.update(zip(others, plain([requests[i] for i in others]), strict=True))
         return [found[place] for place in range(len(requests))]
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> torch.Tensor:
+        """Prompts and responses of a batch; greedy ones come from the decoder of self-play.
+
+        Args:
+            context: Left-padded prompts, int64, shape [n, columns].
+            max_length: Largest number of columns of the result.
+            stop: Texts that end a response.
+            options: The mask of the prompts, and arguments of transformers' `generate`.
+
+        Returns:
+            int64, shape [n, longest].
+        """
+        asked = dict(options)
+        mask = asked.pop("attention_mask", torch.ones_like(context))
+        decoder = decoder_of(self.model, self.tokenizer, stop)
+        if decoder.needs_equal_lengths or not is_greedy(self.model.generation_config, asked):
+            plain: torch.Tensor = super()._model_generate(context, max_length, stop, **options)
+            return plain
+        return continue_batch(decoder, context, mask, max_length)
 
     def _mixed(self, scores: Mapping[int, Sequence[float]]) -> list[float]:
         """log sum_i w_i exp(score_i) of each request, nats, from the scores of each member."""

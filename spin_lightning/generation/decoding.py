@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,11 +27,14 @@ class Written:
     Args:
         caps: Maximum number of tokens of each row, int64, shape [n].
         stops: A response ends with the first of these.
+        ends: Called with the ids of an unfinished response: whether it ends there all the same.
     """
 
-    def __init__(self, caps: Tensor, stops: Tensor) -> None:
+    def __init__(
+        self, caps: Tensor, stops: Tensor, ends: Callable[[Sequence[int]], bool] | None = None
+    ) -> None:
         """Start with empty rows."""
-        self._caps, self._stops = caps, stops
+        self._caps, self._stops, self._ends = caps, stops, ends
         self._ids = caps.new_zeros(len(caps), int(caps.max()))
         self._logps = torch.zeros_like(caps, dtype=torch.float64)
         self._lengths = torch.zeros_like(caps)
@@ -48,6 +51,9 @@ class Written:
         self._logps[rows] += torch.where(writing, logps, 0.0)
         self._lengths[rows] += writing
         self._finished[rows] |= writing & torch.isin(tokens, self._stops)
+        if self._ends is not None:
+            for row in rows[writing & ~self._finished[rows]].tolist():
+                self._finished[row] = self._ends(self._ids[row, : step + 1].tolist())
         return ~self._finished[rows] & (step + 1 < self._caps[rows])
 
     def responses(self) -> list[Response]:
@@ -66,12 +72,14 @@ class Decoder:
         sampler: Draws the tokens.
         stop_ids: A response ends with the first of these.
         pad_id: Any valid id; padded columns are masked.
+        ends: Called with the ids of a response after each token: whether it ends there, too.
     """
 
     model: nn.Module
     sampler: Sampler
     stop_ids: tuple[int, ...]
     pad_id: int
+    ends: Callable[[Sequence[int]], bool] | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -106,7 +114,7 @@ class Decoder:
         uniforms = torch.from_numpy(
             np.stack([position_uniforms(request.key, most) for request in requests])
         ).to(device)
-        written = Written(caps, torch.tensor(self.stop_ids, device=device))
+        written = Written(caps, torch.tensor(self.stop_ids, device=device), self.ends)
         for step in range(most):
             tokens, logps = self.sampler(batch.logits, uniforms[batch.rows, step])
             going_on = written.add(step, batch.rows, tokens, logps)

@@ -127,7 +127,7 @@ class Policy(nn.Module, ABC):
         """
         (policy_id,) = group
         with self.at(*policy_id):
-            yield _SinglePolicy(self.device, copies=2 if policy_id.mixes_base else 1)
+            yield SinglePolicy(self.device, copies=2 if policy_id.mixes_base else 1)
 
     @abstractmethod
     def snapshot(self, folder: Path) -> dict[str, str]:
@@ -150,7 +150,7 @@ class Policy(nn.Module, ABC):
         """Names and parameters that training changes."""
 
 
-class _SinglePolicy:
+class SinglePolicy:
     """The routing of a group of one: row i is in slot i, its base copy in slot n + i.
 
     Args:
@@ -159,13 +159,16 @@ class _SinglePolicy:
     """
 
     def __init__(self, device: torch.device, copies: int) -> None:
+        """Keep device and copies."""
         self._device = device
         self._copies = copies
 
     def assign(self, ids: Sequence[PolicyId]) -> Slots:
+        """See `RowRouting.assign`; all ids are the one policy's."""
         rows = torch.arange(len(ids), device=self._device)
         slots = torch.arange(len(ids) * self._copies, device=self._device)
         return Slots(rows.repeat(self._copies), slots >= len(ids))
 
     def keep(self, staying: Tensor) -> Tensor:
+        """See `RowRouting.keep`."""
         return staying.repeat(self._copies).nonzero().squeeze(-1)
