@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -60,9 +61,12 @@ class Policy(nn.Module, ABC):
     Attributes:
         model: The causal language model. It computes the active policy: the trained one, or inside
             `at` a frozen iterate.
+        deviations: What is computed otherwise than the settings say, and why; recorded with the
+            rows.
     """
 
     model: nn.Module
+    deviations: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod

@@ -103,6 +103,7 @@ def _tolerance(policy: LoraPolicy) -> Tolerance:
 
 def _give_up(policy: LoraPolicy, problem: str) -> None:
     take_plain_passes(policy)
+    policy.deviations = {"passes": f"plain: {problem}"}
     warnings.warn(
         f"Self-check: {problem}. The run goes on with padded sequences and the layers of PEFT and "
         "transformers, which is slower.",

@@ -112,6 +112,7 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
     if view.best is not None:
         best = view.best
         facts.append(("best", f"p{best.index} by {best.metric} = {best.value:.4g}"))
+    facts += [("other than set", deviation) for deviation in view.deviations]
     return facts
 
 

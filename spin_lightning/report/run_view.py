@@ -41,6 +41,8 @@ class RunView:
         tables: Held-out rows by the iterate that answered them, as far as there are any.
         results: Its scores on benchmarks.
         data: What was read from its data sources; empty for a run of an older version.
+        deviations: What was computed otherwise than the settings say, with the iterates that it
+            concerns.
     """
 
     name: str
@@ -50,6 +52,7 @@ class RunView:
     tables: Mapping[int, RowTable]
     results: Sequence[Result]
     data: Sequence[DataRecord]
+    deviations: Sequence[str] = ()
 
     @property
     def variant(self) -> str:
@@ -132,10 +135,23 @@ def config_differences(views: Sequence[RunView]) -> list[list[str]]:
 def _read(name: str, run: RunFolder) -> RunView:
     records = read_records(run)
     folders = {record.index: run.val_rows(record.index) for record in records}
+    deviations = _deviations(run, list(folders))
     tables = {t: read_rows(folder) for t, folder in folders.items() if read_manifest(folder)}
     fix = "delete it: the report then has no section on the data"
     data = read_json(run.data, fix, read_data_records) if run.data.exists() else []
-    return RunView(name, run, records, run.best_record(), tables, read_results(run, records), data)
+    best, results = run.best_record(), read_results(run, records)
+    return RunView(name, run, records, best, tables, results, data, deviations)
+
+
+def _deviations(run: RunFolder, iterates: Sequence[int]) -> list[str]:
+    """What the manifests of a run's rows say of settings that were overridden."""
+    found: dict[str, list[str]] = {}
+    for t in iterates:
+        manifests = (read_manifest(folder) for folder in (run.rows(t), run.val_rows(t)))
+        of_units = [d for m in manifests if m is not None for d in m.deviations.values()]
+        for setting in sorted({f"{name}: {value}" for d in of_units for name, value in d.items()}):
+            found.setdefault(setting, []).append(f"p{t}")
+    return [f"{setting} (rows of {', '.join(where)})" for setting, where in found.items()]
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:

@@ -140,7 +140,8 @@ class Synthesis:
                 check_rows(rows, about(folder) / f"not_finite-{unit:05d}.json", made)
                 disagreeing = about(folder) / f"disagreeing-{unit:05d}.json"
                 check_agreement(sampled, self.policy.largest_bias, disagreeing, made)
-                write_part(folder, unit, rows, self.generator.deviations)
+                deviations = {**self.generator.deviations, **self.policy.deviations}
+                write_part(folder, unit, rows, deviations)
             yield unit
 
     def _unit(

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 from spin_lightning import SFT, SPIN, SelfPlay, SelfPlayDataModule, load_iterate
 from spin_lightning.errors import RunFolderError, SettingError
 from spin_lightning.policies import shared_prefix
+from spin_lightning.report.report import write_report
+from spin_lightning.report.run_view import read_runs
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
 from tests.toys.runs import contents, play, write_examples
@@ -506,3 +508,10 @@ def test_resume_with_an_edited_iterate_is_refused_and_nothing_is_lost(
     assert contents(root) == before
     with pytest.raises(RunFolderError, match="has changed since it was written"):
         load_iterate(root, 2)
+    (view,) = read_runs([RunFolder(tmp_path / "run")])
+    (deviation,) = view.deviations
+    assert deviation.startswith("passes: plain: the fast passes disagree")
+    assert deviation.endswith("(rows of p0, p1)")
+    assert "<dt>other than set</dt><dd>passes: plain" in write_report([view], tmp_path).read_text()
+    (view,) = read_runs([RunFolder(tmp_path / "plain")])
+    assert view.deviations == []
