@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from spin_lightning.errors import DataError, SettingError, first_line, missing_extra
 from spin_lightning.evaluation.base import EvaluatedRun
 from spin_lightning.evaluation.contestants import Contestant
+from spin_lightning.evaluation.offline.questions import NO_DIFFERENCES, Differences
 from spin_lightning.evaluation.offline.tasks import (
     OfflineTask,
     check_offline,
@@ -42,13 +43,13 @@ class _Job:
         task: Name of a task or group.
         num_fewshot: Examples in the prompt, or None for the task's own number.
         source: Hash of the YAML folder it comes from; None for a task of the harness.
-        differs: What differs from the harness's own task; empty if nothing does.
+        differs: What differs from the harness's own task.
     """
 
     task: str
     num_fewshot: int | None
     source: str | None
-    differs: str = ""
+    differs: Differences = NO_DIFFERENCES
 
 
 def check_installed(settings: HarnessSettings) -> None:
@@ -193,7 +194,7 @@ class Harness:
         benchmark: str,
         settings: Mapping[str, Any],
         answer: Mapping[str, Any],
-        differs: str,
+        differs: Differences,
     ) -> Result:
         """The harness's scores, under names that loggers accept."""
         scores, lower = _scores(answer, settings["task"])
@@ -206,7 +207,7 @@ class Harness:
             scores=scores,
             lower_is_better=lower,
             details={
-                "differs": differs,
+                "differs": differs.at(max(answer["n-shot"].values(), default=0)),
                 "results": answer["results"],
                 "task_versions": answer["versions"],
                 "num_fewshot": answer["n-shot"],

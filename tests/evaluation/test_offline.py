@@ -168,17 +168,20 @@ def test_questions_read_from_rendered_requests_are_those_of_the_data_set():
 def test_numbers_of_questions_and_what_is_said_of_them(package):
     wanted = {
         # One of ARC's 30 validation questions is in the test set.
-        "arc_challenge": (12, 29, "examples from validation, not train"),
+        "arc_challenge": (12, 29, "examples from validation, not train", ""),
         # 25 of 50, and one more for the pair that the 25th belongs to.
-        "hellaswag": (24, 26, "examples: 26 of validation, not train; scored: the other 24"),
-        "mmlu": (10, 10, ""),
-        "winogrande": (20, 20, "examples: 20 of validation, not train; scored: the other 20"),
-        "gsm8k": (24, 24, "examples: 24 of test, not train; scored: the other 24"),
+        "hellaswag": (24, 26, "examples: 26 of validation, not train", "24 of 50"),
+        "mmlu": (10, 10, "", ""),
+        "winogrande": (20, 20, "examples: 20 of validation, not train", "20 of 40"),
+        "gsm8k": (24, 24, "examples: 24 of test, not train", "24 of 48"),
     }
-    for data, (scored, examples, differs) in wanted.items():
+    for data, (scored, examples, of_examples, of_scored) in wanted.items():
         found = questions_of(data, None)
         assert (len(found.scored), len(found.examples)) == (scored, examples), data
-        assert found.differs.removesuffix(", shuffled") == differs
+        of_scored = of_scored and f"scored: {of_scored}, shuffled"
+        assert found.differs == (of_examples, of_scored)
+        assert found.differs.at(5) == "; ".join(filter(None, (of_examples, of_scored)))
+        assert found.differs.at(0) == of_scored
 
 
 @pytest.mark.parametrize("data", [name for name in DATA if name != "mmlu"])
@@ -221,7 +224,7 @@ def test_own_files_replace_those_of_the_package_and_nothing_is_held_out(package,
     for split, rows in (("train", benchmarks.gsm8k(60)[50:]), ("test", benchmarks.gsm8k(3))):
         (own / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = questions_of("gsm8k", tmp_path / "own")
-    assert (len(found.scored), len(found.examples), found.differs) == (3, 10, "")
+    assert (len(found.scored), len(found.examples), found.differs.at(5)) == (3, 10, "")
     assert len(questions_of("hellaswag", tmp_path / "own").scored) == 24
 
 
@@ -348,3 +351,9 @@ def test_official_preset_runs_without_a_connection_from_the_cache_of_the_hub(run
     official = {"arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k"}
     assert names == {*official, "open_llm_leaderboard"}
     assert "open_llm_leaderboard" in answer.stdout
+
+
+def test_examples_that_no_prompt_has_do_not_differ(package, run):
+    found = evaluate(run, "offline_arc_challenge", "offline_hellaswag", limit=2, num_fewshot=0)
+    assert found["offline_arc_challenge"].details["differs"] == ""
+    assert found["offline_hellaswag"].details["differs"] == "scored: 24 of 50, shuffled"

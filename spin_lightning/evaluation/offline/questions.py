@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from spin_lightning.evaluation.offline.files import Question, check_files, read_split
 
@@ -83,6 +83,25 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
 }
 
 
+class Differences(NamedTuple):
+    """What differs from the official task, in a few words each; empty if nothing does.
+
+    Attributes:
+        examples: In the examples of the prompts.
+        scored: In the questions.
+    """
+
+    examples: str = ""
+    scored: str = ""
+
+    def at(self, num_fewshot: int) -> str:
+        """Everything that concerns prompts with this number of examples."""
+        return "; ".join(filter(None, (self.examples if num_fewshot else "", self.scored)))
+
+
+NO_DIFFERENCES: Final = Differences()
+
+
 @dataclass(frozen=True)
 class Questions:
     """The questions of a benchmark.
@@ -91,12 +110,12 @@ class Questions:
         scored: What is scored, in order.
         examples: What the examples in the prompts are drawn from. None of it is scored, except that
             five of MMLU's official examples are also among its official questions.
-        differs: What differs from the official task, in a few words; empty if nothing does.
+        differs: What differs from the official task.
     """
 
     scored: list[Question]
     examples: list[Question]
-    differs: str = field(default="")
+    differs: Differences = NO_DIFFERENCES
 
 
 def check(data: str, own: Path | None) -> None:
@@ -134,7 +153,7 @@ def questions_of(data: str, own: Path | None) -> Questions:
     if benchmark.stand_in is not None:
         others = read_split(data, benchmark.stand_in, benchmark.columns, own)
         if others is not None:
-            differs = f"examples from {benchmark.stand_in}, not {benchmark.examples}"
+            differs = Differences(f"examples from {benchmark.stand_in}, not {benchmark.examples}")
             return Questions(scored, _others(benchmark, others, scored), differs)
     return _set_apart(benchmark, scored)
 
@@ -165,9 +184,9 @@ def _set_apart(benchmark: Benchmark, questions: list[Question]) -> Questions:
         examples += groups[name]
         apart.add(name)
     scored = [question for question in questions if benchmark.related(question) not in apart]
-    differs = (
-        f"examples: {len(examples)} of {benchmark.scored}, not {benchmark.examples}; "
-        f"scored: the other {len(scored)}, shuffled"
+    differs = Differences(
+        f"examples: {len(examples)} of {benchmark.scored}, not {benchmark.examples}",
+        f"scored: {len(scored)} of {len(questions)}, shuffled",
     )
     return Questions(sorted(scored, key=_key), examples, differs)
 

@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from spin_lightning.evaluation.offline.files import Question
-from spin_lightning.evaluation.offline.questions import BENCHMARKS, Questions, check, questions_of
+from spin_lightning.evaluation.offline.questions import (
+    BENCHMARKS,
+    Differences,
+    Questions,
+    check,
+    questions_of,
+)
 from spin_lightning.evaluation.presets import OFFLINE_TASKS, PRESETS
 from spin_lightning.run.cache import cache_root, make_once
 from spin_lightning.run.fingerprint import fingerprint
@@ -36,12 +42,12 @@ class OfflineTask:
     Attributes:
         folder: The folder with its YAML and its files; `lm_eval --include_path` takes it as well.
         source: A hash of all its questions, and of which are examples.
-        differs: What differs from the official task; empty if nothing does.
+        differs: What differs from the official task.
     """
 
     folder: Path
     source: str
-    differs: str
+    differs: Differences
 
 
 def offline_names(names: Iterable[str]) -> list[str]:
