@@ -8,6 +8,7 @@ so one cache follows them: it drops what the next context does not share, and re
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, takewhile
 from typing import Any, NamedTuple
@@ -63,14 +64,22 @@ class _Context(NamedTuple):
     places: dict[Tokens, list[int]]
 
 
-def saves_half(requests: Sequence[Continuation]) -> bool:
-    """Whether shared contexts at least halve the tokens that are read for some requests."""
-    plain = shared = 0
+def pays(requests: Sequence[Continuation], rows: int, pass_cost: int) -> bool:
+    """Whether reading each context once is faster than a row for each continuation.
+
+    Args:
+        requests: The continuations.
+        rows: Rows of a forward pass.
+        pass_cost: What a forward pass costs besides its tokens, in tokens.
+    """
+    plain = shared = sequences = 0
     for context in _contexts(requests):
         own = sum(map(len, context.places))
+        sequences += len(context.places)
         plain += len(context.cached) * len(context.places) + own
-        shared += len(context.cached) - context.shared + own
-    return 2 * shared <= plain
+        # One pass for the context, and one for what follows it.
+        shared += len(context.cached) - context.shared + own + 2 * pass_cost
+    return shared < plain + math.ceil(sequences / rows) * pass_cost
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from spin_lightning.evaluation.harness_model import PolicyLM
-from spin_lightning.evaluation.shared_contexts import Continuation, saves_half, scores
+from spin_lightning.evaluation.shared_contexts import Continuation, pays, scores
 from spin_lightning.mixtures import latest
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
@@ -30,7 +30,7 @@ def some_requests(seed: int) -> list[Continuation]:
         examples = ids(draw, 12)
         for _ in range(3):
             context = (*examples, *ids(draw, draw.randint(1, 6)))
-            choices = [ids(draw, draw.randint(1, 5)) for _ in range(3)]
+            choices = [ids(draw, draw.randint(1, 5)) for _ in range(8)]
             requests += [Continuation(context, choice) for choice in choices]
             # The same input, another last token; and the end of a choice as part of the context.
             requests.append(Continuation(context, (*choices[0][:-1], 5)))
@@ -99,17 +99,18 @@ def test_each_token_of_a_context_is_read_once():
     assert seen == [3, 1, 2, 4]
 
 
-def test_sharing_pays_from_half_of_the_tokens_on():
+def test_sharing_pays_where_saved_tokens_outweigh_more_passes():
     def four(length: int) -> list[Continuation]:
         context = tuple(range(4, 4 + length))
         return [Continuation(context, (20 + choice, 30)) for choice in range(4)]
 
-    # Alone, 4 times 3 + 1 tokens; shared, 2 and 4 times 2: 12 and 10.
-    assert not saves_half(four(3))
-    # 4 times 5 + 1 = 24, and 4 + 8 = 12.
-    assert saves_half(four(5))
+    # Alone, 4 times 5 + 1 tokens in two passes of two rows; shared, 4 and 4 times 2 in two passes.
+    assert pays(four(5), rows=2, pass_cost=1000)
+    # In one pass of four rows: 24 tokens against 12 and another pass.
+    assert pays(four(5), rows=4, pass_cost=11)
+    assert not pays(four(5), rows=4, pass_cost=12)
     # Choices of one token have the same input, which is read once in any case.
-    assert not saves_half([Continuation((1, 2, 3, 4, 5), (choice,)) for choice in range(4)])
+    assert not pays([Continuation((1, 2, 3), (choice,)) for choice in range(4)], 4, pass_cost=0)
 
 
 @pytest.fixture(scope="module")
