@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from spin_lightning.errors import DataError, SettingError, first_line, missing_extra
@@ -105,7 +107,11 @@ class Harness:
             benchmark = f"{_BENCHMARK}/{job.task}"
             found = cached_result(run.folder, contestant, benchmark, settings)
             if found is None:
+                started = time.monotonic()
+                rank_zero_info(f"{contestant.label}: {job.task} …")
                 answer = self._call(run, contestant, job)
+                minutes = (time.monotonic() - started) / 60
+                rank_zero_info(f"{contestant.label}: {job.task} took {minutes:.1f} min")
                 found = self._result(contestant, benchmark, settings, answer, job.differs)
                 write_result(run.folder, found)
             results[benchmark] = found

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on iterates: its own scores, one loaded base, no side effects."""
 
+import logging
 import math
 import random
 import shutil
@@ -103,6 +104,20 @@ def test_five_iterates_and_their_mixture_load_the_base_once(run, toy_tasks, load
     found = evaluate(run, ["all", "mixture"], toy_tasks, limit=4)
     assert list(found) == [*(f"iterate_00{t}" for t in range(5)), "mixture"]
     assert len(loads) == 1
+
+
+def test_each_task_is_announced_and_timed_unless_it_is_known(run, toy_tasks, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        evaluate(run, ["1"], toy_tasks, limit=4)
+        assert [line for line in caplog.messages if line.startswith("p1: ")] == [
+            "p1: toy_choice …",
+            "p1: toy_choice took 0.0 min",
+            "p1: toy_words …",
+            "p1: toy_words took 0.0 min",
+        ]
+        caplog.clear()
+        evaluate(run, ["1"], toy_tasks, limit=4)
+        assert not [line for line in caplog.messages if line.startswith("p1: ")]
 
 
 def test_second_evaluation_reads_what_is_known_and_loads_nothing(run, toy_tasks, loads):
