@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from spin_lightning import keyed
 from spin_lightning.data.templates import ChatTemplate
