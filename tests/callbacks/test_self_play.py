@@ -335,6 +335,13 @@ def test_passes_that_disagree_are_given_up_before_the_first_rows(
         assert row["generated_ids"] == other["generated_ids"]
         for column in ("member_real_logps", "member_generated_logps"):
             assert row[column] == pytest.approx(other[column], abs=1e-5)
+    (view,) = read_runs([RunFolder(tmp_path / "run")])
+    (deviation,) = view.deviations
+    assert deviation.startswith("passes: plain: the fast passes disagree")
+    assert deviation.endswith("(rows of p0, p1)")
+    assert "<dt>other than set</dt><dd>passes: plain" in write_report([view], tmp_path).read_text()
+    (view,) = read_runs([RunFolder(tmp_path / "plain")])
+    assert view.deviations == []
 
 
 def test_iterate_zero_is_validated_in_full_and_logged_at_step_zero(tiny_model_dir, data, tmp_path):
@@ -508,10 +515,3 @@ def test_resume_with_an_edited_iterate_is_refused_and_nothing_is_lost(
     assert contents(root) == before
     with pytest.raises(RunFolderError, match="has changed since it was written"):
         load_iterate(root, 2)
-    (view,) = read_runs([RunFolder(tmp_path / "run")])
-    (deviation,) = view.deviations
-    assert deviation.startswith("passes: plain: the fast passes disagree")
-    assert deviation.endswith("(rows of p0, p1)")
-    assert "<dt>other than set</dt><dd>passes: plain" in write_report([view], tmp_path).read_text()
-    (view,) = read_runs([RunFolder(tmp_path / "plain")])
-    assert view.deviations == []
