@@ -111,8 +111,7 @@ class PromptFormat:
         if tokenizer.chat_template is not None:
             date = date or dt.date.today()
             template, end_of_turn = _template(tokenizer, date, chat_template)
-        named = generation_eos if isinstance(generation_eos, list) else [generation_eos]
-        stops = {end_of_turn, tokenizer.eos_token_id, *(i for i in named if i is not None)}
+        stops = {end_of_turn, tokenizer.eos_token_id, *listed(generation_eos)}
         return cls(tokenizer, tuple(sorted(stops)), end_of_turn, template, thoughts)
 
     @property
@@ -322,6 +321,11 @@ class PromptFormat:
     def _answers(self) -> Answers:
         assert self.template is not None
         return Answers(self.template, self.thoughts, self._special)
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """The stop ids of a generation config, which names none, one or several."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
 
 def _template(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from spin_lightning.data.tokenize import listed
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.decoding import Decoder
 from spin_lightning.generation.sampler import Sampler
@@ -65,8 +66,7 @@ def is_greedy(config: GenerationConfig, options: Mapping[str, Any]) -> bool:
 
 def decoder_of(model: Any, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Decoder:
     """A greedy decoder with the stop ids of a model's generation config, and with stop texts."""
-    ends = model.generation_config.eos_token_id
-    stop_ids = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    stop_ids = tuple(listed(model.generation_config.eos_token_id))
     texts = StopTexts(tokenizer, tuple(filter(None, stop)))
     return Decoder(model, _GREEDY, stop_ids, tokenizer.pad_token_id, texts)
 

@@ -20,7 +20,7 @@ from transformers.utils.logging import tqdm
 from spin_lightning import keyed
 from spin_lightning.data.templates import ChatTemplate
 from spin_lightning.evaluation.greedy import continue_batch, decoder_of, is_greedy
-from spin_lightning.evaluation.shared_contexts import Continuation, pays, scores
+from spin_lightning.evaluation.shared_contexts import Continuation, SharedContexts
 from spin_lightning.mixtures import Mixture
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.mixture_model import by_member, write_by_member
@@ -134,23 +134,25 @@ class PolicyLM(HFLM):
             disable_tqdm: Show no progress.
             override_bs: Rows of a forward pass; default: the batch size.
         """
-        # The harness cuts off at the left what does not fit, and warns.
+        # The harness cuts off at the left what does not fit.
         fitting = [
             place
             for place, (_, context, tokens) in enumerate(requests)
             if len(context) + len(tokens) <= self.max_length + 1
         ]
-        pairs = [Continuation(tuple(requests[i][1]), tuple(requests[i][2])) for i in fitting]
+        shared = SharedContexts(
+            [Continuation(tuple(requests[i][1]), tuple(requests[i][2])) for i in fitting]
+        )
         plain = partial(
             super()._loglikelihood_tokens, disable_tqdm=disable_tqdm, override_bs=override_bs
         )
         rows = override_bs or self.batch_size
         pass_cost = _PASS_COST.get(self.device.type, _PASS_COST_OF_KERNELS)
-        if not (self.policy.shares_prompts and pays(pairs, rows, pass_cost)):
+        if not (self.policy.shares_prompts and shared.pays(rows, pass_cost)):
             answers: list[tuple[float, bool]] = plain(requests)
             return answers
-        with tqdm(total=len(pairs), disable=disable_tqdm, desc="Scoring, shared contexts") as bar:
-            found = dict(zip(fitting, scores(self.model, pairs, rows, bar.update), strict=True))
+        with tqdm(total=len(fitting), disable=disable_tqdm, desc="Scoring, shared contexts") as bar:
+            found = dict(zip(fitting, shared.scores(self.model, rows, bar.update), strict=True))
         others = [place for place in range(len(requests)) if place not in found]
         found.update(zip(others, plain([requests[i] for i in others]), strict=True))
         return [found[place] for place in range(len(requests))]

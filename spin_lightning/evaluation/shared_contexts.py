@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
@@ -56,7 +58,7 @@ class _Context(NamedTuple):
     Attributes:
         cached: The context without its last token.
         shared: How many tokens of `cached` the context before it begins with, too.
-        places: The places in the request of each distinct sequence that is read after `cached`.
+        places: The places in the requests of each distinct sequence that is read after `cached`.
     """
 
     cached: Tokens
@@ -64,70 +66,78 @@ class _Context(NamedTuple):
     places: dict[Tokens, list[int]]
 
 
-def pays(requests: Sequence[Continuation], rows: int, pass_cost: int) -> bool:
-    """Whether reading each context once is faster than a row for each continuation.
+@dataclass(frozen=True)
+class SharedContexts:
+    """Continuations by context.
 
-    Args:
+    Attributes:
         requests: The continuations.
-        rows: Rows of a forward pass.
-        pass_cost: What a forward pass costs besides its tokens, in tokens.
     """
-    plain = shared = sequences = 0
-    for context in _contexts(requests):
-        own = sum(map(len, context.places))
-        sequences += len(context.places)
-        plain += len(context.cached) * len(context.places) + own
-        # One pass for the context, and one for what follows it.
-        shared += len(context.cached) - context.shared + own + 2 * pass_cost
-    return shared < plain + math.ceil(sequences / rows) * pass_cost
 
+    requests: Sequence[Continuation]
 
-@torch.inference_mode()
-def scores(
-    model: Any, requests: Sequence[Continuation], rows: int, scored: Callable[[int], object]
-) -> list[Score]:
-    """The score of each continuation, as without a cache.
+    def pays(self, rows: int, pass_cost: int) -> bool:
+        """Whether reading each context once is faster than a row for each continuation.
 
-    Args:
-        model: A causal language model whose layers keep nothing but keys and values.
-        requests: The continuations; with their contexts they fit the model.
-        rows: Most continuations in a forward pass.
-        scored: Called with the number of requests scored since the last call.
+        Args:
+            rows: Rows of a forward pass.
+            pass_cost: What a forward pass costs besides its tokens, in tokens.
+        """
+        plain = shared = sequences = 0
+        for context in self._contexts:
+            own = sum(map(len, context.places))
+            sequences += len(context.places)
+            plain += len(context.cached) * len(context.places) + own
+            # One pass for the context, and one for what follows it.
+            shared += len(context.cached) - context.shared + own + 2 * pass_cost
+        return shared < plain + math.ceil(sequences / rows) * pass_cost
 
-    Returns:
-        One score per request, in their order.
-    """
-    found: dict[int, Score] = {}
-    # Without a config, also layers with a window keep everything, so that it can be dropped again.
-    cache = DynamicCache()
-    for context in _contexts(requests):
-        cache.crop(context.shared - cache.get_seq_length())
-        new = torch.tensor([context.cached[context.shared :]], device=model.device)
-        if new.numel():
-            model.base_model(input_ids=new, past_key_values=cache, use_cache=True)
-        read = sorted(context.places, key=len)
-        for start in range(0, len(read), rows):
-            for sequence, logp in _next_logps(model, cache, read[start : start + rows]):
-                for place in context.places[sequence]:
-                    found[place] = _score(logp, requests[place].tokens)
-        scored(sum(map(len, context.places.values())))
-    return [found[place] for place in range(len(requests))]
+    @torch.inference_mode()
+    def scores(self, model: Any, rows: int, scored: Callable[[int], object]) -> list[Score]:
+        """The score of each continuation, as without a cache.
 
+        Args:
+            model: A causal language model whose layers keep nothing but keys and values, and which
+                the requests fit.
+            rows: Most continuations in a forward pass.
+            scored: Called with the number of requests scored since the last call.
 
-def _contexts(requests: Sequence[Continuation]) -> Iterator[_Context]:
-    """The distinct contexts in the order of their tokens."""
+        Returns:
+            One score per request, in their order.
+        """
+        found: dict[int, Score] = {}
+        # Without a config, layers with a window, too, keep everything: it can be dropped again.
+        cache = DynamicCache()
+        for context in self._contexts:
+            cache.crop(context.shared - cache.get_seq_length())
+            new = torch.tensor([context.cached[context.shared :]], device=model.device)
+            if new.numel():
+                model.base_model(input_ids=new, past_key_values=cache, use_cache=True)
+            read = sorted(context.places, key=len)
+            for start in range(0, len(read), rows):
+                for sequence, logps in _next_logps(model, cache, read[start : start + rows]):
+                    for place in context.places[sequence]:
+                        found[place] = _score(logps, self.requests[place].tokens)
+            scored(sum(map(len, context.places.values())))
+        return [found[place] for place in range(len(self.requests))]
 
-    def cached_of(place: int) -> Tokens:
-        return requests[place].context[:-1]
+    @cached_property
+    def _contexts(self) -> list[_Context]:
+        """The distinct contexts in the order of their tokens."""
 
-    before: Tokens = ()
-    for cached, places in groupby(sorted(range(len(requests)), key=cached_of), key=cached_of):
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, cached, strict=False))
-        by_sequence: dict[Tokens, list[int]] = {}
-        for place in places:
-            by_sequence.setdefault(requests[place].read, []).append(place)
-        yield _Context(cached, sum(1 for _ in same), by_sequence)
-        before = cached
+        def cached_of(place: int) -> Tokens:
+            return self.requests[place].context[:-1]
+
+        contexts: list[_Context] = []
+        before: Tokens = ()
+        for cached, places in groupby(sorted(range(len(self.requests)), key=cached_of), cached_of):
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(before, cached, strict=False))
+            by_sequence: dict[Tokens, list[int]] = {}
+            for place in places:
+                by_sequence.setdefault(self.requests[place].read, []).append(place)
+            contexts.append(_Context(cached, sum(1 for _ in same), by_sequence))
+            before = cached
+        return contexts
 
 
 def _next_logps(

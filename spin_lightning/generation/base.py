@@ -41,8 +41,8 @@ class Response:
     """A sampled response.
 
     Attributes:
-        ids: Up to and including the stop id, or the first `cap` ids.
-        finished: Whether the last id is a stop id.
+        ids: Up to and including the one that ends it, or the first `cap` ids.
+        finished: Whether it ended by itself: at a stop id, or where its decoder's `ends` says.
         logp: log-prob of the ids under the policy that generated them, at temperature 1 without
             truncation, summed while sampling, nats; None if it was not recorded.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.results import Result, read_results
 from spin_lightning.report.cue_words import special_ids
 from spin_lightning.report.samples import PromptSamples, samples_of_prompts
-from spin_lightning.rows.manifest import read_manifest
+from spin_lightning.rows.manifest import Manifest, read_manifest
 from spin_lightning.rows.store import RowTable, read_rows
 from spin_lightning.rows.tells import Tells, find_tells
 from spin_lightning.run.files import read_json, reading
@@ -52,7 +53,7 @@ class RunView:
     tables: Mapping[int, RowTable]
     results: Sequence[Result]
     data: Sequence[DataRecord]
-    deviations: Sequence[str] = ()
+    deviations: Sequence[str]
 
     @property
     def variant(self) -> str:
@@ -134,24 +135,26 @@ def config_differences(views: Sequence[RunView]) -> list[list[str]]:
 
 def _read(name: str, run: RunFolder) -> RunView:
     records = read_records(run)
-    folders = {record.index: run.val_rows(record.index) for record in records}
-    deviations = _deviations(run, list(folders))
-    tables = {t: read_rows(folder) for t, folder in folders.items() if read_manifest(folder)}
+    made = {r.index: read_manifest(run.rows(r.index)) for r in records}
+    held_out = {r.index: read_manifest(run.val_rows(r.index)) for r in records}
+    tables = {t: read_rows(run.val_rows(t)) for t, manifest in held_out.items() if manifest}
     fix = "delete it: the report then has no section on the data"
     data = read_json(run.data, fix, read_data_records) if run.data.exists() else []
     best, results = run.best_record(), read_results(run, records)
-    return RunView(name, run, records, best, tables, results, data, deviations)
+    return RunView(name, run, records, best, tables, results, data, _deviations(made, held_out))
 
 
-def _deviations(run: RunFolder, iterates: Sequence[int]) -> list[str]:
-    """What the manifests of a run's rows say of settings that were overridden."""
-    found: dict[str, list[str]] = {}
-    for t in iterates:
-        manifests = (read_manifest(folder) for folder in (run.rows(t), run.val_rows(t)))
-        of_units = [d for m in manifests if m is not None for d in m.deviations.values()]
-        for setting in sorted({f"{name}: {value}" for d in of_units for name, value in d.items()}):
-            found.setdefault(setting, []).append(f"p{t}")
-    return [f"{setting} (rows of {', '.join(where)})" for setting, where in found.items()]
+def _deviations(*manifests: Mapping[int, Manifest | None]) -> list[str]:
+    """What manifests, by iterate, say of settings that were overridden."""
+    found: dict[str, set[int]] = {}
+    for t, manifest in chain.from_iterable(by_iterate.items() for by_iterate in manifests):
+        for unit in manifest.deviations.values() if manifest else ():
+            for name, value in unit.items():
+                found.setdefault(f"{name}: {value}", set()).add(t)
+    return [
+        f"{setting} (rows of {', '.join(f'p{t}' for t in sorted(where))})"
+        for setting, where in found.items()
+    ]
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:

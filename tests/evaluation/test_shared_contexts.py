@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from spin_lightning.evaluation.harness_model import PolicyLM
-from spin_lightning.evaluation.shared_contexts import Continuation, pays, scores
+from spin_lightning.evaluation.shared_contexts import Continuation, SharedContexts
 from spin_lightning.mixtures import latest
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
@@ -65,7 +65,7 @@ def test_scores_are_those_of_each_continuation_alone(name, rows):
         likeliest += (int(logits[0, -1].argmax()),)
     requests.append(Continuation(context, likeliest))
     done: list[int] = []
-    found = scores(model, requests, rows, done.append)
+    found = SharedContexts(requests).scores(model, rows, done.append)
     wanted = [alone(model, request) for request in requests]
     assert [score.logp for score in found] == pytest.approx([logp for logp, _ in wanted], abs=1e-4)
     assert [score.is_greedy for score in found] == [greedy for _, greedy in wanted]
@@ -94,7 +94,7 @@ def test_each_token_of_a_context_is_read_once():
         Continuation(second, (8,)),
         Continuation(first, (7, 9)),
     ]
-    scores(model, requests, 8, lambda _: None)
+    SharedContexts(requests).scores(model, 8, lambda _: None)
     # 1 2 3, then 9 once for both choices; 4 5 in addition, then 6 7 and 6 8.
     assert seen == [3, 1, 2, 4]
 
@@ -105,12 +105,13 @@ def test_sharing_pays_where_saved_tokens_outweigh_more_passes():
         return [Continuation(context, (20 + choice, 30)) for choice in range(4)]
 
     # Alone, 4 times 5 + 1 tokens in two passes of two rows; shared, 4 and 4 times 2 in two passes.
-    assert pays(four(5), rows=2, pass_cost=1000)
+    assert SharedContexts(four(5)).pays(rows=2, pass_cost=1000)
     # In one pass of four rows: 24 tokens against 12 and another pass.
-    assert pays(four(5), rows=4, pass_cost=11)
-    assert not pays(four(5), rows=4, pass_cost=12)
+    assert SharedContexts(four(5)).pays(rows=4, pass_cost=11)
+    assert not SharedContexts(four(5)).pays(rows=4, pass_cost=12)
     # Choices of one token have the same input, which is read once in any case.
-    assert not pays([Continuation((1, 2, 3), (choice,)) for choice in range(4)], 4, pass_cost=0)
+    same = [Continuation((1, 2, 3), (choice,)) for choice in range(4)]
+    assert not SharedContexts(same).pays(rows=4, pass_cost=0)
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +131,14 @@ def model_of(tmp_path_factory):
 @pytest.fixture
 def shared_calls(monkeypatch) -> list[int]:
     """How many requests each call with shared contexts had."""
-    from spin_lightning.evaluation import harness_model
-
     calls: list[int] = []
+    scores = SharedContexts.scores
 
-    def counted(model, requests, rows, scored):
-        calls.append(len(requests))
-        return scores(model, requests, rows, scored)
+    def counted(shared, model, rows, scored):
+        calls.append(len(shared.requests))
+        return scores(shared, model, rows, scored)
 
-    monkeypatch.setattr(harness_model, "scores", counted)
+    monkeypatch.setattr(SharedContexts, "scores", counted)
     return calls
 
 
