@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import keyed
@@ -167,10 +166,10 @@ class Answers:
             SpinError: The chat is too long, or the template refuses it.
         """
         request = self._request(dialog, number)
-        sampler = _Watched(self.settings.sampling, _Writer(self._format, write))
-        parts = (sampler, self._format.stop_ids, self._format.pad_id)
+        writer = _Writer(self._format, write)
+        parts = (Sampler(self.settings.sampling), self._format.stop_ids, self._format.pad_id)
         with self._policy.at_rows([request.policy]) as routing:
-            (written,) = Decoder(self._policy.model, *parts).decode([request], routing)
+            (written,) = Decoder(self._policy.model, *parts, writer).decode([request], routing)
         return self._add(dialog, written)
 
     # ------------------------------------------------------------------ details
@@ -225,35 +224,22 @@ class Answers:
         return Answer(text, len(written.ids), written.finished)
 
 
-class _Watched(Sampler):
-    """Hands on each token that is sampled for the only row of a batch."""
-
-    def __init__(self, settings: GenerationSettings, on_token: Callable[[int], None]) -> None:
-        super().__init__(settings)
-        self._on_token = on_token
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, logps = super().__call__(logits, uniforms)
-        self._on_token(int(tokens[0]))
-        return tokens, logps
-
-
 class _Writer:
     """Writes the text of an answer as its tokens come, in whole characters."""
 
     def __init__(self, text_format: PromptFormat, write: Callable[[str], None]) -> None:
         self._tokenizer = text_format.tokenizer
         self._write = write
-        self._ids: list[int] = []
         self._shown = ""
 
-    def __call__(self, token: int) -> None:
-        self._ids.append(token)
-        text = _text(self._tokenizer, self._ids).lstrip()
+    def __call__(self, ids: Sequence[int]) -> bool:
+        """See `Decoder.ends`; ends no answer."""
+        text = _text(self._tokenizer, ids).lstrip()
         # A character of several tokens is not there before its last one.
         if text.startswith(self._shown) and not text.endswith("\ufffd"):
             self._write(text[len(self._shown) :])
             self._shown = text
+        return False
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

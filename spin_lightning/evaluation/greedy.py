@@ -86,7 +86,7 @@ def continue_batch(decoder: Decoder, context: Tensor, mask: Tensor, length: int)
     prompts = [tuple(row[kept].tolist()) for row, kept in zip(context, mask.bool(), strict=True)]
     cap = length - context.shape[1]
     requests = [Request(prompt, opponent=0, key=0, cap=cap) for prompt in prompts]
-    written = decoder.decode(requests, SinglePolicy(context.device, copies=1))
+    written = decoder.decode(requests, SinglePolicy())
     responses = [torch.tensor(r.ids, device=context.device, dtype=context.dtype) for r in written]
     return torch.cat(
         [context, pad_sequence(responses, batch_first=True, padding_value=decoder.pad_id)], dim=1

@@ -35,6 +35,11 @@ class Request:
         """The frozen policy that generates."""
         return PolicyId(self.opponent, self.token_alpha)
 
+    @property
+    def total(self) -> int:
+        """Most tokens of prompt and response together."""
+        return len(self.prompt_ids) + self.cap
+
 
 @dataclass(frozen=True, slots=True)
 class Response:

@@ -1,71 +1,38 @@
-"""Decoding one batch to completion, with any mix of policies."""
+"""Decoding requests in slots, with any mix of policies.
+
+As soon as some rows have ended, the next requests take their slots.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import PretrainedConfig
 
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.kv_cache import holds_keys_and_values_alone
-from spin_lightning.generation.prompts import Batch, read_equal_lengths, read_prompts
+from spin_lightning.generation.model import RoutedModel
 from spin_lightning.generation.sampler import Sampler
-from spin_lightning.keyed import position_uniforms
-from spin_lightning.logps import forward_arguments
+from spin_lightning.generation.slots import ColumnSlots, EqualSlots
+from spin_lightning.generation.varlen_slots import VarlenSlots, fits
+from spin_lightning.generation.written import Written
 from spin_lightning.policies.base import RowRouting
 
-
-class Written:
-    """The tokens that n rows have generated so far.
-
-    Args:
-        caps: Maximum number of tokens of each row, int64, shape [n].
-        stops: A response ends with the first of these.
-        ends: Called with the ids of an unfinished response: whether it ends there all the same.
-    """
-
-    def __init__(
-        self, caps: Tensor, stops: Tensor, ends: Callable[[Sequence[int]], bool] | None = None
-    ) -> None:
-        """Start with empty rows."""
-        self._caps, self._stops, self._ends = caps, stops, ends
-        self._ids = caps.new_zeros(len(caps), int(caps.max()))
-        self._logps = torch.zeros_like(caps, dtype=torch.float64)
-        self._lengths = torch.zeros_like(caps)
-        self._finished = torch.zeros_like(caps, dtype=torch.bool)
-
-    def add(self, step: int, rows: Tensor, tokens: Tensor, logps: Tensor) -> Tensor:
-        """Append the tokens of one step to rows that are not complete.
-
-        Returns:
-            Which of these rows continue, bool.
-        """
-        writing = ~self._finished[rows] & (step < self._caps[rows])
-        self._ids[rows, step] = tokens
-        self._logps[rows] += torch.where(writing, logps, 0.0)
-        self._lengths[rows] += writing
-        self._finished[rows] |= writing & torch.isin(tokens, self._stops)
-        if self._ends is not None:
-            for row in rows[writing & ~self._finished[rows]].tolist():
-                self._finished[row] = self._ends(self._ids[row, : step + 1].tolist())
-        return ~self._finished[rows] & (step + 1 < self._caps[rows])
-
-    def responses(self) -> list[Response]:
-        """The responses, in the order of the rows."""
-        columns = (self._ids, self._lengths, self._finished, self._logps)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [Response(tuple(ids[:length]), done, logp) for ids, length, done, logp in rows]
+# Free slots are refilled once one in so many is free: a pass over few prompts is slow.
+_REFILL_SHARE = 16
+# On a GPU: one in so many tokens of a response of 200 is computed in vain.
+_STEPS_UNWATCHED = 16
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes batches with a model whose rows are routed to policies.
+    """Decodes requests with a model whose rows are routed to policies.
 
     Attributes:
         model: A causal language model of transformers, with or without adapters.
@@ -90,63 +57,141 @@ class Decoder:
 
     @cached_property
     def needs_equal_lengths(self) -> bool:
-        """Whether the prompts of a batch must have the same length, which is slower.
+        """Whether all prompts must have the same length, and a slot each, which is slower.
 
         True if the model's cache holds more than keys and values: padding may then enter it, and
         rows cannot be taken out of it.
         """
         return not holds_keys_and_values_alone(self.config)
 
-    def decode(self, requests: Sequence[Request], routing: RowRouting) -> list[Response]:
-        """Decode a batch to its end.
+    def decode(
+        self, requests: Sequence[Request], routing: RowRouting, slots: int | None = None
+    ) -> list[Response]:
+        """Decode requests to their end.
 
         Args:
-            requests: A batch; its prompts have one length if `needs_equal_lengths`.
+            requests: They are decoded in this order. All of them are mixed with the base, or none
+                is; their prompts have one length if `needs_equal_lengths`.
             routing: Routing of a group that contains the policies of all requests.
+            slots: How many are decoded at once; by default, and if `needs_equal_lengths`, all.
 
         Returns:
             Responses in the order of the requests.
         """
-        batch = self._read(requests, routing)
-        device = batch.rows.device
-        caps = torch.tensor([request.cap for request in requests], device=device)
-        most = int(caps.max())
-        uniforms = torch.from_numpy(
-            np.stack([position_uniforms(request.key, most) for request in requests])
-        ).to(device)
-        written = Written(caps, torch.tensor(self.stop_ids, device=device), self.ends)
-        for step in range(most):
-            tokens, logps = self.sampler(batch.logits, uniforms[batch.rows, step])
-            going_on = written.add(step, batch.rows, tokens, logps)
-            left = int(going_on.sum())
-            if not left:
-                break
-            if left < len(going_on) and not self.needs_equal_lengths:
-                batch.keep(going_on)
-                tokens = tokens[going_on]
-            batch.step(tokens, self._next_logits)
-        return written.responses()
+        model = RoutedModel(self.model, routing, self.pad_id)
+        written = Written(requests, self.stop_ids, model.device, self.ends)
+        count = min(slots or len(requests), len(requests))
+        kept = self.kind_of_slots(model, requests, count)
+        rows = _Rows(requests, count, model.device)
+        while True:
+            if filled := rows.fill():
+                kept.fill(list(filled), [requests[row] for row in filled.values()])
+            elif rows.are_complete:
+                return written.responses()
+            elif staying := rows.compact(kept.shrink_share):
+                kept.keep(staying)
+            for _ in range(self._steps_unwatched(model.device)):
+                logits = kept.step(rows.tokens)
+                tokens, logps = self.sampler(logits, written.uniforms(rows.places))
+                written.add(rows.places, tokens, logps)
+                rows.tokens.copy_(tokens)
+            kept.free(rows.release(written.goes_on(rows.places)))
 
-    def _read(self, requests: Sequence[Request], routing: RowRouting) -> Batch:
-        if self.needs_equal_lengths:
-            return read_equal_lengths(requests, routing, self._next_logits, self.config)
-        layers = len(DynamicCache(config=self.config).layers)
-        return read_prompts(requests, routing, self._next_logits, layers, self.pad_id)
-
-    def _next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Logits after the last column, shape [n, vocabulary]."""
-        accepted = self._accepted
-        optional = {"position_ids": positions, "logits_to_keep": 1}
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **{name: value for name, value in optional.items() if name in accepted},
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+    def columns_of(self, requests: Sequence[Request], *, refilled: bool) -> int:
+        """Tokens that each slot needs room for, see `Slots.columns_of`."""
+        copies = 2 if requests[0].policy.mixes_base else 1
+        return self.kind_of_slots.columns_of(requests, refilled=refilled) * copies
 
     @cached_property
-    def _accepted(self) -> frozenset[str]:
-        return forward_arguments(self.model)
+    def kind_of_slots(self) -> type[EqualSlots | VarlenSlots | ColumnSlots]:
+        """The fastest kind for the model and its device."""
+        if self.needs_equal_lengths:
+            return EqualSlots
+        return VarlenSlots if fits(self.model) else ColumnSlots
+
+    def _steps_unwatched(self, device: torch.device) -> int:
+        """Steps until the host looks which rows have ended; to look means to wait for a GPU."""
+        return 1 if device.type == "cpu" or self.ends is not None else _STEPS_UNWATCHED
+
+
+class _Rows:
+    """Which request is in each slot.
+
+    Args:
+        requests: n requests, which get a slot in this order.
+        count: Number of slots.
+        device: Where the model is.
+
+    Attributes:
+        places: Index of the request in each slot, n in a free one, int64, shape [slots].
+        tokens: The next token that each slot feeds to the model, int64, shape [slots].
+    """
+
+    def __init__(self, requests: Sequence[Request], count: int, device: torch.device) -> None:
+        """Start with free slots."""
+        self._requests = requests
+        self._waiting = deque(range(len(requests)))
+        self._free = len(requests)
+        self._rows = [self._free] * count
+        self.places = torch.full((count,), self._free, device=device)
+        self.tokens = torch.zeros_like(self.places)
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether all requests have been decoded."""
+        return not self._waiting and not self._taken()
+
+    def fill(self) -> dict[int, int]:
+        """Give free slots, if there are enough, to the next requests; return each one's request."""
+        free = [slot for slot, row in enumerate(self._rows) if row == self._free]
+        if not self._waiting or len(free) * _REFILL_SHARE < len(self._rows):
+            return {}
+        filled = {slot: self._waiting.popleft() for slot in free[: len(self._waiting)]}
+        for slot, row in filled.items():
+            self._rows[slot] = row
+        firsts = [self._requests[row].prompt_ids[-1] for row in filled.values()]
+        slots = torch.tensor(list(filled), device=self.tokens.device)
+        self.tokens[slots] = torch.tensor(firsts, device=self.tokens.device)
+        self._show()
+        return filled
+
+    def compact(self, share: int) -> list[int]:
+        """Give up free slots if there are many; return the slots that stay, in their new order.
+
+        Args:
+            share: One in so many slots has to be free; 0 for never.
+        """
+        taken = self._taken()
+        if self._waiting or (len(self._rows) - len(taken)) * share < len(self._rows):
+            return []
+        # The last ones move into free slots, so that few move.
+        moving = iter([slot for slot in taken if slot >= len(taken)])
+        staying = [
+            slot if self._rows[slot] != self._free else next(moving) for slot in range(len(taken))
+        ]
+        self._rows = [self._rows[slot] for slot in staying]
+        self.tokens = self.tokens[torch.tensor(staying, device=self.tokens.device)]
+        self._show()
+        return staying
+
+    def release(self, goes_on: Tensor) -> list[int]:
+        """Free the slots whose rows are complete; return them.
+
+        Args:
+            goes_on: False where a row is complete, shape [slots].
+        """
+        ended = [slot for slot in self._taken() if not goes_on[slot]]
+        for slot in ended:
+            self._rows[slot] = self._free
+        if ended:
+            self._show()
+        return ended
+
+    def _taken(self) -> list[int]:
+        return [slot for slot, row in enumerate(self._rows) if row != self._free]
+
+    def _show(self) -> None:
+        if len(self.places) == len(self._rows):
+            self.places.copy_(torch.tensor(self._rows))
+        else:
+            self.places = torch.tensor(self._rows, device=self.places.device)

@@ -18,12 +18,38 @@ from spin_lightning.generation.decoding import Decoder
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.out_of_memory import is_out_of_memory
-from spin_lightning.packing import group_by_length
 from spin_lightning.policies.base import Policy
-from spin_lightning.types import PolicyId
 
 _CACHE_BYTES = 1 << 31
 _MAX_BATCH_TOKENS = 1 << 17
+
+
+class _TooLarge(Exception):
+    """Memory did not suffice to decode `tokens` tokens at once."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """Requests that are decoded one after the other in some slots.
+
+    Attributes:
+        indices: The requests.
+        slots: Number of slots.
+        columns: Tokens that a slot has room for.
+    """
+
+    indices: Sequence[int]
+    slots: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all slots have room for."""
+        return self.slots * self.columns
 
 
 @dataclass
@@ -48,70 +74,63 @@ class LocalGenerator(Generator):
         Raises:
             SpinError: Memory does not suffice for a single response.
         """
-        decoder = Decoder(policy.model, Sampler(self.settings), self.stop_ids, self.pad_id)
-        responses: dict[int, Response] = {}
-        for group in policy.batch_groups({request.policy for request in requests}):
-            members = [i for i, request in enumerate(requests) if request.policy in group]
-            for batch in self._batches(decoder, [requests[i] for i in members]):
-                indices = [members[i] for i in batch]
-                decoded = self._decode(policy, decoder, group, [requests[i] for i in indices])
-                responses.update(zip(indices, decoded, strict=True))
-        return [responses[i] for i in range(len(requests))]
+        while True:
+            try:
+                return self._generate(policy, requests)
+            except _TooLarge as error:
+                tokens = error.tokens
+            # Outside `except`, where the error and the tensors in its traceback have been freed.
+            self._halve(tokens)
 
     @property
     def deviations(self) -> Mapping[str, Any]:
         """The reduced batch size, if memory did not suffice for the one in the settings."""
         return {} if self._halved is None else {"batch_tokens": self._halved}
 
-    def _batch_tokens(self, decoder: Decoder) -> int:
-        return self._halved or self.settings.batch_tokens or default_batch_tokens(decoder.model)
+    def _generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
+        decoder = Decoder(policy.model, Sampler(self.settings), self.stop_ids, self.pad_id)
+        responses: dict[int, Response] = {}
+        for group in policy.batch_groups({request.policy for request in requests}):
+            members = [i for i, request in enumerate(requests) if request.policy in group]
+            for queue in self._queues(decoder, requests, members):
+                asked = [requests[i] for i in queue.indices]
+                try:
+                    with policy.at_rows(group) as routing:
+                        decoded = decoder.decode(asked, routing, queue.slots)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if queue.slots == 1:
+                        raise SpinError(
+                            f"there is not enough memory to generate one response ({error})",
+                            fix="set a smaller data.max_response_tokens, or quantization: nf4",
+                        ) from error
+                    raise _TooLarge(queue.tokens) from error
+                responses.update(zip(queue.indices, decoded, strict=True))
+        return [responses[i] for i in range(len(requests))]
 
-    def _batches(self, decoder: Decoder, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Split requests into batches of prompts of similar, or if needed of equal, length."""
-
-        def prompt(i: int) -> int:
-            return len(requests[i].prompt_ids)
-
-        everything = range(len(requests))
-        parts = [list(everything)]
+    def _queues(
+        self, decoder: Decoder, requests: Sequence[Request], members: Sequence[int]
+    ) -> Iterator[_Queue]:
+        """Split some requests into queues of similar, or if needed of equal, lengths."""
+        tokens = self._halved or self.settings.batch_tokens or default_batch_tokens(decoder.model)
+        parts = [list(members)]
         if decoder.needs_equal_lengths:
             self._note_lengths(decoder)
-            parts = [list(part) for _, part in groupby(sorted(everything, key=prompt), prompt)]
+            by_prompt = sorted(members, key=lambda i: len(requests[i].prompt_ids))
+            grouped = groupby(by_prompt, lambda i: len(requests[i].prompt_ids))
+            parts = [list(part) for _, part in grouped]
         for part in parts:
-            lengths = [_cached_tokens(requests[i]) for i in part]
-            for batch in group_by_length(lengths, self._batch_tokens(decoder)):
-                yield [part[i] for i in batch]
+            left = sorted(part, key=lambda i: (-requests[i].total, i))
+            while left:
+                queue = _first_queue(decoder, requests, left, tokens)
+                yield queue
+                left = left[len(queue.indices) :]
 
-    def _decode(
-        self,
-        policy: Policy,
-        decoder: Decoder,
-        group: Sequence[PolicyId],
-        requests: Sequence[Request],
-    ) -> list[Response]:
-        """Decode a batch, in halves if memory does not suffice for it."""
-        try:
-            with policy.at_rows(group) as routing:
-                return decoder.decode(requests, routing)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(requests) == 1:
-                raise SpinError(
-                    f"there is not enough memory to generate one response ({error})",
-                    fix="set a smaller data.max_response_tokens, or quantization: nf4",
-                ) from error
-        # Outside `except`, where the error and the tensors in its traceback have been freed.
-        self._halve(decoder, requests)
-        half = len(requests) // 2
-        parts = (requests[:half], requests[half:])
-        return [r for part in parts for r in self._decode(policy, decoder, group, part)]
-
-    def _halve(self, decoder: Decoder, requests: Sequence[Request]) -> None:
+    def _halve(self, tokens: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tokens = len(requests) * max(_cached_tokens(request) for request in requests)
-        self._halved = max(1, min(self._batch_tokens(decoder), tokens) // 2)
+        self._halved = max(1, tokens // 2)
         rank_zero_info(
             f"NOTE: memory did not suffice to decode {tokens} tokens at once; continuing with "
             f"generation.batch_tokens {self._halved}. A run that starts with this value makes the "
@@ -162,7 +181,23 @@ def tokens_in_cache(config: PretrainedConfig, memory: int, element_size: int) ->
     return int(min(_MAX_BATCH_TOKENS, max(1, memory // bytes_per_token)))
 
 
-def _cached_tokens(request: Request) -> int:
-    """Tokens that a request takes in the cache at most; twice as many if mixed with the base."""
-    copies = 2 if request.policy.mixes_base else 1
-    return copies * (len(request.prompt_ids) + request.cap)
+def _first_queue(
+    decoder: Decoder, requests: Sequence[Request], order: Sequence[int], tokens: int
+) -> _Queue:
+    """The first of some requests that are decoded together.
+
+    Args:
+        decoder: The decoder.
+        requests: All requests.
+        order: Indices of those that are left, longest first.
+        tokens: Tokens, padding included, whose keys and values fit into memory.
+    """
+    columns = decoder.columns_of([requests[i] for i in order], refilled=False)
+    most = max(1, tokens // columns)
+    if most >= len(order) or decoder.needs_equal_lengths:
+        return _Queue(order[:most], min(most, len(order)), columns)
+    # Every slot has room for the longest request, so much shorter ones have slots of their own.
+    similar = [i for i in order if 2 * requests[i].total > requests[order[0]].total]
+    columns = decoder.columns_of([requests[i] for i in similar], refilled=True)
+    most = max(1, tokens // columns)
+    return _Queue(similar, min(most, len(similar)), columns)

@@ -22,15 +22,16 @@ class GenerationSettings:
     Attributes:
         batch_tokens: Maximum number of padded tokens decoded at once; default None derives it from
             the model's size, and on a GPU from the card's memory.
-        unit_size: Rows of a work unit. They are decoded and written together; a crash loses one
-            unit.
+        unit_size: Rows of a work unit. They are decoded and written together: more of them are
+            faster, but a crash loses one unit. Default None is an eighth of an iterate's rows,
+            rounded down to a power of two, at least 64 and at most 512.
         temperature: Divides the logits, > 0.
         top_p: Keep the most likely tokens up to this total probability; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
     """
 
     batch_tokens: int | None = None
-    unit_size: int = 64
+    unit_size: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -44,7 +45,10 @@ class GenerationSettings:
                     self.batch_tokens is None or is_whole(self.batch_tokens, 1),
                     "a whole number > 0, or null",
                 ),
-                "unit_size": (is_whole(self.unit_size, 1), "a whole number of rows > 0"),
+                "unit_size": (
+                    self.unit_size is None or is_whole(self.unit_size, 1),
+                    "a whole number of rows > 0, or null",
+                ),
                 "temperature": (
                     is_number(self.temperature) and self.temperature >= _COLDEST,
                     f"a number >= {_COLDEST}; 1 is what self-play assumes, top_k: 1 is greedy",

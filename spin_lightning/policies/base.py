@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,42 +16,19 @@ from spin_lightning.packing import pad_prompts
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
 
-class Slots(NamedTuple):
-    """The rows of the model's own batch and cache.
+class RowRouting(Protocol):
+    """Which policy computes each row of a batch, inside `Policy.at_rows`.
 
-    A row of the caller takes one slot; a row mixed with the base takes a second one.
-
-    Attributes:
-        rows: The caller's row in each slot, int64, shape [slots].
-        is_base: Whether a slot holds the base's copy of a row mixed with the base, bool,
-            shape [slots].
+    The model's own batch and cache have a lane per row: lane i computes row i. Where rows are mixed
+    with the base there are two: of n rows, lane n + i is the base's copy of row i.
     """
 
-    rows: Tensor
-    is_base: Tensor
-
-
-class RowRouting(Protocol):
-    """Which policy computes each row of a batch, inside `Policy.at_rows`."""
-
-    def assign(self, ids: Sequence[PolicyId]) -> Slots:
+    def assign(self, ids: Sequence[PolicyId]) -> None:
         """Set the policy of each row of the forward passes that follow.
 
         Args:
-            ids: One per row, each from the group given to `at_rows`.
-
-        Returns:
-            The slots in which the model computes the rows.
-        """
-
-    def keep(self, staying: Tensor) -> Tensor:
-        """Drop the rows that are not `staying`; the others keep their order.
-
-        Args:
-            staying: Which rows stay, bool, shape [n].
-
-        Returns:
-            For each new slot the old slot to take its cache from, int64.
+            ids: One per row, each from the group given to `at_rows`; all of them are mixed with
+                the base, or none is. Long rows are fastest with those of one policy side by side.
         """
 
 
@@ -111,6 +88,8 @@ class Policy(nn.Module, ABC):
     def batch_groups(self, ids: Collection[PolicyId]) -> list[list[PolicyId]]:
         """Split policies into groups that can share a batch; by default, one per group.
 
+        Policies that are mixed with the base share no group with others.
+
         Args:
             ids: Policies, with or without repeats.
 
@@ -131,7 +110,7 @@ class Policy(nn.Module, ABC):
         """
         (policy_id,) = group
         with self.at(*policy_id):
-            yield SinglePolicy(self.device, copies=2 if policy_id.mixes_base else 1)
+            yield SinglePolicy()
 
     @abstractmethod
     def snapshot(self, folder: Path) -> dict[str, str]:
@@ -155,24 +134,7 @@ class Policy(nn.Module, ABC):
 
 
 class SinglePolicy:
-    """The routing of a group of one: row i is in slot i, its base copy in slot n + i.
+    """The routing of a group of one, whose model doubles its batch itself where it has to."""
 
-    Args:
-        device: Where the model is.
-        copies: Slots per row.
-    """
-
-    def __init__(self, device: torch.device, copies: int) -> None:
-        """Keep device and copies."""
-        self._device = device
-        self._copies = copies
-
-    def assign(self, ids: Sequence[PolicyId]) -> Slots:
+    def assign(self, ids: Sequence[PolicyId]) -> None:
         """See `RowRouting.assign`; all ids are the one policy's."""
-        rows = torch.arange(len(ids), device=self._device)
-        slots = torch.arange(len(ids) * self._copies, device=self._device)
-        return Slots(rows.repeat(self._copies), slots >= len(ids))
-
-    def keep(self, staying: Tensor) -> Tensor:
-        """See `RowRouting.keep`."""
-        return staying.repeat(self._copies).nonzero().squeeze(-1)

@@ -235,7 +235,9 @@ class LoraPolicy(Policy):
         ordered = sorted(set(ids))
         if not self._can_share_batch(ordered):
             return super().batch_groups(ordered)
-        return [ordered[i : i + _GROUP] for i in range(0, len(ordered), _GROUP)]
+        # Rows that are mixed with the base take two lanes of the model's batch.
+        alike = [[i for i in ordered if i.mixes_base == mixed] for mixed in (False, True)]
+        return [part[i : i + _GROUP] for part in alike for i in range(0, len(part), _GROUP)]
 
     @contextmanager
     def at_rows(self, group: Collection[PolicyId]) -> Iterator[RowRouting]:

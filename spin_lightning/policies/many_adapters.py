@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spin_lightning.frozen_linear import add_product
-from spin_lightning.policies.base import Slots
 from spin_lightning.policies.token_mixture import meeting
 from spin_lightning.types import PolicyId
 
@@ -24,14 +23,12 @@ _TOKENS_OF_ONE = 64
 
 # Adapters of a layer and their ranks, in the order of its hidden units.
 Layout = tuple[tuple[str, int], ...]
+# Lanes of one adapter: a slice if they lie side by side, else their indices.
+Lanes = slice | Tensor
 
 
 class AdapterRouting:
-    """Which adapter each row of a batch uses, and which rows are mixed with the base.
-
-    Each row has a slot in the model's batch and cache. A row mixed with the base has a second slot,
-    computed with the base's adapter. Slots are sorted by adapter; those of the bare base come
-    first.
+    """Which adapter each row of a batch uses, see `RowRouting`.
 
     Args:
         adapters: Name of each iterate's adapter, None for the bare base. Iterate 0 is among them
@@ -40,8 +37,8 @@ class AdapterRouting:
 
     Attributes:
         names: Names of all adapters, sorted.
-        spans: The adapters in use, each with the slice of its slots.
-        adapted: Slice of the slots that use an adapter.
+        lanes: The adapters in use, each with its lanes.
+        adapted: Slice of the lanes that can have an adapter.
     """
 
     def __init__(self, adapters: Mapping[int, str | None], device: torch.device) -> None:
@@ -49,91 +46,86 @@ class AdapterRouting:
         self._adapters = dict(adapters)
         self._device = device
         self.names = sorted(name for name in self._adapters.values() if name is not None)
+        # By number of lanes. They keep their addresses, which a captured graph needs.
+        self._masks: dict[tuple[int, Layout, torch.dtype], Tensor] = {}
+        self._alphas: dict[int, Tensor] = {}
         self.assign([])
 
-    def assign(self, ids: Sequence[PolicyId]) -> Slots:
-        """Set the policy of each row of the forward passes that follow; return the slots."""
-        mixed = [row for row, policy_id in enumerate(ids) if policy_id.mixes_base]
-        names = [self._adapters[i] for i, _ in ids] + [self._adapters[0] for _ in mixed]
-        numbers = torch.tensor([-1 if n is None else self.names.index(n) for n in names]).long()
-        order = numbers.argsort(stable=True)
-        rows = torch.tensor([*range(len(ids)), *mixed]).long()
-        self._adapter = numbers[order]
-        self._slots = Slots(rows[order].to(self._device), (order >= len(ids)).to(self._device))
-        self._alpha = torch.tensor([alpha for _, alpha in ids], device=self._device)
-        self._index()
-        return self._slots
+    def assign(self, ids: Sequence[PolicyId]) -> None:
+        """See `RowRouting.assign`.
 
-    def keep(self, staying: Tensor) -> Tensor:
-        """Drop the rows that are not `staying`; return the old slot of each new slot.
-
-        Freed slots are filled from the end, so that few slots move.
+        Raises:
+            ValueError: Some rows are mixed with the base, and some are not.
         """
-        rows, is_base = self._slots
-        stays = staying[rows].cpu()
-        adapter = self._adapter[stays]
-        count = len(adapter)
-        in_place = stays[:count] & (self._adapter[:count] == adapter)
-        order = torch.arange(count)
-        # Both are sorted by adapter, so that each freed slot gets a row of the right one.
-        stays[:count] &= ~in_place
-        order[~in_place] = stays.nonzero().squeeze(-1)
-        self._adapter = adapter
-        order = order.to(self._device)
-        self._slots = Slots((staying.cumsum(0) - 1)[rows[order]], is_base[order])
-        self._alpha = self._alpha[staying]
-        self._index()
-        return order
-
-    def _index(self) -> None:
-        """Derive from the slots what each forward pass needs."""
-        rows, is_base = self._slots
-        base, own = is_base.nonzero().squeeze(-1), (~is_base).nonzero().squeeze(-1)
-        self._own = torch.empty_like(own)  # slot of each row
-        self._own[rows[own]] = own
-        self._base, self._mixed = base, rows[base]  # slots of base copies, and their rows
-        self._is_plain = len(base) == 0 and bool((own == self._own).all())
-        self._masks: dict[Layout, Tensor] = {}
-        numbers, counts = self._adapter.unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0)
-        spans = zip(numbers.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
-        self.spans = [(self.names[n], slice(start, end)) for n, start, end in spans if n >= 0]
-        bare = int((self._adapter < 0).sum())
-        self.adapted, self._adapted = slice(bare, None), self._adapter[bare:]
+        self.is_mixed = any(policy_id.mixes_base for policy_id in ids)
+        if self.is_mixed and not all(policy_id.mixes_base for policy_id in ids):
+            raise ValueError("rows that are mixed with the base need batches of their own")
+        names = [self._adapters[i] for i, _ in ids]
+        if self.is_mixed:
+            names += [self._adapters[0]] * len(ids)
+            alphas = torch.tensor([alpha for _, alpha in ids]).view(-1, 1, 1)
+            _refresh(self._alphas, len(ids), alphas, self._device)
+        is_bare = self.is_mixed and self._adapters[0] is None
+        self.adapted = slice(0, len(ids) if is_bare else len(names))
+        numbers = [-1 if name is None else self.names.index(name) for name in names]
+        self._owners = torch.tensor(numbers, dtype=torch.long)
+        self._count = len(ids)
+        self.lanes = list(self._lanes_by_adapter())
+        for key in self._masks:
+            if key[0] == len(names):
+                _refresh(self._masks, key, self._mask(*key[1:]), self._device)
 
     @property
     def is_assigned(self) -> bool:
         """Whether there are rows."""
-        return len(self._adapter) > 0
+        return self._count > 0
 
     def mask(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """1 where an adapted slot uses a hidden unit of a layer, shape [slots, 1, units]."""
-        if layout not in self._masks:
-            owners = [self.names.index(name) for name, rank in layout for _ in range(rank)]
-            uses = self._adapted[:, None] == torch.tensor(owners)
-            self._masks[layout] = uses[:, None].to(self._device, dtype)
-        return self._masks[layout]
+        """1 where an adapted lane uses a hidden unit of a layer, shape [lanes, 1, units]."""
+        key = len(self._owners), layout, dtype
+        if key not in self._masks:
+            _refresh(self._masks, key, self._mask(layout, dtype), self._device)
+        return self._masks[key]
 
     def spread(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the slots, from those of the rows."""
-        if self._is_plain:
+        """Inputs of the lanes, from those of the rows."""
+        if not self.is_mixed:
             return inputs
         return {
-            name: value.index_select(0, self._slots.rows) if isinstance(value, Tensor) else value
+            name: torch.cat([value, value]) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
 
     def meet(self, values: Tensor) -> Tensor:
-        """Hidden states or logits of the rows, from those of the slots."""
-        if self._is_plain:
+        """Hidden states or logits of the rows, from those of the lanes."""
+        if not self.is_mixed:
             # A slice of the last columns, which a product would process row by row.
             return values.contiguous()
-        own = values.index_select(0, self._own)
-        if not len(self._base):
-            return own
-        alpha = self._alpha[self._mixed].to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-        met = torch.lerp(own[self._mixed], values[self._base], alpha)
-        return own.index_copy(0, self._mixed, met)
+        own, base = values.chunk(2)
+        return torch.lerp(own, base, self._alphas[self._count].to(values.dtype))
+
+    def _mask(self, layout: Layout, dtype: torch.dtype) -> Tensor:
+        owners = [self.names.index(name) for name, rank in layout for _ in range(rank)]
+        return (self._owners[self.adapted, None] == torch.tensor(owners))[:, None].to(dtype)
+
+    def _lanes_by_adapter(self) -> Iterator[tuple[str, Lanes]]:
+        for number, name in enumerate(self.names):
+            lanes = (self._owners == number).nonzero().squeeze(-1)
+            if not len(lanes):
+                continue
+            first, last = int(lanes[0]), int(lanes[-1])
+            if last - first < len(lanes):
+                yield name, slice(first, last + 1)
+            else:
+                yield name, lanes.to(self._device)
+
+
+def _refresh(tensors: dict[Any, Tensor], key: Any, values: Tensor, device: torch.device) -> None:
+    """Set a tensor to other values, at the same address if it exists."""
+    if key in tensors:
+        tensors[key].copy_(values)
+    else:
+        tensors[key] = values.to(device)
 
 
 @contextmanager
@@ -142,11 +134,12 @@ def many_adapters(
 ) -> Iterator[AdapterRouting]:
     """Let every row of a batch use the adapter of its own iterate inside the block.
 
-    Every layer starts with W x of all rows. With many tokens, as in prompts, adapters are added one
-    by one. With few, as in decoding, they are concatenated:
-    [s_1 B_1 … s_h B_h] (m * [A_1; …; A_h] x), with a mask m per row that is 1 on the units of the
-    row's own adapter. That is two products, whatever the number of adapters. Leaving the block
-    restores the forward of each layer.
+    Every layer starts with W x of all lanes. With many tokens, as in prompts, adapters are added
+    one by one. With few, as in decoding, they are concatenated:
+    [s_1 B_1 … s_h B_h] (m * [A_1; …; A_h] x), with a mask m per lane that is 1 on the units of the
+    lane's own adapter. That is two products, whatever the number of adapters; on a GPU a decoding
+    step always takes them, so that its kernels stay the same while rows come and go. Leaving the
+    block restores the forward of each layer.
 
     Args:
         model: A PEFT model in eval mode, of which `are_plain` holds for these adapters.
@@ -236,16 +229,26 @@ def _routed_forward(layer: Any, routing: AdapterRouting) -> Callable[..., Tensor
                 "module or `generate`"
             )
         y = base(x).contiguous()
-        spans = [(halves[name], slots) for name, slots in routing.spans if name in halves]
-        if x.shape[:-1].numel() >= _TOKENS_OF_ONE * len(routing.spans):
-            for (own_down, own_up), slots in spans:
-                add_product(y[slots], x[slots].to(own_down.dtype) @ own_down, own_up)
-        elif spans:
+        is_many = x.shape[:-1].numel() >= _TOKENS_OF_ONE * len(routing.lanes)
+        if is_many and not (x.is_cuda and x.shape[1] == 1):
+            for name, lanes in routing.lanes:
+                if name in halves:
+                    _add_to_lanes(y, x, lanes, *halves[name])
+        else:
             hidden = x[routing.adapted].to(down.dtype) @ down
             add_product(y[routing.adapted], hidden * routing.mask(layout, down.dtype), up)
         return y
 
     return forward
+
+
+def _add_to_lanes(y: Tensor, x: Tensor, lanes: Lanes, down: Tensor, up: Tensor) -> None:
+    """Add x @ down @ up to y in some lanes."""
+    hidden = x[lanes].to(down.dtype) @ down
+    if isinstance(lanes, slice):
+        add_product(y[lanes], hidden, up)
+    else:
+        y.index_add_(0, lanes, (hidden @ up).to(y.dtype))
 
 
 def _replace_forward(layer: Any, forward: Callable[..., Tensor]) -> Callable[[], None]:

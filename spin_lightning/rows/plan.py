@@ -14,6 +14,7 @@ from spin_lightning.rows.manifest import Manifest
 from spin_lightning.rows.store import RowTable
 from spin_lightning.types import Example, PolicyId
 
+_SMALLEST_UNIT, _LARGEST_UNIT = 64, 512
 # Weights that differ by less count as equal.
 _SAME_WEIGHT = 1e-12
 
@@ -54,13 +55,13 @@ class RowSettings:
 
     Attributes:
         seed: Seed of the run.
-        unit_size: Rows of a work unit.
+        unit_size: Rows of a work unit; None derives it, see `unit_size_of`.
         cap: Most response tokens, including the stop id.
         context: Most tokens of prompt and response together.
     """
 
     seed: int
-    unit_size: int
+    unit_size: int | None
     cap: int
     context: int
 
@@ -75,7 +76,7 @@ class RowPlan:
         members: Iterates whose log-probs are stored, ascending.
         seed: Seed of the run.
         samples: Responses per prompt.
-        unit_size: Rows of a work unit.
+        unit_size: Rows of a work unit; None derives it, see `unit_size_of`.
         cap: Most response tokens, including the stop id.
         context: Most tokens of prompt and response together.
         token_alpha: Base weight of the token-level mixtures that are scored; 0 without any.
@@ -91,7 +92,7 @@ class RowPlan:
     members: tuple[int, ...]
     seed: int
     samples: int
-    unit_size: int
+    unit_size: int | None
     cap: int
     context: int
     token_alpha: float = 0.0
@@ -128,7 +129,7 @@ class RowPlan:
             members=self.members,
             rows=len(examples) * self.rows_per_example,
             units=unit_count(self, examples),
-            unit_size=self.unit_size,
+            unit_size=unit_size_of(self, examples),
             cap=self.cap,
             token_alpha=self.token_alpha,
             token_members=self.token_members,
@@ -263,12 +264,25 @@ def units(
 ) -> Iterator[list[RowDraw]]:
     """The rows of each work unit of a plan, in order."""
     draws = (draw for example in examples for draw in draws_of(plan, example, earlier))
-    return iter(lambda: list(islice(draws, plan.unit_size)), [])
+    size = unit_size_of(plan, examples)
+    return iter(lambda: list(islice(draws, size)), [])
 
 
 def unit_count(plan: RowPlan, examples: Sequence[Example]) -> int:
     """Number of work units of a plan."""
-    return -(-len(examples) * plan.rows_per_example // plan.unit_size)
+    return -(-len(examples) * plan.rows_per_example // unit_size_of(plan, examples))
+
+
+def unit_size_of(plan: RowPlan, examples: Sequence[Example]) -> int:
+    """Rows of each work unit of a plan but the last.
+
+    By default the units are large, so that few slots are free in the end of each, but there are
+    eight or more, for processes to share and for a crash to lose little.
+    """
+    if plan.unit_size is not None:
+        return plan.unit_size
+    eighth = len(examples) * plan.rows_per_example // 8
+    return min(max(1 << max(eighth.bit_length() - 1, 0), _SMALLEST_UNIT), _LARGEST_UNIT)
 
 
 def draws_of(plan: RowPlan, example: Example, earlier: EarlierRows = NO_ROWS) -> Iterator[RowDraw]:

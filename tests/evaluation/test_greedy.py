@@ -95,8 +95,8 @@ def test_a_row_that_has_ended_takes_no_further_token(lm, monkeypatch):
     lengths = [len(words) for words in answers]
     assert len(set(lengths)) > 1
     assert not any(stop in words[:-1] for words in answers)
-    # The prompts, then one token for each answer that goes on.
-    assert read[1:] == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    # The prompts without their last tokens, then one token for each answer that goes on.
+    assert read[1:] == [sum(n > step for n in lengths) for step in range(max(lengths))]
 
 
 def test_sampled_and_penalized_answers_come_from_generate(lm, decoded):

@@ -159,7 +159,7 @@ def test_responses_finish_exactly_at_a_stop_id_and_keep_to_their_own_cap(generat
 @pytest.mark.parametrize("uniform", [0.0, np.nextafter(1.0, 0.0)])
 def test_ids_of_the_most_extreme_uniforms_have_probability(uniform, generate, models, monkeypatch):
     monkeypatch.setattr(
-        "spin_lightning.generation.decoding.position_uniforms",
+        "spin_lightning.generation.written.position_uniforms",
         lambda key, count: np.full(count, uniform),
     )
     requests = some_requests(12)

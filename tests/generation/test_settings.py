@@ -27,7 +27,7 @@ def test_generation_settings_that_only_change_the_cost_are_exact():
     ("name", "value", "fix"),
     [
         ("batch_tokens", 0, "give a whole number > 0, or null"),
-        ("unit_size", 0, "give a whole number of rows > 0"),
+        ("unit_size", 0, "give a whole number of rows > 0, or null"),
         ("temperature", 0.0, "give a number >= 1e-06"),
         ("temperature", -1.0, "give a number >= 1e-06"),
         ("temperature", nan, "give a number >= 1e-06"),

@@ -73,61 +73,38 @@ def wanted(models: dict[int, nn.Module], policies: list[PolicyId], ids: Tensor) 
     return torch.stack(rows)
 
 
-POLICIES = [
-    PolicyId(1),
-    PolicyId(0),
-    PolicyId(3, 0.4),
-    PolicyId(2),
-    PolicyId(0, 0.5),
-    PolicyId(2, 0.7),
-    PolicyId(3),
-    PolicyId(1, 0.4),
-]
+PLAIN = [PolicyId(1), PolicyId(0), PolicyId(3), PolicyId(2), PolicyId(0, 0.5), PolicyId(3)]
+MIXED = [PolicyId(3, 0.4), PolicyId(2, 0.7), PolicyId(1, 0.4), PolicyId(2, 0.4)]
 
 
+@pytest.mark.parametrize("policies", [PLAIN, MIXED], ids=["plain", "mixed"])
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize(("quantization", "atol"), [("none", 1e-5), ("nf4", 1e-4)])
 def test_rows_of_a_batch_are_those_of_their_policies(
-    one_by_one, initial, quantization, atol, model_dir, tmp_path, monkeypatch
+    policies, one_by_one, initial, quantization, atol, model_dir, tmp_path, monkeypatch
 ):
+    """Also when other rows of the same number take their place, and then fewer."""
     tokens = 1 if one_by_one else 1000
     monkeypatch.setattr("spin_lightning.policies.many_adapters._TOKENS_OF_ONE", tokens)
     policy, models = make_policy(model_dir, tmp_path, initial=initial, quantization=quantization)
-    (group,) = policy.batch_groups(POLICIES)
-    ids = IDS.repeat(4, 1)
+    (group,) = policy.batch_groups(policies)
     with policy.at_rows(group) as routing:
-        slots = routing.assign(POLICIES)
-        # Slots of the base, then of iterates 1, 2 and 3; rows 2, 5 and 7 are mixed.
-        assert slots.rows.tolist() == [1, 4, 2, 5, 7, 0, 7, 3, 5, 2, 6]
-        assert slots.is_base.nonzero().squeeze(-1).tolist() == [2, 3, 4]
-        found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
-    torch.testing.assert_close(found, wanted(models, POLICIES, ids), atol=atol, rtol=0)
-
-
-def test_rows_that_stay_keep_their_policies(plain_policy):
-    """`keep` returns the slot of each row in the cache."""
-    policy, models = plain_policy
-    policies, ids = POLICIES, IDS.repeat(4, 1)
-    with policy.at_rows(policy.batch_groups(POLICIES)[0]) as routing:
-        rows = routing.assign(policies).rows
-        for staying in (
-            [True, False, True, True, True, True, False, True],
-            [True, True, False, True, False, True],
-            [False, False, True, True],
-            [True, False],
-        ):
-            stays = torch.tensor(staying)
-            order = routing.keep(stays)
-            kept = sorted(slot for slot, row in enumerate(rows.tolist()) if stays[row])
-            assert sorted(order.tolist()) == kept
-            moves = (order != torch.arange(len(order))).sum()
-            assert moves <= 4 * (len(rows) - len(order)), "each free slot, per adapter"
-            rows = (stays.cumsum(0) - 1)[rows[order]]
-            policies = [own for own, stay in zip(policies, staying, strict=True) if stay]
-            ids = ids[stays]
+        for rows in (policies, policies[::-1], policies[:3]):
+            ids = IDS.repeat(4, 1)[: len(rows)]
+            routing.assign(rows)
             found = policy.model(input_ids=ids).logits.double().log_softmax(-1)
-            torch.testing.assert_close(found, wanted(models, policies, ids), atol=1e-5, rtol=0)
+            torch.testing.assert_close(found, wanted(models, rows, ids), atol=atol, rtol=0)
+
+
+def test_rows_that_are_mixed_with_the_base_share_no_batch_with_others(plain_policy):
+    policy, _ = plain_policy
+    assert policy.batch_groups([*PLAIN, *MIXED]) == [sorted({*PLAIN}), sorted({*MIXED})]
+    with (
+        policy.at_rows([PolicyId(1), PolicyId(2, 0.5)]) as routing,
+        pytest.raises(ValueError, match="batches of their own"),
+    ):
+        routing.assign([PolicyId(1), PolicyId(2, 0.5)])
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -146,8 +123,8 @@ def test_leaving_restores_the_forward_of_each_layer(fails, plain_policy):
     before = policy.model(input_ids=IDS).logits
     grads = [parameter.requires_grad for parameter in policy.parameters()]
     try:
-        with policy.at_rows([PolicyId(1), PolicyId(2, 0.5)]) as routing:
-            routing.assign([PolicyId(1), PolicyId(2, 0.5)])
+        with policy.at_rows([PolicyId(1), PolicyId(2)]) as routing:
+            routing.assign([PolicyId(1), PolicyId(2)])
             assert not policy.training
             policy.model(input_ids=IDS)
             if fails:
@@ -180,13 +157,14 @@ def test_adapters_that_are_not_plain_get_batches_of_their_own(kind, model_dir, t
     assert policy.batch_groups([PolicyId(4), PolicyId(1)]) == [[PolicyId(1)], [PolicyId(4)]]
     for policy_id in (PolicyId(4), PolicyId(1)):
         with policy.at_rows([policy_id]) as routing:
-            assert routing.assign([policy_id, policy_id]).rows.tolist() == [0, 1]
+            routing.assign([policy_id, policy_id])
             found = policy.model(input_ids=IDS).logits.double().log_softmax(-1)
         torch.testing.assert_close(found, wanted(models, [policy_id] * 2, IDS), atol=1e-5, rtol=0)
 
 
 def test_batch_groups_have_at_most_sixteen_policies(plain_policy):
     policy, _ = plain_policy
-    ids = [PolicyId(t, alpha / 10) for t in range(4) for alpha in range(5)]
-    assert [len(group) for group in policy.batch_groups(ids)] == [16, 4]
-    assert [policy_id for group in policy.batch_groups(ids[::-1]) for policy_id in group] == ids
+    ids = [PolicyId(t, alpha / 10) for t in range(4) for alpha in range(7)]
+    plain = [policy_id for policy_id in ids if not policy_id.mixes_base]
+    mixed = [policy_id for policy_id in ids if policy_id.mixes_base]
+    assert policy.batch_groups(ids[::-1]) == [plain, mixed[:16], mixed[16:]]

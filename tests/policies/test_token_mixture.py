@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spin_lightning import packing
 from spin_lightning.generation.base import Request
-from spin_lightning.generation.kv_cache import PreallocatedCache
+from spin_lightning.generation.kv_cache import ColumnCache
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import position_uniforms
@@ -255,13 +255,13 @@ def some_requests(count: int = 60) -> list[Request]:
 def test_decoding_step_by_step_samples_the_mixture_of_whole_sequences(players, monkeypatch):
     """Every id is the inverse CDF of its uniform given the ids before it, computed from scratch."""
     compactions = []
-    select = PreallocatedCache.batch_select_indices
+    select = ColumnCache.select
 
-    def spy(cache: PreallocatedCache, indices: Tensor) -> None:
-        compactions.append(len(indices))
-        select(cache, indices)
+    def spy(cache: ColumnCache, lanes: Tensor) -> None:
+        compactions.append(len(lanes))
+        select(cache, lanes)
 
-    monkeypatch.setattr(PreallocatedCache, "batch_select_indices", spy)
+    monkeypatch.setattr(ColumnCache, "select", spy)
     generator = LocalGenerator((STOP,), PAD, GenerationSettings(batch_tokens=300))
     requests = some_requests()
     responses = generator.generate(players.policy, requests)

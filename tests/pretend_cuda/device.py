@@ -221,7 +221,8 @@ def _varlen(name: str, args: tuple[Any, ...]) -> Any:
     if name == "torch_attn::_varlen_attn":
         query, key, value, *starts = inner[:5]
         most, is_causal, scale, window = inner[5:7], *inner[7:10]
-        call = Sequences.of((query, key, value), tuple(starts), scale, window)
+        used = inner[11] if len(inner) > 11 else None
+        call = Sequences.of((query, key, value), tuple(starts), scale, window, used)
         call.check(most, is_causal)
         lse = torch.zeros(query.shape[1], len(query))
         return tree_map(_claim, (call.forward(), lse, torch.zeros(2, dtype=torch.uint64)))

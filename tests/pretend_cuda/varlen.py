@@ -24,6 +24,7 @@ class Sequences(NamedTuple):
         key_starts: Likewise.
         scale: Factor of the scores.
         window: Positions to the left and right that a query sees; -1 for all.
+        used: Number of keys of each sequence, the first ones; None for all, int32.
     """
 
     query: Tensor
@@ -33,6 +34,7 @@ class Sequences(NamedTuple):
     key_starts: Tensor
     scale: float
     window: Sequence[int]
+    used: Tensor | None = None
 
     @classmethod
     def of(
@@ -41,10 +43,11 @@ class Sequences(NamedTuple):
         starts: tuple[Tensor, Tensor],
         scale: float | None,
         window: Sequence[int],
+        used: Tensor | None = None,
     ) -> "Sequences":
         """Arguments of a call, with the default of the scale."""
         default = tensors[0].shape[-1] ** -0.5
-        return cls(*tensors, *starts, default if scale is None else scale, window)
+        return cls(*tensors, *starts, default if scale is None else scale, window, used)
 
     def check(self, most: tuple[int, int], is_causal: bool) -> None:
         """Assert what the kernel requires."""
@@ -61,6 +64,10 @@ class Sequences(NamedTuple):
             assert starts.is_contiguous()
             assert int(starts[-1]) == len(tensor)
             assert int(starts.diff().max()) == longest
+        if self.used is not None:
+            assert self.used.dtype == torch.int32
+            assert (self.used > 0).all()
+            assert (self.used <= self.key_starts.diff()).all()
 
     def forward(self) -> Tensor:
         """The attended values, shape [queries, heads, head size]."""
@@ -92,7 +99,8 @@ class Sequences(NamedTuple):
         """Queries and keys of every sequence, and which query sees which key."""
         left, right = self.window
         starts = (self.query_starts.tolist(), self.key_starts.tolist())
-        for (a, b), (c, d) in zip(*map(itertools.pairwise, starts), strict=True):
+        for i, ((a, b), (c, d)) in enumerate(zip(*map(itertools.pairwise, starts), strict=True)):
+            d = d if self.used is None else c + int(self.used[i])
             distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
             seen = torch.ones_like(distance, dtype=torch.bool)
             seen = seen if right < 0 else seen & (distance >= -right)

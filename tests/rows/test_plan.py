@@ -18,6 +18,7 @@ from spin_lightning.rows.plan import (
     plan_rows,
     redrawn,
     unit_count,
+    unit_size_of,
     units,
 )
 from spin_lightning.types import Example
@@ -81,7 +82,8 @@ def test_manifest_of_a_plan_counts_its_rows_and_units():
 
 
 @pytest.mark.parametrize(
-    ("unit_size", "sizes"), [(16, [16, 16, 16, 16, 6]), (35, [35, 35]), (999, [70])]
+    ("unit_size", "sizes"),
+    [(16, [16, 16, 16, 16, 6]), (35, [35, 35]), (999, [70]), (None, [64, 6])],
 )
 def test_units_hold_every_sample_of_every_example_once(unit_size, sizes):
     plan = replace(PLAN, unit_size=unit_size)
@@ -91,6 +93,15 @@ def test_units_hold_every_sample_of_every_example_once(unit_size, sizes):
     assert [(draw.example, draw.sample) for unit in made for draw in unit] == [
         (example, sample) for example in EXAMPLES for sample in (0, 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(1, 64), (511, 64), (512, 128), (1_023, 128), (2_048, 512), (90_000, 512)]
+)
+def test_units_are_an_eighth_of_the_rows_by_default(count, size):
+    """Of 2 samples each; rounded down to a power of two from 64 to 512."""
+    examples = EXAMPLES[:1] * count
+    assert unit_size_of(replace(PLAN, unit_size=None), examples) == size
 
 
 def test_draw_key_and_opponent_depend_on_seed_iterate_example_and_sample_alone():
