@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spin_lightning.errors import first_line
 from spin_lightning.out_of_memory import is_out_of_memory
+from spin_lightning.policies import flex_trial
 from spin_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def check_passes(policy: LoraPolicy, batch: PromptBatch) -> None:
         return
     within = _tolerance(policy)
     if found.agrees(within):
+        policy.deviations = flex_trial.deviations()
         rank_zero_info(f"Self-check: fast and plain passes agree ({found}).")
         return
     _give_up(

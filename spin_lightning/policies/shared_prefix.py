@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
@@ -23,6 +24,8 @@ from transformers import AttentionInterface, PretrainedConfig
 from spin_lightning.errors import SettingError
 from spin_lightning.logps import head_logps, sum_by_response
 from spin_lightning.packing import positions, predictors, split_for
+from spin_lightning.policies import flex_attention, flex_trial
+from spin_lightning.policies.flex_attention import Scores, dense_attention
 from spin_lightning.policies.pretrained import FrozenBase, load_config
 from spin_lightning.types import PromptBatch
 
@@ -156,10 +159,12 @@ class Layout:
     Attributes:
         batch: The prompts and responses.
         masks: Cached masks by number of queries, number of keys and window.
+        block_masks: Cached masks of the whole row by window.
     """
 
     batch: PromptBatch
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @property
     def pieces(self) -> list[int]:
@@ -175,6 +180,20 @@ class Layout:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
             self.masks[shape] = mask if window is None else mask.triu(offset - window + 1)
         return self.masks[shape]
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Which tokens of the row see which, for FlexAttention; the same for all layers."""
+        batch = self.batch
+        if window not in self.block_masks:
+            seen = flex_attention.seen_keys(batch.prompt_lengths, batch.response_lengths, window)
+            self.block_masks[window] = flex_attention.block_mask(seen, batch.input_ids.device)
+        return self.block_masks[window]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its responses."""
+        groups = zip(self.batch.prompt_lengths, self.batch.response_lengths, strict=True)
+        return max(prompt + max(responses) for prompt, responses in groups)
 
     @cached_property
     def varlen(self) -> Varlen:
@@ -232,13 +251,19 @@ def _shared_prefix_attention(
     """
     if softcap is None and _has_varlen(query):
         return _varlen_attention(query, key, value, prompt_layout.varlen, scaling, sliding_window)
+    scores = Scores(scaling, softcap)
+    if flex_trial.is_usable(query, key, scores):
+        # A window that hides nothing has no mask of its own.
+        hides = sliding_window is not None and sliding_window < prompt_layout.longest
+        mask = prompt_layout.block_mask(sliding_window if hides else None)
+        return flex_attention.attend(query, key, value, mask, scores).transpose(1, 2), None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = sliding_window if sliding_window and sliding_window < k.shape[2] else None
         plain = window is None and q.shape[2] == k.shape[2]
         mask = prompt_layout.mask(q.shape[2], k.shape[2], window, q.device)
         if softcap is not None:
-            return _softcapped(q, k, v, mask, scaling, softcap)
+            return dense_attention(q, k, v, mask, scores)
         return scaled_dot_product_attention(
             q,
             k,
@@ -299,18 +324,6 @@ def _varlen_attention(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return attended[None], None
-
-
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, cap: float
-) -> Tensor:
-    """Attention with bounded scores, which no fused kernel of torch supports."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = cap * torch.tanh(query @ key.transpose(2, 3) * scale / cap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
-    return weights.to(query.dtype) @ value
 
 
 AttentionInterface.register(_NAME, _shared_prefix_attention)

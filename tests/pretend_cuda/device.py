@@ -17,10 +17,12 @@ from unittest import mock
 import torch
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.pretend_cuda import flex
 from tests.pretend_cuda.counts import PRODUCTS, Counts
 from tests.pretend_cuda.varlen import Sequences
 
@@ -334,6 +336,59 @@ def _attention(
         return (scores.softmax(-1).nan_to_num(0.0) @ values).to(query.dtype)
 
 
+class _Flex(torch.autograd.Function):
+    """Compiled FlexAttention, counted as `flex` says."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        query, key, value, seen, scoring, scale = inputs
+        ctx.save_for_backward(query, key, value)
+        ctx.rest = (seen, scoring, scale)
+        counts.kernels["flex_attention"] += 1
+        result = flex.attention(*map(to_host, (query, key, value)), *ctx.rest)
+        # Laid out as the query.
+        laid_out = torch.empty_like(to_host(query)).copy_(result)
+        return PretendTensor(laid_out)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        counts.kernels["flex_attention_backward"] += 2
+        inputs = tuple(map(to_host, ctx.saved_tensors))
+        found = flex.gradients(to_host(upstream), inputs, *ctx.rest)
+        return (*map(PretendTensor, found), None, None, None)
+
+
+def _compiled_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: flex.Scoring | None,
+    block_mask: flex_attention.BlockMask,
+    scale: float | None,
+    enable_gqa: bool,
+    kernel_options: dict[str, Any],
+) -> Any:
+    assert kernel_options["BACKEND"] == "TRITON"
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    flex.check(query, key, value, block_mask)
+    with uncounted():
+        row = torch.arange(query.shape[2], device=DEVICE)
+        visible = to_host(block_mask.mask_mod(row, row, row[:, None], row[None]))
+    lists = [to_host(getattr(block_mask, n)) for n in flex_attention.BlockMask._TENSOR_ATTRS[:8]]
+    seen = flex.seen_by(block_mask, lists, visible)
+    return _Flex.apply(query, key, value, seen, score_mod, scale)
+
+
+_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {
+    flex_attention.flex_attention: _compiled_flex
+}
+
+
+def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    """What torch.compile makes of a function for the device."""
+    return _COMPILED[function]
+
+
 class _ClaimingParams4bit(Params4bit):
     """A 4-bit weight on the CPU that says it is on the device, where PEFT puts its adapter."""
 
@@ -384,6 +439,7 @@ def pretending(**answers: Any) -> Iterator[Counts]:
     with ExitStack() as undo:
         for name, function in functions.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, function))
+        undo.enter_context(mock.patch.object(torch, "compile", _compile))
         # So that `module.to(DEVICE)` replaces parameters and does not set their data.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         undo.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.local import LocalGenerator, default_batch_tokens
@@ -17,9 +16,8 @@ from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.types import PolicyId
-from tests.policies.test_shared_prefix import LAYERS, SIZES, build, folder_of, some_pairs
+from tests.policies.test_shared_prefix import folder_of, some_pairs
 from tests.pretend_cuda.device import DEVICE, to_host
-from tests.toys.models import write_model
 
 __all__ = ["folder_of"]
 
@@ -119,29 +117,6 @@ def test_scoring_a_token_mixture_copies_nothing_per_layer(machine, folder_of, tm
     torch.testing.assert_close(found, expected, atol=0.2, rtol=0.02)
     assert not counts.syncs["index to the device"]
     assert not counts.float32_products
-
-
-@pytest.mark.parametrize(
-    ("capability", "calls"), [((7, 5), 0), ((8, 0), 2)], ids=["Turing", "Ampere"]
-)
-def test_the_kernel_for_unequal_lengths_runs_where_it_exists(machine, folder_of, capability, calls):
-    base = FrozenBase(folder_of("llama"), compute_dtype="float16")
-    with machine(get_device_capability=capability) as counts:
-        policy = build(base, device=DEVICE)
-        counts.reset()
-        policy.prompt_logps(some_pairs(2))
-        assert counts.kernels["torch_attn::_varlen_attn"] == calls
-
-
-def test_a_head_size_that_the_kernel_lacks_goes_by_the_plain_pass(machine, tmp_path):
-    folder = write_model(LlamaConfig(**SIZES, **{**LAYERS, "head_dim": 12}), tmp_path / "odd")
-    base = FrozenBase(str(folder), compute_dtype="bfloat16")
-    batch = pack_prompts([[3, 4, 5]], [[[6, 7, 2], [8, 2]]])
-    expected = build(base).prompt_logps(batch).detach()
-    with machine() as counts:
-        found = to_host(build(base, device=DEVICE).prompt_logps(batch).detach())
-        assert not counts.kernels["torch_attn::_varlen_attn"]
-    torch.testing.assert_close(found, expected, atol=0.2, rtol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""Whether FlexAttention works on this machine: each kernel on small examples, before its use.
+
+A compiler, a card or a shape that it lacks shows here, forward and backward, and not in the middle
+of a step. Where the trial fails, attention goes piece by piece.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from spin_lightning.errors import first_line
+from spin_lightning.out_of_memory import is_out_of_memory
+from spin_lightning.policies.flex_attention import (
+    Scores,
+    attend,
+    block_mask,
+    dense_attention,
+    seen_keys,
+)
+
+# The kernel's products have at least 16 columns.
+_SMALLEST_HEAD = 16
+# Largest error over the largest number, far above rounding, that of TF32 and bfloat16 as well.
+_TOLERANCE = 0.05
+# Prompts, responses and window. Two lengths: torch compiles for one length first, and for any
+# length when it meets the second. Their blocks are full, partial and empty ones.
+_EXAMPLES: tuple[tuple[Sequence[int], Sequence[Sequence[int]], int | None], ...] = (
+    ((60, 1), ((50, 40), (1, 1)), 70),
+    ((200, 33), ((100, 90, 17), (150, 5)), None),
+)
+
+
+class Kernel(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        device: Where it runs.
+        dtype: Type of queries, keys and values.
+        heads: Number of heads of the queries.
+        key_heads: Number of heads of keys and values.
+        head_size: Numbers in a head.
+        scores: How scores are made.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    key_heads: int
+    head_size: int
+    scores: Scores
+
+
+# The kernels that this process has tried, with what is wrong with those that do not work.
+_tried: dict[Kernel, str | None] = {}
+
+
+def is_usable(query: Tensor, key: Tensor, scores: Scores) -> bool:
+    """Whether `attend` serves attention of these shapes; each kernel is tried once per process.
+
+    Args:
+        query: Shape [1, heads, tokens, head size].
+        key: Shape [1, key heads, tokens, head size].
+        scores: How scores are made.
+
+    Warns:
+        UserWarning: The kernel should work, and does not.
+    """
+    heads, size = query.shape[1], query.shape[-1]
+    if not query.is_cuda or size < _SMALLEST_HEAD:
+        return False
+    kernel = Kernel(query.device, query.dtype, heads, key.shape[1], size, scores)
+    if kernel not in _tried:
+        _tried[kernel] = problem = _problem(kernel)
+        if problem is not None:
+            warnings.warn(
+                f"torch's FlexAttention does not work on this machine ({problem}). Attention goes "
+                "prompt by prompt and response by response, which is slower.",
+                stacklevel=2,
+            )
+    return _tried[kernel] is None
+
+
+def deviations() -> dict[str, str]:
+    """What this process computes otherwise since a kernel does not work; `Policy.deviations`."""
+    problems = [problem for problem in _tried.values() if problem is not None]
+    return {"attention": f"piece by piece: FlexAttention fails ({problems[0]})"} if problems else {}
+
+
+def _problem(kernel: Kernel) -> str | None:
+    """What is wrong with a kernel, forward or backward; None if it works."""
+    try:
+        worst = max(_error(kernel, *example) for example in _EXAMPLES)
+    # Compilers raise errors of many classes.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return first_line(error)
+    return None if worst <= _TOLERANCE else f"its results are off by {worst:.2g}"
+
+
+def _error(
+    kernel: Kernel,
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[Sequence[int]],
+    window: int | None,
+) -> float:
+    """Largest error of results and gradients on random numbers, over the largest number of each."""
+    seen = seen_keys(prompt_lengths, response_lengths, window)
+    mask, row = block_mask(seen, kernel.device), torch.arange(seen.shape[1], device=kernel.device)
+    visible = mask.mask_mod(row, row, row[:, None], row[None])
+    generator = torch.Generator().manual_seed(0)
+    # Laid out as a model lays them out, token by token: torch compiles for each layout.
+    query, key, value, upstream = (
+        torch.randn(1, len(row), heads, kernel.head_size, generator=generator)
+        .to(kernel.device, kernel.dtype)
+        .transpose(1, 2)
+        for heads in (kernel.heads, kernel.key_heads, kernel.key_heads, kernel.heads)
+    )
+    given = (query, key, value, upstream)
+    found = _outcome(partial(attend, mask=mask, scores=kernel.scores), *given)
+    expected = _outcome(
+        partial(dense_attention, mask=visible, scores=kernel.scores), *(x.float() for x in given)
+    )
+    errors = [
+        (a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(errors).nan_to_num(torch.inf).max())
+
+
+def _outcome(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    upstream: Tensor,
+) -> list[Tensor]:
+    """Result without gradients, result with them, and the gradients, wherever it is called."""
+    with torch.no_grad():
+        alone = attention(query, key, value)
+    # Without the hooks of a checkpointed layer, in which the first use may be.
+    with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        attended = attention(*inputs)
+        return [alone, attended.detach(), *torch.autograd.grad(attended, inputs, upstream)]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
