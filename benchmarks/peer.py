@@ -94,7 +94,7 @@ class Step:
     def loss(self, pairs: Sequence[Pair]) -> Tensor:
         """The loss of a batch, with its graph."""
         inputs = self.trainer._prepare_inputs(self.trainer.data_collator(self.features(pairs)))
-        with _head_on_responses_only():
+        with head_on_responses_only():
             loss: Tensor = self.trainer.compute_loss(self.trainer.model, inputs)
         return loss
 
@@ -102,7 +102,7 @@ class Step:
         """Take one step."""
         trainer = self.trainer
         inputs = trainer.data_collator(self.features(pairs))
-        with _head_on_responses_only():
+        with head_on_responses_only():
             trainer.training_step(trainer.model, inputs)
         trainer.optimizer.step()
         trainer.model.zero_grad(set_to_none=True)
@@ -153,7 +153,7 @@ def make_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    with _head_on_responses_only():
+    with head_on_responses_only():
         trainer = DPOTrainer(
             model=model,
             args=config,
@@ -168,7 +168,7 @@ def make_trainer(
 
 def train(trainer: Any) -> None:
     """`Trainer.train` without its printed summary."""
-    with _head_on_responses_only(), redirect_stdout(io.StringIO()):
+    with head_on_responses_only(), redirect_stdout(io.StringIO()):
         trainer.train()
 
 
@@ -260,7 +260,7 @@ class _Ends(StoppingCriteria):
 
 
 @contextmanager
-def _head_on_responses_only() -> Iterator[None]:
+def head_on_responses_only() -> Iterator[None]:
     """Restrict TRL's head to response tokens on every device."""
     from trl.trainer import utils
 

@@ -1,6 +1,8 @@
 """The benchmarks run at tiny sizes, both sides compute the same, and the table is made of them."""
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from benchmarks.timing import Figure, median_ratio, peak_mb, spread
 from benchmarks.workload import SIZES, WORKLOADS, batches_of, has_weights
 from spin_lightning.data.dataset import Pair
 from spin_lightning.generation.base import Request
+from tests.pretend_cuda.hooks import compiler
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs TRL: the bench extra")
 BENCHMARKS = {
@@ -130,6 +133,26 @@ def test_generate_of_the_peer_ends_each_row_at_its_length(setup):
     with peer.acting_as(model, 1):
         written = peer.generate(model, [[5, 6, 7], [8], [9, 10]], caps=[4, 2, 3], batch_size=2)
     assert [len(ids) for ids in written] == [4, 2, 3]
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the pretend device with")
+def test_launches_are_counted_without_a_gpu_in_a_process_of_its_own(tmp_path):
+    """What the checks on the pretend device allow ours: 170 launches and no cast per layer."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.launches", "--device", "pretend", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    costs = {row[0]: [float(number.strip("| ")) for number in row[1:]] for row in rows}
+    assert ("| TRL's DPOTrainer" in costs) == (find_spec("trl") is not None)
+    launches, *others, _ = costs.pop("| ours")
+    assert 100 < launches <= 170
+    assert others == [0, 0, 0]  # casts, float32 products, waits
+    for launches_of_peer, casts, *_ in costs.values():
+        assert launches_of_peer > launches
+        assert casts > 0
 
 
 def test_workload_a_has_the_stated_lengths():

@@ -258,3 +258,12 @@ def test_tensors_on_a_cpu_are_not_tried(monkeypatch):
     assert not flex_trial.is_usable(query, query, Scores(softcap=2.0))
     assert not flex_trial._tried
     assert flex_trial.deviations() == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scores", [Scores(0.06, 50.0), Scores()])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 4, 256), (4, 4, 80), (4, 2, 20)])
+def test_the_compiled_kernel_works_on_a_gpu(dtype, scores, heads, key_heads, size):
+    kernel = Kernel(torch.device("cuda", 0), dtype, heads, key_heads, size, scores)
+    assert flex_trial._problem(kernel) is None

@@ -2,5 +2,5 @@
 
 import os
 
-HOOKED = ["plugin.py", "device.py", "on_device/conftest.py"]
+HOOKED = ["plugin.py", "device.py", "machine.py", "on_device/conftest.py"]
 collect_ignore = [] if "PRETEND_CUDA_HOOKS" in os.environ else HOOKED

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.pretend_cuda import flex
+from tests.pretend_cuda import dense, flex
 from tests.pretend_cuda.counts import PRODUCTS, Counts
 from tests.pretend_cuda.varlen import Sequences
 
@@ -120,7 +120,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _varlen(name, args)
     if func in _WITHOUT_CPU:
         counts.kernels[name] += 1
-        return tree_map(_claim, _WITHOUT_CPU[func](*tree_map(to_host_leaf, args)))
+        host_args, host_kwargs = tree_map(to_host_leaf, (args, kwargs))
+        return tree_map(_claim, _WITHOUT_CPU[func](*host_args, **host_kwargs))
     wanted = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
     if name == "aten::_to_copy":
         return _copied(func, args[0], kwargs, wanted)
@@ -241,6 +242,12 @@ def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
+def _wide_product_added(
+    addend: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor
+) -> Tensor:
+    return out.copy_(addend + _wide_product(left, right, dtype))
+
+
 def _rms_norm(x: Tensor, _shape: Any, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     assert x.dtype == weight.dtype
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
@@ -260,6 +267,7 @@ def _rms_norm_backward(
 # Operations that torch has for CUDA and not for a CPU.
 _WITHOUT_CPU: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.dtype: _wide_product,
+    torch.ops.aten.addmm.dtype_out: _wide_product_added,
     torch.ops.aten._fused_rms_norm.default: _rms_norm,
     torch.ops.aten._fused_rms_norm_backward.default: _rms_norm_backward,
 }
@@ -285,13 +293,25 @@ class _Functions(TorchFunctionMode):
             return PretendTensor(func(*args, **{**kwargs, "device": "cpu"}))
         if args and isinstance(args[0], PretendTensor):
             if func is torch._C._nn.scaled_dot_product_attention:
-                return _attention(*args, **kwargs)
+                return _fused_attention(*args, **kwargs)
             if func is Tensor.tolist:
                 counts.syncs["to the host"] += 1
                 return args[0].inner.detach().tolist()
+            if func is Tensor.new_tensor:
+                counts.syncs["to the device"] += 1
+                return PretendTensor(args[0].inner.new_tensor(*args[1:], **kwargs))
             if func in (Tensor.__getitem__, Tensor.__setitem__):
                 args = (args[0], _with_tensors(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def _run_backward(*args: Any, **kwargs: Any) -> Any:
+    """A backward pass, in which activations are recomputed by the same functions as before.
+
+    It is itself a function that `_Functions` catches, so that the mode is off inside it.
+    """
+    with _Functions():
+        return torch.autograd.graph._engine_run_backward(*args, **kwargs)
 
 
 def _asks_for_cuda(kwargs: dict[str, Any]) -> bool:
@@ -307,7 +327,28 @@ def _with_tensors(index: Any) -> Any:
     return tuple(PretendTensor(torch.tensor(p)) if isinstance(p, list) else p for p in parts)
 
 
-def _attention(
+class _Attention(torch.autograd.Function):
+    """An attention kernel: its name, its launches forward and backward, and `dense.attention`."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, launches: tuple[int, int], *arguments: Any) -> Tensor:
+        query, key, value, *rest = arguments
+        ctx.save_for_backward(query, key, value)
+        ctx.name, ctx.launches, ctx.rest = name, launches[1], rest
+        counts.kernels[name] += launches[0]
+        inputs = tuple(map(to_host, (query, key, value)))
+        # Laid out as the query.
+        return PretendTensor(torch.empty_like(inputs[0]).copy_(dense.attention(*inputs, *rest)))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        counts.kernels[f"{ctx.name}_backward"] += ctx.launches
+        inputs = tuple(map(to_host, ctx.saved_tensors))
+        found = dense.gradients(to_host(upstream), inputs, *ctx.rest)
+        return (None, None, *map(PretendTensor, found), None, None, None)
+
+
+def _fused_attention(
     query: PretendTensor,
     key: PretendTensor,
     value: PretendTensor,
@@ -316,53 +357,28 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """Fused attention, counted as one launch, in float32 inside as the CUDA kernels compute it."""
+) -> Any:
+    """torch's fused attention; one operation forward, and one backward."""
     assert dropout_p == 0.0
-    counts.kernels["scaled_dot_product_attention"] += 1
-    with uncounted():
-        groups = query.shape[1] // key.shape[1]
-        assert groups == 1 or enable_gqa
-        keys, values = (t.float().repeat_interleave(groups, 1) for t in (key, value))
-        scores = query.float() @ keys.transpose(-1, -2)
-        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-            scores = scores.masked_fill(~seen, -torch.inf)
-        elif attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        return (scores.softmax(-1).nan_to_num(0.0) @ values).to(query.dtype)
-
-
-class _Flex(torch.autograd.Function):
-    """Compiled FlexAttention, counted as `flex` says."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        query, key, value, seen, scoring, scale = inputs
-        ctx.save_for_backward(query, key, value)
-        ctx.rest = (seen, scoring, scale)
-        counts.kernels["flex_attention"] += 1
-        result = flex.attention(*map(to_host, (query, key, value)), *ctx.rest)
-        # Laid out as the query.
-        laid_out = torch.empty_like(to_host(query)).copy_(result)
-        return PretendTensor(laid_out)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        counts.kernels["flex_attention_backward"] += 2
-        inputs = tuple(map(to_host, ctx.saved_tensors))
-        found = flex.gradients(to_host(upstream), inputs, *ctx.rest)
-        return (*map(PretendTensor, found), None, None, None)
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    mask = None if attn_mask is None else to_host(attn_mask)
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    scoring = None
+    if is_causal:
+        seen = seen.tril()
+    elif mask is not None and mask.dtype == torch.bool:
+        seen = mask
+    elif mask is not None:
+        scoring = lambda scores, *_: scores + mask  # noqa: E731
+    name = "scaled_dot_product_attention"
+    return _Attention.apply(name, (1, 1), query, key, value, seen, scoring, scale)
 
 
 def _compiled_flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    score_mod: flex.Scoring | None,
+    score_mod: dense.Scoring | None,
     block_mask: flex_attention.BlockMask,
     scale: float | None,
     enable_gqa: bool,
@@ -376,7 +392,8 @@ def _compiled_flex(
         visible = to_host(block_mask.mask_mod(row, row, row[:, None], row[None]))
     lists = [to_host(getattr(block_mask, n)) for n in flex_attention.BlockMask._TENSOR_ATTRS[:8]]
     seen = flex.seen_by(block_mask, lists, visible)
-    return _Flex.apply(query, key, value, seen, score_mod, scale)
+    launches = (flex.FORWARD, flex.BACKWARD)
+    return _Attention.apply("flex_attention", launches, query, key, value, seen, score_mod, scale)
 
 
 _COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -416,7 +433,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "current_device": lambda: 0,
     "empty_cache": lambda: None,
     "get_device_capability": lambda _device=None: (8, 0),
-    "get_device_properties": lambda _device=None: SimpleNamespace(total_memory=24 << 30),
+    "get_device_properties": lambda _device=None: SimpleNamespace(total_memory=24 << 30, major=8),
     "get_rng_state": lambda _device=None: torch.zeros(1, dtype=torch.uint8),
     "set_rng_state": lambda _state, _device=None: None,
     "manual_seed": lambda _seed: None,
@@ -440,6 +457,7 @@ def pretending(**answers: Any) -> Iterator[Counts]:
         for name, function in functions.items():
             undo.enter_context(mock.patch.object(torch.cuda, name, function))
         undo.enter_context(mock.patch.object(torch, "compile", _compile))
+        undo.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward))
         # So that `module.to(DEVICE)` replaces parameters and does not set their data.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         undo.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)

@@ -1,4 +1,4 @@
-"""torch's FlexAttention as a compiled kernel computes it: from its block mask, in float32.
+"""What torch's compiled FlexAttention requires, what it reads from a block mask, what it launches.
 
 Launches are those of `torch/_inductor/kernel/flex/flex_attention.py` in torch 2.13. Its lowering
 makes one Triton kernel of the forward pass. The backward pass is the sum of output × gradient over
@@ -7,14 +7,11 @@ keys and values (a group's queries are a loop in it, not a sum afterwards). Inpu
 layout, without copies.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-Scoring = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+FORWARD, BACKWARD = 1, 2
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> None:
@@ -57,32 +54,3 @@ def seen_by(mask: BlockMask, lists: list[Tensor], visible: Tensor) -> Tensor:
         for blocks in (partial, full)
     )
     return wide_full | (wide_partial & visible)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Tensor,
-    scoring: Scoring | None,
-    scale: float | None,
-) -> Tensor:
-    """The result in float32, for tensors on the CPU."""
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (t.float().repeat_interleave(groups, 1) for t in (key, value))
-    scores = query.float() @ keys.transpose(-1, -2)
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if scoring is not None:
-        row = torch.arange(len(seen))
-        scores = scoring(scores, row[:1], row[:1], row[:, None], row[None])
-    result: Tensor = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
-    return result
-
-
-def gradients(upstream: Tensor, inputs: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value of `attention`."""
-    with torch.enable_grad():
-        wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-        attended = attention(*wide, *rest)
-    found = torch.autograd.grad(attended, wide, upstream.float())
-    return tuple(g.to(t.dtype) for g, t in zip(found, inputs, strict=True))
