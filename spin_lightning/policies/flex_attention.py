@@ -7,7 +7,7 @@ of the row a token sees. The kernel is compiled on first use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ BLOCK = 128
 # torch compiles again for gradients or none, one block or several, lengths seen once or often, and
 # each model. Beyond its limit it would go on uncompiled, with all scores in memory.
 _RECOMPILATIONS = 64
+# Options of the kernel that decide how much shared memory it needs, by torch's names.
+Tiling = Mapping[str, int]
 
 
 class Scores(NamedTuple):
@@ -118,7 +120,14 @@ def _sent(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.to(torch.int32).contiguous().to(device, non_blocking=True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scores: Scores) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scores: Scores,
+    tiling: Tiling,
+) -> Tensor:
     """Attention of a row, one kernel forward and two backward.
 
     Args:
@@ -127,6 +136,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scores: S
         value: Likewise.
         mask: Result of `block_mask`.
         scores: How scores are made.
+        tiling: The kernel's tiling.
 
     Returns:
         Shape [1, heads, tokens, head size], laid out in memory as the query.
@@ -144,7 +154,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scores: S
             scale=scores.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
             # Of two kernels, torch prefers one for decoding in rows below 128 tokens.
-            kernel_options={"BACKEND": "TRITON"},
+            kernel_options={"BACKEND": "TRITON", **tiling},
         )
 
 

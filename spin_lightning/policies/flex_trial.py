@@ -19,6 +19,7 @@ from spin_lightning.errors import first_line
 from spin_lightning.out_of_memory import is_out_of_memory
 from spin_lightning.policies.flex_attention import (
     Scores,
+    Tiling,
     attend,
     block_mask,
     dense_attention,
@@ -29,6 +30,29 @@ from spin_lightning.policies.flex_attention import (
 _SMALLEST_HEAD = 16
 # Largest error over the largest number, far above rounding, that of TF32 and bfloat16 as well.
 _TOLERANCE = 0.05
+# torch's own tiling, then smaller ones. Its own takes 148 KB of shared memory for heads of 256 in
+# bfloat16 and needs an A100 or H100: cards with 24 GB have 99 KB, Turing has 64.
+_TILINGS: tuple[Tiling, ...] = (
+    {},
+    {
+        "num_stages": 1,
+        "fwd_BLOCK_M": 64,
+        "fwd_BLOCK_N": 32,
+        "bwd_BLOCK_M1": 32,
+        "bwd_BLOCK_N1": 32,
+        "bwd_BLOCK_M2": 32,
+        "bwd_BLOCK_N2": 32,
+    },
+    {
+        "num_stages": 1,
+        "fwd_BLOCK_M": 32,
+        "fwd_BLOCK_N": 16,
+        "bwd_BLOCK_M1": 16,
+        "bwd_BLOCK_N1": 16,
+        "bwd_BLOCK_M2": 16,
+        "bwd_BLOCK_N2": 16,
+    },
+)
 # Prompts, responses and window. Two lengths: torch compiles for one length first, and for any
 # length when it meets the second. Their blocks are full, partial and empty ones.
 _EXAMPLES: tuple[tuple[Sequence[int], Sequence[Sequence[int]], int | None], ...] = (
@@ -57,46 +81,70 @@ class Kernel(NamedTuple):
     scores: Scores
 
 
-# The kernels that this process has tried, with what is wrong with those that do not work.
-_tried: dict[Kernel, str | None] = {}
+class Found(NamedTuple):
+    """What the trial of a kernel found.
+
+    Attributes:
+        tiling: The first tiling that works, None if none does.
+        problem: What is wrong with the last one, None if one works.
+    """
+
+    tiling: Tiling | None
+    problem: str | None
 
 
-def is_usable(query: Tensor, key: Tensor, scores: Scores) -> bool:
-    """Whether `attend` serves attention of these shapes; each kernel is tried once per process.
+# The kernels that this process has tried.
+_tried: dict[Kernel, Found] = {}
+
+
+def tiling_of(query: Tensor, key: Tensor, scores: Scores) -> Tiling | None:
+    """The tiling with which `attend` serves attention of these shapes; tried once per process.
 
     Args:
         query: Shape [1, heads, tokens, head size].
         key: Shape [1, key heads, tokens, head size].
         scores: How scores are made.
 
+    Returns:
+        None where attention has to go piece by piece.
+
     Warns:
         UserWarning: The kernel should work, and does not.
     """
     heads, size = query.shape[1], query.shape[-1]
     if not query.is_cuda or size < _SMALLEST_HEAD:
-        return False
+        return None
     kernel = Kernel(query.device, query.dtype, heads, key.shape[1], size, scores)
     if kernel not in _tried:
-        _tried[kernel] = problem = _problem(kernel)
-        if problem is not None:
+        _tried[kernel] = found = _trial(kernel)
+        if found.problem is not None:
             warnings.warn(
-                f"torch's FlexAttention does not work on this machine ({problem}). Attention goes "
-                "prompt by prompt and response by response, which is slower.",
+                f"torch's FlexAttention does not work on this machine ({found.problem}). Attention "
+                "goes prompt by prompt and response by response, which is slower.",
                 stacklevel=2,
             )
-    return _tried[kernel] is None
+    return _tried[kernel].tiling
 
 
 def deviations() -> dict[str, str]:
     """What this process computes otherwise since a kernel does not work; `Policy.deviations`."""
-    problems = [problem for problem in _tried.values() if problem is not None]
+    problems = [found.problem for found in _tried.values() if found.problem is not None]
     return {"attention": f"piece by piece: FlexAttention fails ({problems[0]})"} if problems else {}
 
 
-def _problem(kernel: Kernel) -> str | None:
+def _trial(kernel: Kernel) -> Found:
+    problem = None
+    for tiling in _TILINGS:
+        problem = _problem(kernel, tiling)
+        if problem is None:
+            return Found(tiling, None)
+    return Found(None, problem)
+
+
+def _problem(kernel: Kernel, tiling: Tiling) -> str | None:
     """What is wrong with a kernel, forward or backward; None if it works."""
     try:
-        worst = max(_error(kernel, *example) for example in _EXAMPLES)
+        worst = max(_error(kernel, tiling, *example) for example in _EXAMPLES)
     # Compilers raise errors of many classes.
     except Exception as error:
         if is_out_of_memory(error):
@@ -107,6 +155,7 @@ def _problem(kernel: Kernel) -> str | None:
 
 def _error(
     kernel: Kernel,
+    tiling: Tiling,
     prompt_lengths: Sequence[int],
     response_lengths: Sequence[Sequence[int]],
     window: int | None,
@@ -124,7 +173,7 @@ def _error(
         for heads in (kernel.heads, kernel.key_heads, kernel.key_heads, kernel.heads)
     )
     given = (query, key, value, upstream)
-    found = _outcome(partial(attend, mask=mask, scores=kernel.scores), *given)
+    found = _outcome(partial(attend, mask=mask, scores=kernel.scores, tiling=tiling), *given)
     expected = _outcome(
         partial(dense_attention, mask=visible, scores=kernel.scores), *(x.float() for x in given)
     )

@@ -252,11 +252,12 @@ def _shared_prefix_attention(
     if softcap is None and _has_varlen(query):
         return _varlen_attention(query, key, value, prompt_layout.varlen, scaling, sliding_window)
     scores = Scores(scaling, softcap)
-    if flex_trial.is_usable(query, key, scores):
+    tiling = flex_trial.tiling_of(query, key, scores)
+    if tiling is not None:
         # A window that hides nothing has no mask of its own.
         hides = sliding_window is not None and sliding_window < prompt_layout.longest
         mask = prompt_layout.block_mask(sliding_window if hides else None)
-        return flex_attention.attend(query, key, value, mask, scores).transpose(1, 2), None
+        return flex_attention.attend(query, key, value, mask, scores, tiling).transpose(1, 2), None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = sliding_window if sliding_window and sliding_window < k.shape[2] else None

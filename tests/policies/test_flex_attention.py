@@ -136,8 +136,8 @@ def test_results_and_gradients_are_those_piece_by_piece(
         for heads in (4, key_heads, key_heads, 4)
     )
     outcomes = []
-    for usable in (True, False):
-        monkeypatch.setattr(flex_trial, "is_usable", lambda *_, usable=usable: usable)
+    for tiling in ({}, None):
+        monkeypatch.setattr(flex_trial, "tiling_of", lambda *_, tiling=tiling: tiling)
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
         attended, _ = _shared_prefix_attention(
             nn.Identity(),
@@ -166,7 +166,7 @@ def test_masks_are_made_once_per_window_that_hides_something():
 def test_step_through_flex_attention_is_the_padded_one(name, folder_of, on_cpu, monkeypatch):
     base = FrozenBase(folder_of(name), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
-    monkeypatch.setattr(flex_trial, "is_usable", lambda *_: True)
+    monkeypatch.setattr(flex_trial, "tiling_of", lambda *_: {})
     assert_same_step(fast, plain, some_pairs(seed=3), within=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_other_lengths_and_caps_are_not_compiled_for_one_by_one(on_cpu):
     def attend(tokens: int, cap: float) -> int:
         query = torch.randn(1, 2, tokens, 16, requires_grad=True)
         mask = block_mask(seen_keys((tokens - 20,), ((8, 12),), None), CPU)
-        flex_attention.attend(query, query, query, mask, Scores(softcap=cap)).sum().backward()
+        flex_attention.attend(query, query, query, mask, Scores(softcap=cap), {}).sum().backward()
         return graphs["unique_graphs"]
 
     counted = [attend(n, 2.0) for n in (200, 300, 411, 520)]
@@ -201,7 +201,7 @@ SOFT_CAPPED = Kernel(CPU, torch.float32, 4, 2, 16, Scores(0.2, 2.0))
 )
 def test_the_trial_finds_nothing_wrong_with_what_is_right(kernel, on_cpu):
     with torch.no_grad():
-        assert flex_trial._problem(kernel) is None
+        assert flex_trial._problem(kernel, {}) is None
 
 
 def with_wrong_gradient(attended: Tensor) -> Tensor:
@@ -231,9 +231,9 @@ FAULTS = {
 def test_the_trial_notices_wrong_numbers(fault, monkeypatch):
     wrong = FAULTS[fault]
     monkeypatch.setattr(
-        flex_trial, "attend", lambda q, k, v, mask, scores: wrong(q, k, v, mask, scores)
+        flex_trial, "attend", lambda q, k, v, mask, scores, tiling: wrong(q, k, v, mask, scores)
     )
-    problem = flex_trial._problem(SOFT_CAPPED)
+    problem = flex_trial._problem(SOFT_CAPPED, {})
     assert problem is not None
     assert problem.startswith("its results are off by ")
 
@@ -246,16 +246,39 @@ def test_the_trial_reports_an_error_and_passes_on_a_lack_of_memory(monkeypatch):
         monkeypatch.setattr(flex_trial, "attend", attend)
 
     failing(ValueError("no triton here\nand a long trace"))
-    assert flex_trial._problem(SOFT_CAPPED) == "no triton here"
+    assert flex_trial._problem(SOFT_CAPPED, {}) == "no triton here"
     failing(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        flex_trial._problem(SOFT_CAPPED)
+        flex_trial._problem(SOFT_CAPPED, {})
+
+
+@pytest.mark.parametrize("largest", [128, 64, 32, 16])
+def test_the_first_tiling_that_fits_the_card_is_taken(largest, monkeypatch):
+    def attend(query, key, value, mask, scores, tiling):
+        if tiling.get("fwd_BLOCK_M", 128) > largest:
+            raise RuntimeError("out of resource: shared memory")
+        return right(query, key, value, mask, scores)
+
+    monkeypatch.setattr(flex_trial, "attend", attend)
+    found = flex_trial._trial(SOFT_CAPPED)
+    if largest == 16:
+        assert found == (None, "out of resource: shared memory")
+    else:
+        assert found.tiling is not None
+        assert found.tiling.get("fwd_BLOCK_M", 128) == largest
+        assert found.problem is None
+
+
+def test_tilings_divide_blocks():
+    sizes = [n for t in flex_trial._TILINGS for name, n in t.items() if "BLOCK" in name]
+    assert sizes
+    assert all(flex_attention.BLOCK % size == 0 for size in sizes)
 
 
 def test_tensors_on_a_cpu_are_not_tried(monkeypatch):
     monkeypatch.setattr(flex_trial, "_tried", {})
     query = torch.randn(1, 4, 6, 16)
-    assert not flex_trial.is_usable(query, query, Scores(softcap=2.0))
+    assert flex_trial.tiling_of(query, query, Scores(softcap=2.0)) is None
     assert not flex_trial._tried
     assert flex_trial.deviations() == {}
 
@@ -266,4 +289,4 @@ def test_tensors_on_a_cpu_are_not_tried(monkeypatch):
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 4, 256), (4, 4, 80), (4, 2, 20)])
 def test_the_compiled_kernel_works_on_a_gpu(dtype, scores, heads, key_heads, size):
     kernel = Kernel(torch.device("cuda", 0), dtype, heads, key_heads, size, scores)
-    assert flex_trial._problem(kernel) is None
+    assert flex_trial._trial(kernel).problem is None
