@@ -95,7 +95,7 @@ class Decoder:
                 tokens, logps = self.sampler(logits, written.uniforms(rows.places))
                 written.add(rows.places, tokens, logps)
                 rows.tokens.copy_(tokens)
-            kept.free(rows.release(written.goes_on(rows.places)))
+            kept.free(rows.release(written.goes_on(rows.places).tolist()))
 
     def columns_of(self, requests: Sequence[Request], *, refilled: bool) -> int:
         """Tokens that each slot needs room for, see `Slots.columns_of`."""
@@ -174,11 +174,11 @@ class _Rows:
         self._show()
         return staying
 
-    def release(self, goes_on: Tensor) -> list[int]:
+    def release(self, goes_on: Sequence[bool]) -> list[int]:
         """Free the slots whose rows are complete; return them.
 
         Args:
-            goes_on: False where a row is complete, shape [slots].
+            goes_on: Of each slot, false where its row is complete.
         """
         ended = [slot for slot in self._taken() if not goes_on[slot]]
         for slot in ended:

@@ -27,6 +27,7 @@ from spin_lightning.packing import positions, predictors, split_for
 from spin_lightning.policies import flex_attention, flex_trial
 from spin_lightning.policies.flex_attention import Scores, dense_attention
 from spin_lightning.policies.pretrained import FrozenBase, load_config
+from spin_lightning.policies.varlen import has_varlen
 from spin_lightning.types import PromptBatch
 
 Packing = Literal["auto", "shared", "padded"]
@@ -38,9 +39,6 @@ ARCHITECTURES = frozenset(
     {"gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}
 )
 _NAME = "spin_lightning_shared_prefix"
-# What the kernel for sequences of unequal length requires: Ampere or newer.
-_FIRST_CAPABILITY = (8, 0)
-_LARGEST_HEAD = 256
 
 
 def shares_prefixes(base: FrozenBase, packing: Packing) -> bool:
@@ -249,7 +247,7 @@ def _shared_prefix_attention(
     Returns:
         Shape [1, tokens, heads, head size], and None in place of attention weights.
     """
-    if softcap is None and _has_varlen(query):
+    if softcap is None and has_varlen(query.device, query.dtype, query.shape[-1]):
         return _varlen_attention(query, key, value, prompt_layout.varlen, scaling, sliding_window)
     scores = Scores(scaling, softcap)
     tiling = flex_trial.tiling_of(query, key, scores)
@@ -287,18 +285,6 @@ def _shared_prefix_attention(
             values = torch.cat([v[:, :, :prompt], own_v], dim=2)
             attended.append(attend(q, keys, values).transpose(1, 2))
     return torch.cat(attended, dim=1), None
-
-
-def _has_varlen(query: Tensor) -> bool:
-    """Whether torch's kernel for sequences of unequal length supports these queries."""
-    size = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and size % 8 == 0
-        and size <= _LARGEST_HEAD
-        and torch.cuda.get_device_capability(query.device) >= _FIRST_CAPABILITY
-    )
 
 
 def _varlen_attention(

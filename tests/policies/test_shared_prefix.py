@@ -298,7 +298,7 @@ def test_step_through_a_kernel_for_unequal_lengths_is_the_same(name, folder_of, 
     base = FrozenBase(folder_of(name), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     monkeypatch.setattr(shared_prefix, "varlen_attn", varlen_by_loops)
-    monkeypatch.setattr(shared_prefix, "_has_varlen", lambda query: True)
+    monkeypatch.setattr(shared_prefix, "has_varlen", lambda *_: True)
     assert_same_step(fast, plain, some_pairs(seed=3), within=1e-5)
     with torch.no_grad():
         batch = pack_prompts([[5, 6], [8]], [[[7, 2]], [[9], [3, 4, 5], [6, 2]]])

@@ -6,6 +6,33 @@ from dataclasses import dataclass, field
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 
 
+class Launches(Counter[str]):
+    """Launches by operation.
+
+    Attributes:
+        order: The operations in the order of their launches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    def __setitem__(self, name: str, count: int) -> None:
+        self.order += [name] * (count - self[name])
+        super().__setitem__(name, count)
+
+    def clear(self) -> None:
+        super().clear()
+        self.order.clear()
+
+    def copy(self) -> "Launches":
+        """The launches so far."""
+        copied = Launches()
+        copied.update(self)
+        copied.order = list(self.order)
+        return copied
+
+
 @dataclass
 class Counts:
     """Launches and host synchronizations since the last `reset`.
@@ -16,7 +43,7 @@ class Counts:
         float32_products: Matrix products of float32 operands, by operation.
     """
 
-    kernels: Counter[str] = field(default_factory=Counter)
+    kernels: Launches = field(default_factory=Launches)
     syncs: Counter[str] = field(default_factory=Counter)
     float32_products: Counter[str] = field(default_factory=Counter)
 
@@ -32,4 +59,4 @@ class Counts:
 
     def copy(self) -> "Counts":
         """The counts so far."""
-        return Counts(Counter(self.kernels), Counter(self.syncs), Counter(self.float32_products))
+        return Counts(self.kernels.copy(), Counter(self.syncs), Counter(self.float32_products))
