@@ -83,6 +83,34 @@ def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:
     ]
 
 
+def halve_prompts(batch: PromptBatch) -> list[PromptBatch]:
+    """Split a batch between prompts into two passes of about equal tokens; [] for one prompt."""
+    if len(batch.prompt_lengths) == 1:
+        return []
+    # The middle of the first prompt is in the first half, that of the last one in the second.
+    return split_prompts(batch, -(-len(batch.input_ids) // 2))
+
+
+def halve_responses(batch: PromptBatch) -> list[PromptBatch]:
+    """Split a batch into two passes, a single prompt between its responses; [] for one response.
+
+    The responses keep their order.
+    """
+    if len(batch.prompt_lengths) > 1:
+        return halve_prompts(batch)
+    (prompt,), (lengths,) = batch.prompt_lengths, batch.response_lengths
+    middle = len(lengths) // 2
+    if not middle:
+        return []
+    first = sum(lengths[:middle])
+    sizes = [prompt, first, sum(lengths[middle:])]
+    shared, early, late = torch.split(batch.input_ids, sizes)
+    return [
+        PromptBatch(torch.cat([shared, ids]), (prompt,), (part,), is_one_pass=True)
+        for ids, part in ((early, lengths[:middle]), (late, lengths[middle:]))
+    ]
+
+
 def positions(batch: PromptBatch) -> Tensor:
     """Position of each token within its own [prompt, response], int64, shape [tokens]."""
     pieces = [

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from spin_lightning.packing import (
     group_by_length,
+    halve_prompts,
+    halve_responses,
     pack_padded,
     pack_prompts,
     pad_left,
@@ -160,6 +162,33 @@ def test_split_prompts_keeps_all_responses_with_their_prompt():
 def test_split_prompts_gives_no_piece_more_than_a_prompt_beyond_the_most(lengths, most):
     for piece in split_prompts(prompts_of(*lengths), most):
         assert len(piece.input_ids) <= most + max(lengths)
+
+
+def test_halves_between_prompts_have_about_equal_tokens_and_end_at_one_prompt():
+    """4, 3, 7 and 2 tokens: 7 and 9. A long first or last prompt is a half of its own."""
+    batch = pack_prompts([(1, 2), (3,), (4, 5), (6,)], [[(7, 8)], [(9,), (2,)], [(1,) * 5], [(3,)]])
+    first, second = halve_prompts(batch)
+    assert first.input_ids.tolist() == [1, 2, 7, 8, 3, 9, 2]
+    assert second.input_ids.tolist() == [4, 5, 1, 1, 1, 1, 1, 6, 3]
+    assert (first.prompt_lengths, first.response_lengths) == ((2, 1), ((2,), (1, 1)))
+    assert first.is_one_pass
+    assert second.is_one_pass
+    for lengths in ([90, 1], [1, 90], [1, 1], [1, 2]):
+        pair = pack_prompts([(5,)] * 2, [[(6,) * n] for n in lengths])
+        assert [len(half.prompt_lengths) for half in halve_prompts(pair)] == [1, 1]
+        assert halve_prompts(halve_prompts(pair)[0]) == []
+
+
+def test_halves_between_responses_repeat_their_prompt_and_end_at_one_response():
+    batch = pack_prompts([(1, 2)], [[(3,), (4, 5), (6,)]])
+    first, second = halve_responses(batch)
+    assert first.input_ids.tolist() == [1, 2, 3]
+    assert second.input_ids.tolist() == [1, 2, 4, 5, 6]
+    assert (second.prompt_lengths, second.response_lengths) == ((2,), ((2, 1),))
+    assert second.is_one_pass
+    assert halve_responses(first) == []
+    prompts = halve_responses(pack_prompts([(1,), (2,)], [[(3,), (4,)]] * 2))
+    assert [half.input_ids.tolist() for half in prompts] == [[1, 3, 4], [2, 3, 4]]
 
 
 def test_positions_start_anew_for_every_response():

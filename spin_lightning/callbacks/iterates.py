@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, replace
 
+import torch
+
 from spin_lightning.callbacks.console import (
     console,
     show_iterates,
@@ -19,6 +21,7 @@ from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.run_times import RunTimes, Spent, peak_memory
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.speed import Trained, measure_speed
+from spin_lightning.out_of_memory import TokenLimit
 from spin_lightning.report.cue_words import best_cue_line, clear_cues, special_ids
 from spin_lightning.report.report import draw_iterates
 from spin_lightning.report.samples import sample_pairs
@@ -200,7 +203,15 @@ def training_record(
         peak_memory=peak_memory(),
         phase_peaks=spent.peaks,
         early=early.means(),
+        deviations=_training_limit(session).deviations,
     )
+
+
+def _training_limit(session: Session) -> TokenLimit:
+    """The lowest limit of a training pass in any process. All of them call this function."""
+    own, strategy = session.module.policy.training_limit, session.trainer.strategy
+    tokens = torch.tensor(own.tokens, device=strategy.root_device)
+    return replace(own, tokens=int(strategy.reduce(tokens, reduce_op="min")))
 
 
 def draw_curves(session: Session) -> None:

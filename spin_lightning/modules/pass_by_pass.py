@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from spin_lightning.packing import split_for
+from spin_lightning.out_of_memory import in_parts
+from spin_lightning.packing import halve_prompts, split_for
 from spin_lightning.types import PairBatch, PairLogps
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 # Largest difference between the derivatives of one pass and of the whole batch, relative to the
 # largest one, that rounding in float64 explains.
 _ROUNDING = 1e-9
+_SMALLER_PAIRS = (
+    "set a smaller data.max_prompt_tokens or data.max_response_tokens, "
+    "model.activation_checkpointing: true, or model.quantization: nf4"
+)
+_SMALLER_BATCHES = f"set a smaller data.batch_size, {_SMALLER_PAIRS.removeprefix('set ')}"
 
 
 def score(module: SelfPlayModule, batch: PairBatch) -> tuple[PairLogps, Tensor]:
@@ -26,33 +32,48 @@ def score(module: SelfPlayModule, batch: PairBatch) -> tuple[PairLogps, Tensor]:
     An objective is a mean over pairs, so its derivatives with respect to the log-probs of one pass
     are known once that pass is computed: it goes backward at once, and its activations are freed
     before the next one. The objective holds the summed gradients. An objective that is something
-    else (its derivatives depend on other passes) gets a plain step on the whole batch.
+    else (its derivatives depend on other passes) gets one pass for the whole batch.
+
+    A pass that memory does not suffice for is split between pairs, now and in later steps. Its
+    gradients are added up only once it is complete.
 
     Args:
         module: The module in training.
         batch: n pairs.
 
     Returns:
-        The log-probs, without a graph if there were several passes, and the objective, shape [].
+        The log-probs, without a graph, and the objective, shape [].
+
+    Raises:
+        SpinError: Memory does not suffice for a single pair, or for the batch of an objective that
+            needs all of it.
     """
-    passes = batch.split(split_for(module.policy.device, batch.pairs))
-    if len(passes) == 1 or module.needs_whole_batches:
-        logps = module.pair_logps(batch)
-        return logps, module.anchored_objective(logps)
     parameters = [parameter for _, parameter in module.policy.trainable()]
     gradients: list[Tensor | None] = [None] * len(parameters)
     scored: list[PairLogps] = []
     derivatives: list[Tensor] = []
-    # From last to first, the order in which autograd adds up the gradients of a whole batch.
-    for part in reversed(passes):
+
+    def compute(part: PairBatch) -> _Pass:
         logps = module.pair_logps(part)
         _, found = _objective(module, logps, len(part) / len(batch))
-        _add(gradients, torch.autograd.grad(_sides(logps), parameters, found, allow_unused=True))
-        scored.insert(0, _detached(logps))
-        derivatives.insert(0, torch.stack(found))
+        partial = torch.autograd.grad(_sides(logps), parameters, found, allow_unused=True)
+        return _Pass(_detached(logps), torch.stack(found), list(partial))
+
+    # From last to first, the order in which autograd adds up the gradients of a whole batch.
+    for done in in_parts(
+        _passes(module, batch)[::-1],
+        compute,
+        lambda part: len(part.pairs.input_ids),
+        lambda part: [] if module.needs_whole_batches else _halves(part)[::-1],
+        module.policy.training_limit,
+        fix=_SMALLER_BATCHES if module.needs_whole_batches else _SMALLER_PAIRS,
+    ):
+        _move(done.gradients, gradients)
+        scored.insert(0, done.logps)
+        derivatives.insert(0, done.derivatives)
     logps = _joined(scored)
     value, of_batch = _objective(module, logps)
-    if not _equal(torch.cat(derivatives, dim=1), torch.stack(of_batch)):
+    if len(scored) > 1 and not _equal(torch.cat(derivatives, dim=1), torch.stack(of_batch)):
         module.needs_whole_batches = True
         module.print(
             f"NOTE: the objective of {type(module).__name__} is not a mean over pairs, so a step "
@@ -60,6 +81,31 @@ def score(module: SelfPlayModule, batch: PairBatch) -> tuple[PairLogps, Tensor]:
         )
         return score(module, batch)
     return logps, _WithGradients.apply(value, gradients, *parameters)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The outcome of one pass, without its graph.
+
+    Attributes:
+        logps: Log-probs of its pairs.
+        derivatives: The batch's objective by them, shape [sides, pairs].
+        gradients: Its part of the gradient of each trained weight; None where it has none.
+    """
+
+    logps: PairLogps
+    derivatives: Tensor
+    gradients: list[Tensor | None]
+
+
+def _passes(module: SelfPlayModule, batch: PairBatch) -> list[PairBatch]:
+    if module.needs_whole_batches:
+        return [batch]
+    return batch.split(split_for(module.policy.device, batch.pairs))
+
+
+def _halves(part: PairBatch) -> list[PairBatch]:
+    return part.split(halve_prompts(part.pairs))
 
 
 def _sides(logps: PairLogps) -> list[Tensor]:
@@ -107,11 +153,13 @@ def _equal(by_pass: Tensor, of_batch: Tensor) -> bool:
     return bool(((by_pass - of_batch).abs() <= _ROUNDING * largest).all())
 
 
-def _add(total: list[Tensor | None], added: Sequence[Tensor | None]) -> None:
-    for i, gradient in enumerate(added):
+def _move(gradients: list[Tensor | None], total: list[Tensor | None]) -> None:
+    """Add gradients to a total and drop them, before the next pass needs the memory."""
+    for i, gradient in enumerate(gradients):
         if gradient is not None:
             known = total[i]
             total[i] = gradient if known is None else known.add_(gradient)
+    gradients.clear()
 
 
 class _WithGradients(torch.autograd.Function):

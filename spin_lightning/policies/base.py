@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.packing import pad_prompts
+from spin_lightning.out_of_memory import TokenLimit, in_parts
+from spin_lightning.packing import halve_responses, pad_prompts
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
 
@@ -40,10 +41,18 @@ class Policy(nn.Module, ABC):
             `at` a frozen iterate.
         deviations: What is computed otherwise than the settings say, and why; recorded with the
             rows.
+        scoring_limit: Tokens of a scoring pass, as far as memory suffices.
+        training_limit: Tokens of a training pass, likewise.
     """
 
     model: nn.Module
     deviations: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        """Start without limits."""
+        super().__init__()
+        self.scoring_limit = TokenLimit("scoring")
+        self.training_limit = TokenLimit("training")
 
     @property
     @abstractmethod
@@ -70,6 +79,24 @@ class Policy(nn.Module, ABC):
         By default, every response is a separate padded sequence.
         """
         return self.logps(pad_prompts(batch))
+
+    def score(self, batch: PromptBatch) -> Tensor:
+        """`prompt_logps` without gradient, in halves where memory does not suffice.
+
+        Raises:
+            SpinError: Memory does not suffice for a single response.
+        """
+        with torch.no_grad():
+            parts = in_parts(
+                [batch],
+                self.prompt_logps,
+                lambda part: len(part.input_ids),
+                halve_responses,
+                self.scoring_limit,
+                fix="set a smaller data.max_prompt_tokens or data.max_response_tokens, or "
+                "model.quantization: nf4",
+            )
+            return torch.cat(list(parts))
 
     def check_passes(self, batch: PromptBatch) -> None:
         """Check, on a batch of the data, that fast passes compute what plain ones do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -19,7 +19,7 @@ from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.results import Result, read_results
 from spin_lightning.report.cue_words import special_ids
 from spin_lightning.report.samples import PromptSamples, samples_of_prompts
-from spin_lightning.rows.manifest import Manifest, read_manifest
+from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.store import RowTable, read_rows
 from spin_lightning.rows.tells import Tells, find_tells
 from spin_lightning.run.files import read_json, reading
@@ -141,19 +141,27 @@ def _read(name: str, run: RunFolder) -> RunView:
     fix = "delete it: the report then has no section on the data"
     data = read_json(run.data, fix, read_data_records) if run.data.exists() else []
     best, results = run.best_record(), read_results(run, records)
-    return RunView(name, run, records, best, tables, results, data, _deviations(made, held_out))
+    manifests = chain(made.items(), held_out.items())
+    of_rows = ((t, unit) for t, m in manifests if m for unit in m.deviations.values())
+    of_training = ((r.index, r.training.deviations) for r in records if r.training)
+    deviations = [*_deviations("rows of", of_rows), *_deviations("training of", of_training)]
+    return RunView(name, run, records, best, tables, results, data, deviations)
 
 
-def _deviations(*manifests: Mapping[int, Manifest | None]) -> list[str]:
-    """What manifests, by iterate, say of settings that were overridden."""
-    found: dict[str, set[int]] = {}
-    for t, manifest in chain.from_iterable(by_iterate.items() for by_iterate in manifests):
-        for unit in manifest.deviations.values() if manifest else ():
-            for name, value in unit.items():
-                found.setdefault(f"{name}: {value}", set()).add(t)
+def _deviations(what: str, found: Iterable[tuple[int, Mapping[str, Any]]]) -> list[str]:
+    """Settings that were overridden, with the iterates that each concerns.
+
+    Args:
+        what: What the iterates are named with, such as `rows of`.
+        found: Iterates and their settings.
+    """
+    where: dict[str, set[int]] = {}
+    for t, settings in found:
+        for name, value in settings.items():
+            where.setdefault(f"{name}: {value}", set()).add(t)
     return [
-        f"{setting} (rows of {', '.join(f'p{t}' for t in sorted(where))})"
-        for setting, where in found.items()
+        f"{setting} ({what} {', '.join(f'p{t}' for t in sorted(iterates))})"
+        for setting, iterates in where.items()
     ]
 
 

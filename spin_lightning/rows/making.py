@@ -140,7 +140,11 @@ class Synthesis:
                 check_rows(rows, about(folder) / f"not_finite-{unit:05d}.json", made)
                 disagreeing = about(folder) / f"disagreeing-{unit:05d}.json"
                 check_agreement(sampled, self.policy.largest_bias, disagreeing, made)
-                deviations = {**self.generator.deviations, **self.policy.deviations}
+                deviations = {
+                    **self.generator.deviations,
+                    **self.policy.deviations,
+                    **self.policy.scoring_limit.deviations,
+                }
                 write_part(folder, unit, rows, deviations)
             yield unit
 
@@ -212,7 +216,7 @@ class Synthesis:
                         [group[0].prompt_ids for group in groups],
                         [[s.response_ids for s in group] for group in groups],
                     )
-                    logps = self.policy.prompt_logps(packed).tolist()
+                    logps = self.policy.score(packed).tolist()
                     scored = (s for group in groups for s in group)
                     for s, logp in zip(scored, logps, strict=True):
                         s.logps[scorer] = logp

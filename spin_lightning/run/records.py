@@ -43,6 +43,7 @@ class TrainingRecord:
         phase_peaks: Peak memory at the end of each of `PHASES` that raised it, bytes.
         early: Mean `accuracy` and `loss` of the batches in the second half of the iterate's first
             tenth, and their number of `pairs`; None for fewer than ten batches.
+        deviations: Settings overridden at run time, for want of memory; of any process.
         others: Fields of other versions, written back as they were read.
     """
 
@@ -57,6 +58,7 @@ class TrainingRecord:
     peak_memory: int | None = None
     phase_peaks: Mapping[str, int] = field(default_factory=dict)
     early: Mapping[str, float] | None = None
+    deviations: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -72,7 +74,7 @@ class TrainingRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as plain values."""
         plain = asdict(self)
-        for name in ("early", "phase_peaks"):
+        for name in ("early", "phase_peaks", "deviations"):
             if not plain[name]:
                 del plain[name]
         return {**plain.pop("others"), **plain}
@@ -211,4 +213,5 @@ _TRAINING_RULES: Final = {
     "peak_memory": optional(NUMBER),
     "phase_peaks": NUMBERS,
     "early": NUMBERS,
+    "deviations": OBJECT,
 }

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spin_lightning import SFT, SPACE, SPIN, SelfPlayModule, packing
+from spin_lightning.errors import SpinError
 from spin_lightning.modules import pass_by_pass
 from spin_lightning.packing import pack_prompts, split_for
+from spin_lightning.report.run_view import read_runs
+from spin_lightning.run.folder import RunFolder
 from spin_lightning.types import PairBatch, PairLogps
 from tests.toys.models import family_config, write_model
 from tests.toys.runs import contents, play, write_examples
@@ -121,6 +127,17 @@ def assert_same_step(module: SelfPlayModule, batch: PairBatch) -> None:
     logps, value = pass_by_pass.score(module, batch)
     (0.5 * value).backward()
     assert not module.needs_whole_batches
+    assert_equal_step(module, (logps, value), (plain, loss), expected)
+
+
+def assert_equal_step(
+    module: SelfPlayModule,
+    step: tuple[PairLogps, Tensor],
+    wanted_step: tuple[PairLogps, Tensor],
+    expected: list[Tensor],
+) -> None:
+    """The same log-probs, objective and, in the module, gradients, within rounding."""
+    (logps, value), (plain, loss) = step, wanted_step
     torch.testing.assert_close(value, loss.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(logps.policy_real, plain.policy_real.detach(), rtol=1e-6, atol=1e-6)
     assert logps.real_lengths.tolist() == plain.real_lengths.tolist()
@@ -170,6 +187,106 @@ def test_activations_of_one_pass_live_at_a_time(tiny_model_dir, short_passes):
         assert live < peaks[0] / 10
     # 302 tokens of 32 pairs hold what the 33 tokens of their longest pass do.
     assert per_token == pytest.approx([per_token[0]] * 3, rel=0.05)
+
+
+@contextmanager
+def memory_for(tokens: int, module: SelfPlayModule, where: str) -> Iterator[list[int]]:
+    """A module that runs out of memory in longer passes; the lengths of all passes.
+
+    The forward pass fails in its second layer, the backward pass between the two layers, when it
+    has the gradients of the second one.
+    """
+    lengths: list[int] = []
+    first, second = module.policy.model.get_base_model().base_model.layers
+
+    def fail(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def forward(_module: nn.Module, _args: object, _kwargs: object, output: Tensor) -> None:
+        if torch._C._current_graph_task_id() >= 0:
+            return  # recomputed in a backward pass
+        lengths.append(output.shape[:2].numel())
+        if lengths[-1] > tokens:
+            fail(None) if where == "forward" else output.register_hook(fail)
+
+    handle = first.register_forward_hook(forward, with_kwargs=True)
+    try:
+        yield lengths
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(("variant", "settings"), SETTINGS)
+def test_a_pass_that_memory_does_not_suffice_for_is_split_with_equal_gradients(
+    variant, settings, where, tiny_model_dir, caplog
+):
+    """8 pairs are one pass of more than 30 tokens; gradients from an earlier batch stay."""
+    module = build(tiny_model_dir, variant, **settings)
+    batch, earlier = a_batch(8, paired=variant != SFT), a_batch(2, paired=variant != SFT)
+    plain, loss = whole(module, batch)
+    (0.5 * loss + whole(module, earlier)[1]).backward()
+    expected = gradients(module)
+    pass_by_pass.score(module, earlier)[1].backward()
+    with memory_for(30, module, where) as lengths, caplog.at_level(logging.INFO):
+        logps, value = pass_by_pass.score(module, batch)
+        (0.5 * value).backward()
+        assert lengths[0] > 30
+        assert_equal_step(module, (logps, value), (plain, loss), expected)
+        assert module.policy.training_limit.tokens <= 30
+        assert "NOTE: memory did not suffice for a training pass of" in caplog.text
+        tried = len(lengths)
+        caplog.clear()
+        pass_by_pass.score(module, batch)
+        assert max(lengths[tried:]) <= 30, "it did not try the whole pass again"
+        assert not caplog.text
+
+
+def test_a_single_pair_that_memory_does_not_suffice_for_is_an_error(tiny_model_dir):
+    module = build(tiny_model_dir)
+    wanted = r"training pass of \d+ tokens, which cannot be split.*Fix: .*activation_checkpointing"
+    with memory_for(2, module, "backward"), pytest.raises(SpinError, match=wanted):
+        pass_by_pass.score(module, a_batch(8))
+    assert all(parameter.grad is None for _, parameter in module.policy.trainable())
+
+
+def test_an_objective_over_the_whole_batch_that_does_not_fit_is_an_error(
+    tiny_model_dir, monkeypatch
+):
+    """It is split first, since whether it is a mean over pairs is not known before."""
+    monkeypatch.setattr(CenteredSPIN, "print", lambda *_: None)
+    module = build(tiny_model_dir, CenteredSPIN)
+    with memory_for(30, module, "forward"), pytest.raises(SpinError, match="data.batch_size"):
+        pass_by_pass.score(module, a_batch(8))
+
+
+def test_a_run_records_the_passes_that_were_split(tiny_model_dir, tmp_path):
+    """Batches of 8 pairs with passes of at most 60 tokens from the second iterate's training on."""
+    data = write_examples(tmp_path / "data.jsonl", 60)
+
+    class Shrinks(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                stack.enter_context(memory_for(60, pl_module, "backward"))
+
+    settings: dict[str, Any] = {"data_settings": {"batch_size": 8}}
+    with ExitStack() as stack:
+        found, *_ = play(
+            tmp_path / "short", tiny_model_dir, data, callbacks=[Shrinks()], **settings
+        )
+    plain, *_ = play(tmp_path / "plain", tiny_model_dir, data, **settings)
+    for (name, weight), (_, wanted) in zip(
+        found.policy.trainable(), plain.policy.trainable(), strict=True
+    ):
+        torch.testing.assert_close(weight, wanted, rtol=1e-3, atol=1e-4, msg=name)
+    tokens = found.policy.training_limit.tokens
+    first, second = (RunFolder(tmp_path / "short").record(t).training for t in (1, 2))
+    assert first is not None
+    assert second is not None
+    assert first.deviations == {}
+    assert second.deviations == {"training_tokens": tokens}
+    (view,) = read_runs([RunFolder(tmp_path / "short")])
+    assert f"training_tokens: {tokens} (training of p2)" in view.deviations
 
 
 def test_run_by_passes_has_the_bytes_of_the_plain_run(

@@ -1,6 +1,8 @@
 """Rows in work units: the same bytes however they are made, and scores as by hand."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import ClassVar
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor, nn
 
 from spin_lightning.errors import SpinError
 from spin_lightning.generation.local import LocalGenerator
@@ -225,6 +228,67 @@ def test_settings_overridden_at_run_time_are_named_in_the_manifest_by_unit(synth
     assert manifest is not None
     assert manifest.deviations == {"1": {"batch_tokens": 320}}
     assert len(read_rows(tmp_path)) == 70
+
+
+@contextmanager
+def memory_for(tokens: int, policy: LoraPolicy) -> Iterator[list[int]]:
+    """A policy that runs out of memory in the second layer of longer passes; lengths of passes."""
+    lengths: list[int] = []
+
+    def forward(_module: nn.Module, args: tuple[Tensor, ...], _kwargs: dict[str, object]) -> None:
+        lengths.append(args[0].shape[:2].numel())
+        if lengths[-1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    layer = policy.model.get_base_model().base_model.layers[1]
+    handle = layer.register_forward_pre_hook(forward, with_kwargs=True)
+    try:
+        yield lengths
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("packing", ["shared", "padded"])
+@pytest.mark.parametrize("tokens", [40, 16])
+def test_scoring_passes_that_memory_does_not_suffice_for_are_halved_and_recorded(
+    packing, tokens, tiny_base, iterates, tmp_path
+):
+    """16 tokens do not hold a prompt of 9 with three responses of up to 6."""
+    policy = LoraPolicy(tiny_base, LoraSettings(r=2), packing=packing)
+    policy.use_iterates(iterates)
+    making = Synthesis(policy, EveryResponse(), vocabulary=24)
+    list(making.make(PLAN, EXAMPLES, tmp_path / "plain", Timing()))
+    with memory_for(tokens, policy) as lengths:
+        list(making.make(PLAN, EXAMPLES, tmp_path / "short", Timing()))
+    for row, other in zip(rows_in(tmp_path / "short"), rows_in(tmp_path / "plain"), strict=True):
+        for name, value in row.items():
+            assert value == (
+                pytest.approx(other[name], abs=1e-4) if "logp" in name else other[name]
+            )
+    limit = policy.scoring_limit.tokens
+    assert tokens / 2 - 1 <= limit <= tokens
+    failed = [i for i, length in enumerate(lengths) if length > tokens]
+    # It does not try again what is too long, whichever iterate scores.
+    assert len(failed) <= 5
+    assert max(failed) < 8
+    finish(PLAN, EXAMPLES, tmp_path / "short", {})
+    manifest = read_manifest(tmp_path / "short")
+    assert manifest is not None
+    assert manifest.deviations == {str(unit): {"scoring_tokens": limit} for unit in range(5)}
+
+
+def test_a_single_response_that_memory_does_not_suffice_for_is_an_error(
+    tiny_base, iterates, tmp_path
+):
+    policy = LoraPolicy(tiny_base, LoraSettings(r=2))
+    policy.use_iterates(iterates)
+    making = Synthesis(policy, EveryResponse(), vocabulary=24)
+    with (
+        memory_for(1, policy),
+        pytest.raises(SpinError, match=r"scoring pass of .* Fix: set a sma"),
+    ):
+        list(making.make(PLAN, EXAMPLES, tmp_path, Timing()))
+    assert policy.training, "the block of the scorer was left"
 
 
 def test_finish_without_examples_is_an_error_and_leaves_no_manifest(tmp_path):
