@@ -106,7 +106,7 @@ def head_logps(
         frozen_head: Any = _FrozenHead.apply  # untyped in torch
         logps: Tensor = frozen_head(hidden, head.weight, head.bias, targets, softcap)
         return logps
-    most = _head_rows(hidden)
+    most = head_rows(hidden.device)
     chunks = zip(torch.split(hidden, most), torch.split(targets, most), strict=True)
     return torch.cat([_plain_head_logps(head, h, y, softcap) for h, y in chunks])
 
@@ -130,8 +130,9 @@ def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _head_rows(hidden: Tensor) -> int:
-    return _HEAD_ROWS.get(hidden.device.type, _HEAD_ROWS_ELSEWHERE)
+def head_rows(device: torch.device) -> int:
+    """Number of tokens whose logits are computed at a time."""
+    return _HEAD_ROWS.get(device.type, _HEAD_ROWS_ELSEWHERE)
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:
@@ -159,7 +160,7 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        most = _head_rows(hidden)
+        most = head_rows(hidden.device)
         for start in range(0, len(hidden), most):
             rows = slice(start, start + most)
             h, y = hidden[rows], targets[rows, None]

@@ -11,10 +11,12 @@ from typing import Any
 
 import lightning as L
 
-from spin_lightning.callbacks.console import RowProgress, console
+from spin_lightning.callbacks.console import RowProgress, console, show_table
 from spin_lightning.callbacks.guard import RunGuard
+from spin_lightning.callbacks.memory_table import LongestRow, memory_rows
 from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
+from spin_lightning.errors import SpinError
 from spin_lightning.mixtures import latest
 from spin_lightning.packing import pack_prompts
 from spin_lightning.rows.making import Reporter, Synthesis, Timing, finish, is_finished
@@ -217,7 +219,27 @@ class RowMaker:
                 f"total (iterates left: {left})."
             )
         if self.dry_run:
+            if trainer.is_global_zero:
+                self._show_memory()
             raise DryRunFinished
+
+    def _show_memory(self) -> None:
+        """Print how much memory the run is predicted to take, or why that is not known."""
+        module, data = self.session.module, self.session.data
+        longest = max(data.train, key=lambda e: len(e.prompt_ids) + len(e.real_ids))
+        prompt, paired = len(longest.prompt_ids), module.opponent(module.iterate) is not None
+        generated = min(data.max_response_tokens, module.context_length - prompt)
+        row = LongestRow(
+            prompt,
+            len(longest.real_ids),
+            generated if paired else None,
+            data.samples_per_prompt * module.rows_per_sample(module.iterate),
+        )
+        device = self.session.trainer.strategy.root_device
+        try:
+            show_table(memory_rows(module, row, data.batch_size, device))
+        except SpinError as error:
+            console.print(f"No table of memory: {error.problem}.")
 
 
 def trial_batch(examples: Sequence[Example], context: int) -> PromptBatch:

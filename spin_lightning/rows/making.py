@@ -37,7 +37,7 @@ from spin_lightning.types import Example, PolicyId, Row
 # device.
 _SCORING_LOGITS = 1 << 27
 _MOST_SCORING_TOKENS = 1 << 14
-_SHARED_TOKENS = 1 << 13
+SHARED_TOKENS = 1 << 13
 
 
 class Reporter(Protocol):
@@ -227,7 +227,7 @@ class Synthesis:
             by_prompt: dict[tuple[int, ...], list[Scored]] = {}
             for s in sequences:
                 by_prompt.setdefault(s.prompt_ids, []).append(s)
-            groups, budget = list(by_prompt.values()), _SHARED_TOKENS
+            groups, budget = list(by_prompt.values()), SHARED_TOKENS
         else:
             groups = [[s] for s in sequences]
             budget = max(1, min(_MOST_SCORING_TOKENS, _SCORING_LOGITS // self.vocabulary))

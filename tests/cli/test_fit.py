@@ -137,10 +137,24 @@ def test_fit_dry_run_says_rows_tokens_and_time_and_leaves_nothing(
     said = capsys.readouterr().out
     assert "Each of 2 iterates: 114 rows" in said
     assert "Estimated per iterate:" in said
+    assert "predicted memory" in said
+    assert "training pass of" in said
+    assert "keys and values of" in said
     assert not root.exists()
     # So the run itself may have another batch size.
     spin(*arguments)
     assert contents(root) == contents(finished)
+
+
+def test_fit_dry_run_says_where_memory_is_not_predicted(
+    spin, tiny_model_dir, data, tmp_path, capsys
+):
+    arguments = fit_arguments(tmp_path / "dry", tiny_model_dir, data)
+    spin(*arguments, "--dry_run", "true", "--model.packing", "padded")
+    assert (
+        "No table of memory: memory is not predicted with packing: padded."
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the test moved the folder

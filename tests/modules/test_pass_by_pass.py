@@ -193,11 +193,10 @@ def test_activations_of_one_pass_live_at_a_time(tiny_model_dir, short_passes):
 def memory_for(tokens: int, module: SelfPlayModule, where: str) -> Iterator[list[int]]:
     """A module that runs out of memory in longer passes; the lengths of all passes.
 
-    The forward pass fails in its second layer, the backward pass between the two layers, when it
-    has the gradients of the second one.
+    Both fail between the two layers; the backward pass then has the gradients of the second one.
     """
     lengths: list[int] = []
-    first, second = module.policy.model.get_base_model().base_model.layers
+    first, _ = module.policy.model.get_base_model().base_model.layers
 
     def fail(_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -256,7 +255,7 @@ def test_an_objective_over_the_whole_batch_that_does_not_fit_is_an_error(
     """It is split first, since whether it is a mean over pairs is not known before."""
     monkeypatch.setattr(CenteredSPIN, "print", lambda *_: None)
     module = build(tiny_model_dir, CenteredSPIN)
-    with memory_for(30, module, "forward"), pytest.raises(SpinError, match="data.batch_size"):
+    with memory_for(30, module, "forward"), pytest.raises(SpinError, match=r"data\.batch_size"):
         pass_by_pass.score(module, a_batch(8))
 
 

@@ -1,0 +1,89 @@
+"""The predicted memory of a run by phase, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spin_lightning.generation.local import default_batch_tokens
+from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.packing import pack_prompts, split_for
+from spin_lightning.policies.memory import Memory, PassSize
+from spin_lightning.rows.making import SHARED_TOKENS
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class LongestRow:
+    """The longest row that a run can have, in tokens.
+
+    Attributes:
+        prompt: Prompt.
+        real: Real response.
+        generated: Generated response; None without one.
+        samples: Generated responses per prompt.
+    """
+
+    prompt: int
+    real: int
+    generated: int | None
+    samples: int = 1
+
+    def training_pass(self, pairs: int, device: torch.device) -> PassSize:
+        """The largest pass of a training batch of such pairs."""
+        generated = () if self.generated is None else (self.generated,)
+        return _largest_pass(self.prompt, (self.real, *generated), pairs, device)
+
+    def scoring_pass(self, device: torch.device) -> PassSize:
+        """The largest pass that scores such rows."""
+        generated = () if self.generated is None else (self.generated,) * self.samples
+        group = self.prompt + self.real + sum(generated)
+        count = max(1, SHARED_TOKENS // group)
+        return _largest_pass(self.prompt, (self.real, *generated), count, device)
+
+
+def memory_rows(
+    module: SelfPlayModule, row: LongestRow, pairs: int, device: torch.device
+) -> list[list[str]]:
+    """The table, its head first.
+
+    Args:
+        module: The module, with its policy.
+        row: The longest row.
+        pairs: Pairs of a training batch.
+        device: Where the policy is.
+
+    Raises:
+        SpinError: The memory of the policy's passes is not predicted.
+    """
+    memory = Memory.of(module.policy_spec, device)
+    training, scoring = row.training_pass(pairs, device), row.scoring_pass(device)
+    tokens = module.generation.batch_tokens or default_batch_tokens(module.policy.model)
+    held = memory.weights + memory.trained(module.optimizer_name)
+    phases = {
+        f"training pass of {training.tokens:,} tokens": memory.training_pass(training),
+        f"scoring pass of {scoring.tokens:,} tokens": memory.scoring_pass(scoring),
+        f"keys and values of {tokens:,} tokens to decode": memory.decoding_batch(tokens),
+    }
+    return [
+        ["predicted memory", "GiB", "in all"],
+        ["weights", _gib(memory.weights), ""],
+        ["adapter, gradients, optimizer", _gib(held - memory.weights), _gib(held)],
+        *([name, _gib(size), _gib(held + size)] for name, size in phases.items()),
+    ]
+
+
+def _largest_pass(
+    prompt: int, responses: Sequence[int], count: int, device: torch.device
+) -> PassSize:
+    ids = [[0] * prompt] * count, [[[0] * n for n in responses]] * count
+    passes = split_for(device, pack_prompts(*ids))
+    largest = max(passes, key=lambda one: len(one.input_ids))
+    return PassSize.of(list(zip(largest.prompt_lengths, largest.response_lengths, strict=True)))
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}"
