@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -45,10 +46,24 @@ class LongestRow:
         return _largest_pass(self.prompt, (self.real, *generated), count, device)
 
 
-def memory_rows(
+class Phase(NamedTuple):
+    """A phase of a run.
+
+    Attributes:
+        name: What needs the memory.
+        size: Bytes.
+        in_all: Bytes together with the weights and the adapter, which stay.
+    """
+
+    name: str
+    size: int
+    in_all: int
+
+
+def predicted_phases(
     module: SelfPlayModule, row: LongestRow, pairs: int, device: torch.device
-) -> list[list[str]]:
-    """The table, its head first.
+) -> list[Phase]:
+    """The predicted memory of a run.
 
     Args:
         module: The module, with its policy.
@@ -62,17 +77,25 @@ def memory_rows(
     memory = Memory.of(module.policy_spec, device)
     training, scoring = row.training_pass(pairs, device), row.scoring_pass(device)
     tokens = module.generation.batch_tokens or default_batch_tokens(module.policy.model)
-    held = memory.weights + memory.trained(module.optimizer_name)
-    phases = {
+    trained = memory.trained(module.optimizer_name)
+    held = memory.weights + trained
+    passes = {
         f"training pass of {training.tokens:,} tokens": memory.training_pass(training),
         f"scoring pass of {scoring.tokens:,} tokens": memory.scoring_pass(scoring),
-        f"keys and values of {tokens:,} tokens to decode": memory.decoding_batch(tokens),
+        f"decoding {tokens:,} tokens": memory.decoding_batch(tokens),
     }
     return [
-        ["predicted memory", "GiB", "in all"],
-        ["weights", _gib(memory.weights), ""],
-        ["adapter, gradients, optimizer", _gib(held - memory.weights), _gib(held)],
-        *([name, _gib(size), _gib(held + size)] for name, size in phases.items()),
+        Phase("weights", memory.weights, memory.weights),
+        Phase("adapter, gradients, optimizer", trained, held),
+        *(Phase(name, size, held + size) for name, size in passes.items()),
+    ]
+
+
+def memory_rows(phases: Sequence[Phase]) -> list[list[str]]:
+    """The phases as a table, its head first."""
+    return [
+        ["predicted memory", "size", "in all"],
+        *([phase.name, readable(phase.size), readable(phase.in_all)] for phase in phases),
     ]
 
 
@@ -85,5 +108,6 @@ def _largest_pass(
     return PassSize.of(list(zip(largest.prompt_lengths, largest.response_lengths, strict=True)))
 
 
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f}"
+def readable(size: int) -> str:
+    """Bytes in GiB, of a small size in MiB."""
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{1024 * size / _GIB:.1f} MiB"

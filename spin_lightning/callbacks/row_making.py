@@ -13,7 +13,7 @@ import lightning as L
 
 from spin_lightning.callbacks.console import RowProgress, console, show_table
 from spin_lightning.callbacks.guard import RunGuard
-from spin_lightning.callbacks.memory_table import LongestRow, memory_rows
+from spin_lightning.callbacks.memory_table import LongestRow, memory_rows, predicted_phases
 from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
 from spin_lightning.errors import SpinError
@@ -237,7 +237,7 @@ class RowMaker:
         )
         device = self.session.trainer.strategy.root_device
         try:
-            show_table(memory_rows(module, row, data.batch_size, device))
+            show_table(memory_rows(predicted_phases(module, row, data.batch_size, device)))
         except SpinError as error:
             console.print(f"No table of memory: {error.problem}.")
 

@@ -121,7 +121,7 @@ class SelfPlay(Callback):
         session = Session.of(trainer, pl_module, run)
         self.run = session.data.run_folder = run
         read_safely(trainer)
-        check_precision(trainer)
+        check_precision(trainer.precision)
         if stage != "fit":
             if trainer.ckpt_path is None:
                 self._as_trained.start(session)

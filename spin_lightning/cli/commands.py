@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from spin_lightning.cli.doctor import doctor
 from spin_lightning.cli.parsing import command_parser, run_first
 from spin_lightning.cli.study import study
 from spin_lightning.errors import SettingError, SpinError
@@ -286,6 +287,7 @@ def testbed(args: list[str]) -> None:
 
 COMMANDS: Final[dict[str, Callable[[list[str]], None]]] = {
     "data": data,
+    "doctor": doctor,
     "export": export,
     "evaluate": evaluate,
     "chat": chat,

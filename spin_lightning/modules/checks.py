@@ -25,7 +25,7 @@ def iterates_to_play(trainer: L.Trainer, epochs_per_iterate: int) -> int:
             `epochs_per_iterate`, a setting cuts epochs short or repeats batches, or the precision
             is not 32-true.
     """
-    check_precision(trainer)
+    check_precision(trainer.precision)
     _check_new(trainer)
     # Connectors set these two, where mypy does not see them.
     fast_dev_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -79,7 +79,7 @@ def _check_new(trainer: L.Trainer) -> None:
         )
 
 
-def check_precision(trainer: L.Trainer) -> None:
+def check_precision(precision: str | int) -> None:
     """Refuse a precision of the Trainer's own: weights compute in `compute_dtype` by themselves.
 
     A true precision changes the type of the adapter, which is trained in float32; a mixed one casts
@@ -88,12 +88,12 @@ def check_precision(trainer: L.Trainer) -> None:
     Raises:
         SettingError: The Trainer's precision is not 32-true.
     """
-    if trainer.precision != "32-true":
-        bits = str(trainer.precision)
+    bits = str(precision)
+    if bits not in ("32", "32-true"):
         dtype = "bfloat16" if "bf16" in bits else "float16" if "16" in bits else "float32"
         raise SettingError(
             "trainer.precision",
-            trainer.precision,
+            precision,
             "the frozen base computes in model.compute_dtype, the adapter is trained in float32",
             fix=f"leave it out (32-true), and set model.compute_dtype: {dtype}",
         )

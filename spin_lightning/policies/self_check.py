@@ -72,6 +72,19 @@ class SelfCheck:
         )
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a self-check says.
+
+    Attributes:
+        agrees: Whether the fast passes may be used.
+        text: The finding with its numbers, in words.
+    """
+
+    agrees: bool
+    text: str
+
+
 def check_passes(policy: LoraPolicy, batch: PromptBatch) -> None:
     """Check a policy; if its fast passes fail or disagree, it takes the plain ones from now on.
 
@@ -79,18 +92,25 @@ def check_passes(policy: LoraPolicy, batch: PromptBatch) -> None:
         policy: The policy, not inside `at`.
         batch: A few prompts and responses.
     """
+    verdict = judge_passes(policy, batch)
+    if verdict.agrees:
+        policy.deviations = flex_trial.deviations()
+        rank_zero_info(f"Self-check: {verdict.text}.")
+    else:
+        _give_up(policy, verdict.text)
+
+
+def judge_passes(policy: LoraPolicy, batch: PromptBatch) -> Verdict:
+    """Compare the passes of a policy, which stays as it is; see `check_passes`."""
     try:
         found = self_check(policy, batch)
     except FastPassError as error:
-        _give_up(policy, f"the fast passes fail on this machine ({error})")
-        return
+        return Verdict(False, f"the fast passes fail on this machine ({error})")
     within = _tolerance(policy)
     if found.agrees(within):
-        policy.deviations = flex_trial.deviations()
-        rank_zero_info(f"Self-check: fast and plain passes agree ({found}).")
-        return
-    _give_up(
-        policy,
+        return Verdict(True, f"fast and plain passes agree ({found})")
+    return Verdict(
+        False,
         f"the fast passes disagree with the plain ones on this machine ({found}; allowed: "
         f"{within.difference:g} and {within.cosine:g})",
     )

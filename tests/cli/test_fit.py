@@ -139,7 +139,7 @@ def test_fit_dry_run_says_rows_tokens_and_time_and_leaves_nothing(
     assert "Estimated per iterate:" in said
     assert "predicted memory" in said
     assert "training pass of" in said
-    assert "keys and values of" in said
+    assert "decoding 131,072 tokens" in said
     assert not root.exists()
     # So the run itself may have another batch size.
     spin(*arguments)
