@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from spin_lightning.errors import SpinError
+from spin_lightning.generation import lanes_trial
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.generation.decoding import Decoder
 from spin_lightning.generation.sampler import Sampler
@@ -84,8 +85,9 @@ class LocalGenerator(Generator):
 
     @property
     def deviations(self) -> Mapping[str, Any]:
-        """The reduced batch size, if memory did not suffice for the one in the settings."""
-        return {} if self._halved is None else {"batch_tokens": self._halved}
+        """The reduced batch size, if memory did not suffice, and a kernel that does not work."""
+        halved = {} if self._halved is None else {"batch_tokens": self._halved}
+        return {**halved, **lanes_trial.deviations()}
 
     def _generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
         decoder = Decoder(policy.model, Sampler(self.settings), self.stop_ids, self.pad_id)

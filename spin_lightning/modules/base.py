@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, device, is_grad_enabled
+from torch import Tensor, device
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
@@ -304,8 +304,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
         """Score a batch with the policy; the reference's scores are stored with the rows."""
-        compute = self.policy.prompt_logps if is_grad_enabled() else self.policy.score
-        return PairLogps.of(batch, compute(batch.pairs))
+        return PairLogps.of(batch, self.policy.score(batch.pairs))
 
     def anchored_objective(self, logps: PairLogps) -> Tensor:
         """The objective, plus the weighted anchor on the real responses if there is one."""

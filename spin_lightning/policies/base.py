@@ -81,22 +81,23 @@ class Policy(nn.Module, ABC):
         return self.logps(pad_prompts(batch))
 
     def score(self, batch: PromptBatch) -> Tensor:
-        """`prompt_logps` without gradient, in halves where memory does not suffice.
+        """`prompt_logps`; without gradients, in halves where memory does not suffice.
 
         Raises:
             SpinError: Memory does not suffice for a single response.
         """
-        with torch.no_grad():
-            parts = in_parts(
-                [batch],
-                self.prompt_logps,
-                lambda part: len(part.input_ids),
-                halve_responses,
-                self.scoring_limit,
-                fix="set a smaller data.max_prompt_tokens or data.max_response_tokens, or "
-                "model.quantization: nf4",
-            )
-            return torch.cat(list(parts))
+        if torch.is_grad_enabled():
+            return self.prompt_logps(batch)  # a step splits its passes itself: `pass_by_pass`
+        parts = in_parts(
+            [batch],
+            self.prompt_logps,
+            lambda part: len(part.input_ids),
+            halve_responses,
+            self.scoring_limit,
+            fix="set a smaller data.max_prompt_tokens or data.max_response_tokens, or "
+            "model.quantization: nf4",
+        )
+        return torch.cat(list(parts))
 
     def check_passes(self, batch: PromptBatch) -> None:
         """Check, on a batch of the data, that fast passes compute what plain ones do."""

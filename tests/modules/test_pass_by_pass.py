@@ -241,6 +241,19 @@ def test_a_pass_that_memory_does_not_suffice_for_is_split_with_equal_gradients(
         assert not caplog.text
 
 
+def test_a_validation_pass_that_memory_does_not_suffice_for_is_a_scoring_pass(tiny_model_dir):
+    module, batch = build(tiny_model_dir), a_batch(8)
+    with torch.no_grad():
+        plain = module.pair_logps(batch)
+        with memory_for(12, module, "forward"):
+            found = module.pair_logps(batch)
+    torch.testing.assert_close(found.policy_real, plain.policy_real, rtol=1e-6, atol=1e-6)
+    assert found.policy_generated is not None
+    torch.testing.assert_close(found.policy_generated, plain.policy_generated, rtol=1e-6, atol=1e-6)
+    assert module.policy.scoring_limit.tokens <= 12
+    assert module.policy.training_limit.deviations == {}
+
+
 def test_a_single_pair_that_memory_does_not_suffice_for_is_an_error(tiny_model_dir):
     module = build(tiny_model_dir)
     wanted = r"training pass of \d+ tokens, which cannot be split.*Fix: .*activation_checkpointing"

@@ -1,19 +1,22 @@
 """Decoding on the pretend device: what a step asks of it, and what stays where it is."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig
 
-from spin_lightning.generation import decoding
+from spin_lightning.generation import decoding, lanes, lanes_trial
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
-from spin_lightning.generation.varlen_slots import VarlenSlots
+from spin_lightning.generation.varlen_slots import VarlenSlots, fits
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
@@ -76,6 +79,8 @@ def loaded(root: Path, layers: int, quantization: str) -> LoraPolicy:
     base = FrozenBase(str(folder), compute_dtype="bfloat16", quantization=quantization)
     policy = LoraPolicy(base, LoraSettings(r=4), device=DEVICE)
     policy.use_iterates(iterates(base, root / f"iterates-{layers}"))
+    # The kernel is tried before its first use, which is not part of the counts.
+    assert fits(policy.model)
     return policy
 
 
@@ -102,7 +107,6 @@ def test_launches_of_a_step_with_32_layers(machine, steps, policies, most, quant
             launches.append(seen[5].launches - seen[4].launches)
             assert not counts.float32_products
     per_layer = launches[1] - launches[0]
-    print(f"{quantization}: {per_layer} a layer and {launches[0] - 2 * per_layer}")
     assert launches[0] + 30 * per_layer <= most
 
 
@@ -130,3 +134,35 @@ def test_steps_have_the_same_kernels_and_addresses_and_the_host_waits_once_in_16
     assert not any(seen[i + 1].waits - seen[i].waits for i in unwatched[1:])
     without_refill = [i for i in range(15, len(parts), 16) if i % 48 != 47]
     assert [seen[i + 1].waits - seen[i].waits for i in without_refill] == [1] * 6
+
+
+def raising(*_: object, **__: object) -> Tensor:
+    raise RuntimeError("no kernel image is available")
+
+
+def ignoring_lengths(*args: object, seqused_k: Tensor, **options: object) -> Tensor:
+    return varlen_attn(*args, seqused_k=torch.full_like(seqused_k, 300), **options)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [(raising, "no kernel image is available"), (ignoring_lengths, "off by")],
+)
+def test_a_kernel_that_fails_or_errs_is_not_used_with_one_line(
+    machine, steps, fault, named, tmp_path, monkeypatch
+):
+    requests = asked([PolicyId(1), PolicyId(2)], 6)
+    with machine() as counts:
+        policy = loaded(tmp_path, 2, "none")
+        seen = steps(counts)
+        monkeypatch.setattr(lanes_trial, "_tried", {})
+        monkeypatch.setattr(lanes, "varlen_attn", fault)
+        generator = LocalGenerator((STOP,), PAD, GenerationSettings())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            responses = generator.generate(policy, requests)
+            assert generator.generate(policy, requests) == responses
+    assert not seen
+    assert [named in str(w.message) for w in caught if w.category is UserWarning] == [True]
+    assert named in generator.deviations["decoding"]
+    assert [len(response.ids) for response in responses] == [40] * 6
