@@ -16,8 +16,10 @@ from benchmarks.workload import SIZES
 from spin_lightning.generation.base import Request
 from spin_lightning.keyed import row_key
 
-# Rows of one of our work units and of one batch of `generate`.
+# Rows of one batch of `generate`. One of our work units is four of these: an iterate of 2,000 rows
+# has such units by default.
 _ROWS = 64
+_ROUNDS = 2
 _ALPHA = 0.3
 _OPPONENTS = range(1, ours.ADAPTERS + 1)
 
@@ -31,34 +33,35 @@ def run(setup: Setup) -> Iterator[Figure]:
 
 
 def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
-    """Generate 64 responses for each of four iterates, in four units here and four batches there.
+    """Generate 64 responses for each of four iterates: one work unit here, four batches there.
 
-    Round i is our unit i, in which all iterates answer, and batch i of `generate`, in which iterate
-    i + 1 answers. Responses end at the lengths of the workload on both sides: a model with random
-    weights hardly ever produces a stop token.
+    Responses end at the lengths of the workload on both sides: a model with random weights hardly
+    ever produces a stop token.
     """
     module = ours.load_module(setup, quantization)
     ours.use_iterates(module.policy, setup)
     model = peer.load_model(setup, quantization, adapters=ours.ADAPTERS)
-    units = [_unit(setup, i) for i in range(len(_OPPONENTS))]
+    units = [_unit(setup, i) for i in range(setup.rounds(_ROUNDS))]
     mixed = [[replace(request, token_alpha=_ALPHA) for request in unit] for unit in units]
     decoder = ours.decoder(module)
 
-    def theirs(unit: list[Request], opponent: int) -> None:
-        prompts = [request.prompt_ids for request in unit]
-        with peer.acting_as(model, opponent):
-            peer.generate(model, prompts, [request.cap for request in unit], _ROWS)
+    def theirs(unit: list[Request]) -> None:
+        for opponent in _OPPONENTS:
+            batch = [request for request in unit if request.opponent == opponent]
+            prompts = [request.prompt_ids for request in batch]
+            with peer.acting_as(model, opponent):
+                peer.generate(model, prompts, [request.cap for request in batch], _ROWS)
 
     short = [replace(request, cap=2) for request in units[0]]
     decoder.generate(module.policy, short)
-    theirs(short, 1)
+    theirs(short)
     seconds = interleaved(
         {
             "ours": lambda i: decoder.generate(module.policy, units[i]),
             "mixture": lambda i: decoder.generate(module.policy, mixed[i]),
-            "generate": lambda i: theirs(units[i], _OPPONENTS[i]),
+            "generate": lambda i: theirs(units[i]),
         },
-        setup.rounds(len(units)),
+        len(units),
         setup.device,
         warmup=0,
     )
@@ -91,7 +94,8 @@ def _operations(setup: Setup, units: Sequence[Sequence[Request]]) -> float:
 
 def _unit(setup: Setup, number: int) -> list[Request]:
     """A work unit: prompts and lengths of the workload, answered by each iterate in turn."""
-    pairs = setup.workload("A").pairs(setup.count(_ROWS), setup.vocabulary, seed=number)
+    count = setup.count(_ROWS) * len(_OPPONENTS)
+    pairs = setup.workload("A").pairs(count, setup.vocabulary, seed=number)
     return [
         Request(
             prompt_ids=tuple(pair.prompt_ids.tolist()),

@@ -175,5 +175,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = outer
-        known = (None if g is None else g * factor.to(g.dtype) for g in ctx.gradients)
-        return (None, None, *known)
+        known = [gradient for gradient in ctx.gradients if gradient is not None]
+        # One launch for all of them on a GPU. Not in place: a graph may be kept for another call.
+        scaled = iter(torch._foreach_mul(known, factor.to(known[0].dtype)) if known else ())
+        return (None, None, *(None if g is None else next(scaled) for g in ctx.gradients))

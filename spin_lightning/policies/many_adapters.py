@@ -39,6 +39,7 @@ class AdapterRouting:
         names: Names of all adapters, sorted.
         lanes: The adapters in use, each with its lanes.
         adapted: Slice of the lanes that can have an adapter.
+        is_uniform: Whether these all have the same one.
     """
 
     def __init__(self, adapters: Mapping[int, str | None], device: torch.device) -> None:
@@ -71,6 +72,8 @@ class AdapterRouting:
         self._owners = torch.tensor(numbers, dtype=torch.long)
         self._count = len(ids)
         self.lanes = list(self._lanes_by_adapter())
+        used = self._owners[self.adapted].unique().tolist()
+        self.is_uniform = len(used) == 1 and used[0] >= 0
         for key in self._masks:
             if key[0] == len(names):
                 _refresh(self._masks, key, self._mask(*key[1:]), self._device)
@@ -138,8 +141,8 @@ def many_adapters(
     one by one. With few, as in decoding, they are concatenated:
     [s_1 B_1 … s_h B_h] (m * [A_1; …; A_h] x), with a mask m per lane that is 1 on the units of the
     lane's own adapter. That is two products, whatever the number of adapters; on a GPU a decoding
-    step always takes them, so that its kernels stay the same while rows come and go. Leaving the
-    block restores the forward of each layer.
+    step with several always takes them, so that its kernels stay the same while rows come and go.
+    Leaving the block restores the forward of each layer.
 
     Args:
         model: A PEFT model in eval mode, of which `are_plain` holds for these adapters.
@@ -230,7 +233,7 @@ def _routed_forward(layer: Any, routing: AdapterRouting) -> Callable[..., Tensor
             )
         y = base(x).contiguous()
         is_many = x.shape[:-1].numel() >= _TOKENS_OF_ONE * len(routing.lanes)
-        if is_many and not (x.is_cuda and x.shape[1] == 1):
+        if routing.is_uniform or (is_many and not (x.is_cuda and x.shape[1] == 1)):
             for name, lanes in routing.lanes:
                 if name in halves:
                     _add_to_lanes(y, x, lanes, *halves[name])

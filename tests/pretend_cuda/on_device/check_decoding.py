@@ -93,7 +93,7 @@ def asked(policies: list[PolicyId], count: int, cap: int = 40) -> list[Request]:
 
 @pytest.mark.parametrize(
     ("policies", "most"),
-    [([PolicyId(1)], 1600), ([PolicyId(0)], 950), ([PolicyId(1), PolicyId(2)], 1800)],
+    [([PolicyId(1)], 1400), ([PolicyId(0)], 950), ([PolicyId(1), PolicyId(2)], 1600)],
     ids=["one adapter", "base", "two adapters"],
 )
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
