@@ -18,6 +18,12 @@ from spin_lightning.callbacks.memory_table import LongestRow, predicted_phases, 
 from spin_lightning.cli.fit import data_and_model, read_config
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import SettingError, SpinError, first_line
+from spin_lightning.generation import lanes_trial
+from spin_lightning.generation.decoding import Decoder
+from spin_lightning.generation.sampler import Sampler
+from spin_lightning.generation.settings import GenerationSettings
+from spin_lightning.generation.slots import ColumnSlots, EqualSlots, Slots
+from spin_lightning.generation.varlen_slots import VarlenSlots
 from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.modules.checks import check_precision
 from spin_lightning.modules.spin import SPIN
@@ -28,6 +34,11 @@ from spin_lightning.policies.paths import attention_path, bitsandbytes_build, fu
 from spin_lightning.policies.probes import Finding, probe_kernels
 from spin_lightning.policies.self_check import judge_passes
 
+_SLOTS: Mapping[type[Slots], str] = {
+    VarlenSlots: "refilled slots, each read up to its length",
+    ColumnSlots: "refilled slots, padded to the longest",
+    EqualSlots: "prompts of one length at a time",
+}
 _PLAIN = "set model.packing: padded and model.fused_lora: false"
 _SMALLER = (
     "set a smaller data.max_prompt_tokens, data.max_response_tokens or generation.batch_tokens, "
@@ -62,6 +73,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
         module.policy = policy
         yield Finding("packing", spec.packing_in_use)
         yield Finding("attention", attention_path(policy))
+        yield Finding("decoding", _decoding(policy))
         yield Finding("fused LoRA", "{} of {} layers".format(*fused_layers(policy)))
         yield _self_check(policy, module.vocabulary)
         if data is None:
@@ -111,6 +123,13 @@ def _precision(given: Any) -> Finding:
     except SettingError as error:
         return Finding("precision", str(given), error.fix)
     return Finding("precision", f"32-true, float32 products: {products}")
+
+
+def _decoding(policy: LoraPolicy) -> str:
+    """How rows are read while they are decoded."""
+    decoder = Decoder(policy.model, Sampler(GenerationSettings()), stop_ids=(), pad_id=0)
+    kind = decoder.kind_of_slots
+    return lanes_trial.deviations().get("decoding") or _SLOTS[kind]
 
 
 def _self_check(policy: LoraPolicy, vocabulary: int) -> Finding:

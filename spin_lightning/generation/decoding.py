@@ -20,6 +20,7 @@ from spin_lightning.generation.kv_cache import holds_keys_and_values_alone
 from spin_lightning.generation.model import RoutedModel
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.generation.slots import ColumnSlots, EqualSlots
+from spin_lightning.generation.step_graph import StepGraph
 from spin_lightning.generation.varlen_slots import VarlenSlots, fits
 from spin_lightning.generation.written import Written
 from spin_lightning.policies.base import RowRouting
@@ -40,6 +41,7 @@ class Decoder:
         stop_ids: A response ends with the first of these.
         pad_id: Any valid id; padded columns are masked.
         ends: Called with the ids of a response after each token: whether it ends there, too.
+        cuda_graphs: Whether a step on a GPU becomes a CUDA graph where that is possible.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Decoder:
     stop_ids: tuple[int, ...]
     pad_id: int
     ends: Callable[[Sequence[int]], bool] | None = None
+    cuda_graphs: bool = True
 
     @property
     def config(self) -> PretrainedConfig:
@@ -83,6 +86,15 @@ class Decoder:
         count = min(slots or len(requests), len(requests))
         kept = self.kind_of_slots(model, requests, count)
         rows = _Rows(requests, count, model.device)
+        can_capture = self.cuda_graphs and not self.sampler.waits and self.ends is None
+        graph = StepGraph(enabled=can_capture)
+
+        def step() -> None:
+            logits = kept.step(rows.tokens)
+            tokens, logps = self.sampler(logits, written.uniforms(rows.places))
+            written.add(rows.places, tokens, logps)
+            rows.tokens.copy_(tokens)
+
         while True:
             if filled := rows.fill():
                 kept.fill(list(filled), [requests[row] for row in filled.values()])
@@ -91,10 +103,11 @@ class Decoder:
             elif staying := rows.compact(kept.shrink_share):
                 kept.keep(staying)
             for _ in range(self._steps_unwatched(model.device)):
-                logits = kept.step(rows.tokens)
-                tokens, logps = self.sampler(logits, written.uniforms(rows.places))
-                written.add(rows.places, tokens, logps)
-                rows.tokens.copy_(tokens)
+                if isinstance(kept, VarlenSlots):
+                    state = [rows.tokens, *kept.state, *written.state]
+                    graph.run(step, (len(rows.places), routing.form), state, written.logps)
+                else:
+                    step()
             kept.free(rows.release(written.goes_on(rows.places).tolist()))
 
     def columns_of(self, requests: Sequence[Request], *, refilled: bool) -> int:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from spin_lightning.errors import SpinError
-from spin_lightning.generation import lanes_trial
+from spin_lightning.generation import lanes_trial, step_graph
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.generation.decoding import Decoder
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.generation.settings import GenerationSettings
-from spin_lightning.out_of_memory import is_out_of_memory
+from spin_lightning.out_of_memory import free_memory, is_out_of_memory
 from spin_lightning.policies.base import Policy
 
 _CACHE_BYTES = 1 << 31
@@ -85,12 +85,18 @@ class LocalGenerator(Generator):
 
     @property
     def deviations(self) -> Mapping[str, Any]:
-        """The reduced batch size, if memory did not suffice, and a kernel that does not work."""
+        """The reduced batch size, if memory did not suffice, and kernels that do not work."""
         halved = {} if self._halved is None else {"batch_tokens": self._halved}
-        return {**halved, **lanes_trial.deviations()}
+        return {**halved, **lanes_trial.deviations(), **step_graph.deviations()}
 
     def _generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:
-        decoder = Decoder(policy.model, Sampler(self.settings), self.stop_ids, self.pad_id)
+        decoder = Decoder(
+            policy.model,
+            Sampler(self.settings),
+            self.stop_ids,
+            self.pad_id,
+            cuda_graphs=self.settings.cuda_graphs,
+        )
         responses: dict[int, Response] = {}
         for group in policy.batch_groups({request.policy for request in requests}):
             members = [i for i, request in enumerate(requests) if request.policy in group]
@@ -130,8 +136,7 @@ class LocalGenerator(Generator):
                 left = left[len(queue.indices) :]
 
     def _halve(self, tokens: int) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         self._halved = max(1, tokens // 2)
         rank_zero_info(
             f"NOTE: memory did not suffice to decode {tokens} tokens at once; continuing with "

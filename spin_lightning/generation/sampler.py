@@ -35,6 +35,11 @@ class Sampler:
         if settings.top_k:
             self._warpers.append(TopKLogitsWarper(settings.top_k))
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for a GPU."""
+        return self._top_p < 1.0
+
     def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Sample a token per row.
 

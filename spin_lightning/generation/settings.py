@@ -28,6 +28,7 @@ class GenerationSettings:
         temperature: Divides the logits, > 0.
         top_p: Keep the most likely tokens up to this total probability; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
+        cuda_graphs: On a GPU, let a decoding step become a CUDA graph where that is possible.
     """
 
     batch_tokens: int | None = None
@@ -35,6 +36,7 @@ class GenerationSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -58,6 +60,7 @@ class GenerationSettings:
                     "a number in (0, 1]; 1 is what self-play assumes",
                 ),
                 "top_k": (is_whole(self.top_k, 0), "a whole number >= 0; 0 keeps every token"),
+                "cuda_graphs": (isinstance(self.cuda_graphs, bool), "true or false"),
             },
             prefix="generation.",
         )

@@ -89,6 +89,11 @@ class VarlenSlots:
                 tokens[:, None], self._mask, positions[:, None], use_cache=False, lanes=self._lanes
             )
 
+    @property
+    def state(self) -> list[Tensor]:
+        """What a step changes and reads again, but keys and values: repeated, it writes the same."""
+        return [self._lanes.lengths, self._lanes.ends]
+
     def free(self, slots: Sequence[int]) -> None:
         """See `Slots.free`."""
         if slots:

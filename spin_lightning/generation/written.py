@@ -22,6 +22,9 @@ class Written:
         stop_ids: A response ends with the first of these.
         device: Where the model is.
         ends: Called with the ids of an unfinished response: whether it ends there all the same.
+
+    Attributes:
+        logps: Sum of the tokens' log-probs of each row so far, float64, shape [n + 1].
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Written:
         self._caps = torch.tensor([*(request.cap for request in requests), 0], device=device)
         self._stops = torch.tensor(stop_ids, device=device)
         self._ids = self._caps.new_zeros(self._count + 1, self._most)
-        self._logps = torch.zeros_like(self._caps, dtype=torch.float64)
+        self.logps = torch.zeros_like(self._caps, dtype=torch.float64)
         self._lengths = torch.zeros_like(self._caps)
         self._finished = torch.zeros_like(self._caps, dtype=torch.bool)
 
@@ -56,16 +59,21 @@ class Written:
         writing = self.goes_on(rows)
         rows = torch.where(writing, rows, self._count)
         self._ids[rows, self._lengths[rows]] = tokens
-        self._logps[rows] += logps
+        self.logps[rows] += logps
         self._lengths[rows] += writing
         ended = (tokens[:, None] == self._stops).any(dim=-1)
         if self._ends is not None:
             ended = ended | self._ended_by_text(rows, writing & ~ended)
         self._finished[rows] = writing & ended
 
+    @property
+    def state(self) -> list[Tensor]:
+        """The tensors that `add` changes."""
+        return [self._ids, self.logps, self._lengths, self._finished]
+
     def responses(self) -> list[Response]:
         """The responses, in the order of the requests."""
-        columns = (self._ids, self._lengths, self._finished, self._logps)
+        columns = (self._ids, self._lengths, self._finished, self.logps)
         rows = zip(*(column[: self._count].tolist() for column in columns), strict=True)
         return [Response(tuple(ids[:length]), done, logp) for ids, length, done, logp in rows]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,13 @@ class RowRouting(Protocol):
 
     The model's own batch and cache have a lane per row: lane i computes row i. Where rows are mixed
     with the base there are two: of n rows, lane n + i is the base's copy of row i.
+
+    Attributes:
+        form: Differs where kernels of the model, or addresses of what they read, differ between
+            passes of one shape.
     """
+
+    form: Hashable
 
     def assign(self, ids: Sequence[PolicyId]) -> None:
         """Set the policy of each row of the forward passes that follow.
@@ -163,6 +169,8 @@ class Policy(nn.Module, ABC):
 
 class SinglePolicy:
     """The routing of a group of one, whose model doubles its batch itself where it has to."""
+
+    form: Hashable = None
 
     def assign(self, ids: Sequence[PolicyId]) -> None:
         """See `RowRouting.assign`; all ids are the one policy's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -74,6 +74,7 @@ class AdapterRouting:
         self.lanes = list(self._lanes_by_adapter())
         used = self._owners[self.adapted].unique().tolist()
         self.is_uniform = len(used) == 1 and used[0] >= 0
+        self.form: Hashable = (self.is_mixed, *used) if self.is_uniform else (self.is_mixed,)
         for key in self._masks:
             if key[0] == len(names):
                 _refresh(self._masks, key, self._mask(*key[1:]), self._device)

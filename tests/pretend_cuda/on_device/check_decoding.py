@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig
 
-from spin_lightning.generation import decoding, lanes, lanes_trial
-from spin_lightning.generation.base import Request
+from spin_lightning.generation import decoding, lanes, lanes_trial, step_graph
+from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.generation.varlen_slots import VarlenSlots, fits
@@ -103,7 +103,8 @@ def test_launches_of_a_step_with_32_layers(machine, steps, policies, most, quant
         with machine() as counts:
             policy = loaded(tmp_path, layers, quantization)
             seen = steps(counts)
-            LocalGenerator((STOP,), PAD, GenerationSettings()).generate(policy, asked(policies, 4))
+            settings = GenerationSettings(cuda_graphs=False)
+            LocalGenerator((STOP,), PAD, settings).generate(policy, asked(policies, 4))
             launches.append(seen[5].launches - seen[4].launches)
             assert not counts.float32_products
     per_layer = launches[1] - launches[0]
@@ -120,7 +121,7 @@ def test_steps_have_the_same_kernels_and_addresses_and_the_host_waits_once_in_16
         requests = asked(policies, 3 * SLOTS)
         columns = max(request.total for request in requests)
         tokens = SLOTS * columns * (2 if requests[0].token_alpha else 1)
-        settings = GenerationSettings(batch_tokens=tokens)
+        settings = GenerationSettings(batch_tokens=tokens, cuda_graphs=False)
         LocalGenerator((STOP,), PAD, settings).generate(policy, requests)
         order = list(counts.kernels.order)
     assert decoding._STEPS_UNWATCHED == 16
@@ -166,3 +167,55 @@ def test_a_kernel_that_fails_or_errs_is_not_used_with_one_line(
     assert [named in str(w.message) for w in caught if w.category is UserWarning] == [True]
     assert named in generator.deviations["decoding"]
     assert [len(response.ids) for response in responses] == [40] * 6
+
+
+def refusing(_work: Callable[[], None]) -> Callable[[], None]:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def forgetting(_work: Callable[[], None]) -> Callable[[], None]:
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("capture", "named"),
+    [(None, None), (refusing, "not permitted"), (forgetting, "off by")],
+    ids=["works", "refuses", "does nothing"],
+)
+def test_a_step_becomes_a_graph_that_is_checked_and_given_up_with_one_line(
+    machine, capture, named, tmp_path, monkeypatch
+):
+    """Two iterates, then one: a graph for each form of the step and number of slots."""
+    requests = asked([PolicyId(1), PolicyId(2)], 12) + asked([PolicyId(1)], 4, cap=70)
+    captures: list[int] = []
+
+    def counted(work: Callable[[], None]) -> Callable[[], None]:
+        captures.append(1)
+        return (capture or pretended)(work)
+
+    with machine():
+        pretended = step_graph.capture
+        policy = loaded(tmp_path, 2, "none")
+        tokens = SLOTS * max(request.total for request in requests)
+
+        def generate(*, graphs: bool) -> tuple[list[Response], LocalGenerator]:
+            settings = GenerationSettings(batch_tokens=tokens, cuda_graphs=graphs)
+            generator = LocalGenerator((STOP,), PAD, settings)
+            return generator.generate(policy, requests), generator
+
+        plain, _ = generate(graphs=False)
+        monkeypatch.setattr(step_graph, "_problems", [])
+        monkeypatch.setattr(step_graph, "capture", counted)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found, generator = generate(graphs=True)
+            assert generate(graphs=True)[0] == found
+    assert found == plain
+    warned = [str(w.message) for w in caught if w.category is UserWarning]
+    if named is None:
+        assert not warned
+        assert len(captures) > 2
+    else:
+        assert [named in line for line in warned] == [True]
+        assert len(captures) == 1
+        assert named in generator.deviations["cuda_graphs"]
