@@ -81,7 +81,7 @@ class Decoder:
         Returns:
             Responses in the order of the requests.
         """
-        model = RoutedModel(self.model, routing, self.pad_id)
+        model = RoutedModel(self.model, self.config, routing, self.pad_id)
         written = Written(requests, self.stop_ids, model.device, self.ends)
         count = min(slots or len(requests), len(requests))
         kept = self.kind_of_slots(model, requests, count)

@@ -20,20 +20,15 @@ class RoutedModel:
 
     Attributes:
         module: The model.
+        config: Its configuration.
         routing: Routing of the group of all policies.
         pad_id: Any valid id; padded columns are masked.
     """
 
     module: nn.Module
+    config: PretrainedConfig
     routing: RowRouting
     pad_id: int
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        module: Any = self.module
-        config: PretrainedConfig = module.config
-        return config
 
     @cached_property
     def device(self) -> torch.device:

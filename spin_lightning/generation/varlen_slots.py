@@ -91,7 +91,7 @@ class VarlenSlots:
 
     @property
     def state(self) -> list[Tensor]:
-        """What a step changes and reads again, but keys and values: repeated, it writes the same."""
+        """What a step changes and reads again; a repeated step writes the same keys and values."""
         return [self._lanes.lengths, self._lanes.ends]
 
     def free(self, slots: Sequence[int]) -> None:

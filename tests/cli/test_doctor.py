@@ -61,7 +61,8 @@ def test_on_this_machine_all_is_well(spin, capsys):
     assert "relative error" in line(lines, "product in 4 bits")
     assert "relative error" in line(lines, "float32 product")
     assert "float32" in line(lines, "compute dtype")
-    assert "needs a GPU" in line(lines, "attention")
+    assert "need a GPU" in line(lines, "attention")
+    assert "refilled slots" in line(lines, "decoding")
     assert "14 of 14" in line(lines, "fused LoRA")
     assert "agree (log-probs differ" in line(lines, "self-check")
     assert not [one for one in lines if one.startswith(("CUDA graph", "driver"))]
