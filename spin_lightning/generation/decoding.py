@@ -86,8 +86,8 @@ class Decoder:
         count = min(slots or len(requests), len(requests))
         kept = self.kind_of_slots(model, requests, count)
         rows = _Rows(requests, count, model.device)
-        can_capture = self.cuda_graphs and not self.sampler.waits and self.ends is None
-        graph = StepGraph(enabled=can_capture)
+        can_capture = kept.has_fixed_addresses and not self.sampler.waits and self.ends is None
+        graph = StepGraph(enabled=self.cuda_graphs and can_capture)
 
         def step() -> None:
             logits = kept.step(rows.tokens)
@@ -103,11 +103,8 @@ class Decoder:
             elif staying := rows.compact(kept.shrink_share):
                 kept.keep(staying)
             for _ in range(self._steps_unwatched(model.device)):
-                if isinstance(kept, VarlenSlots):
-                    state = [rows.tokens, *kept.state, *written.state]
-                    graph.run(step, (len(rows.places), routing.form), state, written.logps)
-                else:
-                    step()
+                state = [rows.tokens, *kept.state, *written.state]
+                graph.run(step, (len(rows.places), routing.form), state, written.logps)
             kept.free(rows.release(written.goes_on(rows.places).tolist()))
 
     def columns_of(self, requests: Sequence[Request], *, refilled: bool) -> int:

@@ -28,9 +28,15 @@ class Slots(Protocol):
     Attributes:
         shrink_share: Once no request is waiting, slots are given up as soon as one in so many is
             free; 0 if they cannot be.
+        has_fixed_addresses: Whether consecutive steps have the same kernels and addresses.
     """
 
     shrink_share: int
+    has_fixed_addresses: bool
+
+    @property
+    def state(self) -> Sequence[Tensor]:
+        """What a step changes and reads again; a repeated step writes the same keys and values."""
 
     @staticmethod
     def columns_of(queue: Sequence[Request], *, refilled: bool) -> int:
@@ -67,6 +73,8 @@ class ColumnSlots:
     """
 
     shrink_share = 8
+    has_fixed_addresses = False
+    state: Sequence[Tensor] = ()
 
     def __init__(self, model: RoutedModel, queue: Sequence[Request], count: int) -> None:
         """Set up the cache."""
@@ -150,6 +158,8 @@ class EqualSlots:
     """
 
     shrink_share = 0
+    has_fixed_addresses = False
+    state: Sequence[Tensor] = ()
 
     def __init__(self, model: RoutedModel, _queue: Sequence[Request], _count: int) -> None:
         """Start with an empty cache."""

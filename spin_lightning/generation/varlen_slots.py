@@ -56,6 +56,7 @@ class VarlenSlots:
     """
 
     shrink_share = 2
+    has_fixed_addresses = True
 
     def __init__(self, model: RoutedModel, queue: Sequence[Request], count: int) -> None:
         """Start with empty slots."""
@@ -90,8 +91,8 @@ class VarlenSlots:
             )
 
     @property
-    def state(self) -> list[Tensor]:
-        """What a step changes and reads again; a repeated step writes the same keys and values."""
+    def state(self) -> Sequence[Tensor]:
+        """See `Slots.state`."""
         return [self._lanes.lengths, self._lanes.ends]
 
     def free(self, slots: Sequence[int]) -> None:
