@@ -183,9 +183,17 @@ class RowProgress:
             stage: self._progress.add_task(f"{title}: {stage}", total=rows)
             for stage in ("generating", "scoring")
         }
+        self._ahead = 0
+
+    def respond(self, responses: int) -> None:
+        """Show responses that are complete before their work unit is."""
+        self._ahead += responses
+        self._progress.advance(self._tasks["generating"], responses)
 
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
-        """Count `rows` more rows of a stage."""
+        """Count `rows` more rows of a stage, of which some may be shown already."""
+        if stage == "generating":
+            rows, self._ahead = rows - self._ahead, 0
         self._progress.advance(self._tasks[stage], rows)
 
     def __enter__(self) -> Self:

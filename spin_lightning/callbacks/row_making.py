@@ -177,7 +177,9 @@ class RowMaker:
         rows = len(examples) * plan.rows_per_example
         title = f"iterate {plan.iterate} {what}"
         with RowProgress(title, rows, visible=trainer.is_global_zero) as progress:
-            parts = self._synthesis().make(
+            synthesis = self._synthesis()
+            synthesis.generator.on_progress = progress.respond
+            parts = synthesis.make(
                 plan,
                 examples,
                 folder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,7 +71,13 @@ class Generator(ABC):
       engines that load adapters into a separate server or process.
 
     `SelfPlayModule.make_generator` chooses the engine.
+
+    Attributes:
+        on_progress: Set while somebody watches: call it with the number of responses that have
+            just been completed, as often as you like.
     """
+
+    on_progress: Callable[[int], None] | None = None
 
     @abstractmethod
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:

@@ -68,7 +68,11 @@ class Decoder:
         return not holds_keys_and_values_alone(self.config)
 
     def decode(
-        self, requests: Sequence[Request], routing: RowRouting, slots: int | None = None
+        self,
+        requests: Sequence[Request],
+        routing: RowRouting,
+        slots: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Response]:
         """Decode requests to their end.
 
@@ -77,6 +81,7 @@ class Decoder:
                 is; their prompts have one length if `needs_equal_lengths`.
             routing: Routing of a group that contains the policies of all requests.
             slots: How many are decoded at once; by default, and if `needs_equal_lengths`, all.
+            on_progress: Called with the number of responses that have just been completed.
 
         Returns:
             Responses in the order of the requests.
@@ -105,7 +110,10 @@ class Decoder:
             for _ in range(self._steps_unwatched(model.device)):
                 state = [rows.tokens, *kept.state, *written.state]
                 graph.run(step, (len(rows.places), routing.form), state, written.logps)
-            kept.free(rows.release(written.goes_on(rows.places).tolist()))
+            ended = rows.release(written.goes_on(rows.places).tolist())
+            kept.free(ended)
+            if ended and on_progress is not None:
+                on_progress(len(ended))
 
     def columns_of(self, requests: Sequence[Request], *, refilled: bool) -> int:
         """Tokens that each slot needs room for, see `Slots.columns_of`."""

@@ -104,7 +104,7 @@ class LocalGenerator(Generator):
                 asked = [requests[i] for i in queue.indices]
                 try:
                     with policy.at_rows(group) as routing:
-                        decoded = decoder.decode(asked, routing, queue.slots)
+                        decoded = decoder.decode(asked, routing, queue.slots, self.on_progress)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise

@@ -8,6 +8,7 @@ import pytest
 from transformers.utils.logging import set_tqdm_hook, tqdm
 
 from spin_lightning.callbacks.console import (
+    RowProgress,
     console,
     fitting_columns,
     quiet_libraries,
@@ -110,3 +111,20 @@ def test_table_leaves_out_iterates_between_the_first_and_the_newest(monkeypatch,
     shown = capsys.readouterr().out
     assert "Left out, since the terminal is narrow: p1, p2." in shown
     assert max(map(len, shown.splitlines()[:5])) <= 42
+
+
+def test_responses_show_before_their_unit_is_complete_and_count_once():
+    progress = RowProgress("rows", 10, visible=False)
+    generating, scoring = progress._progress.tasks
+
+    def shown() -> tuple[float, float]:
+        return generating.completed, scoring.completed
+
+    progress.respond(2)
+    progress.respond(1)
+    assert shown() == (3, 0)
+    progress.advance("generating", 4, 1.0)
+    progress.advance("scoring", 4, 1.0)
+    assert shown() == (4, 4)
+    progress.advance("generating", 6, 0.0)
+    assert shown() == (10, 4)

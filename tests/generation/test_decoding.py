@@ -72,10 +72,12 @@ def some_requests(count: int, cap: int) -> list[Request]:
 def test_slots_are_full_as_long_as_requests_are_waiting(policy, monkeypatch):
     """Where responses end early at random, at least 95 % of the computed rows are needed."""
     monkeypatch.setattr("spin_lightning.generation.decoding.ColumnSlots", Watched)
-    requests = some_requests(600, cap=60)
+    requests, completed = some_requests(600, cap=60), list[int]()
     decoder = Decoder(policy.model, Sampler(GenerationSettings()), STOPS, pad_id=0)
     with policy.at_rows(policy.batch_groups({r.policy for r in requests})[0]) as routing:
-        responses = decoder.decode(requests, routing, SLOTS)
+        responses = decoder.decode(requests, routing, SLOTS, completed.append)
+    assert sum(completed) == len(requests)
+    assert len(completed) > 30
     lengths = [len(response.ids) for response in responses]
     assert max(lengths) > 3 * sum(lengths) / len(lengths), "lengths vary"
     queued = [(taken, slots) for taken, slots, waiting in Watched.seen if waiting]
