@@ -77,6 +77,8 @@ class VarlenSlots:
         """See `Slots.fill`."""
         for slot, request in zip(slots, requests, strict=True):
             self._policies[slot] = request.policy
+        # Steps advance free slots, too.
+        self.free(slots)
         for read in read_prompts(self._model, slots, requests, len(self._policies)):
             self._lanes.place(read)
         self._model.routing.assign(self._policies)

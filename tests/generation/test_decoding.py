@@ -17,6 +17,8 @@ from spin_lightning.generation.model import RoutedModel
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.generation.slots import ColumnSlots
+from spin_lightning.generation.varlen_slots import VarlenSlots
+from spin_lightning.policies.base import SinglePolicy
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.types import PolicyId
@@ -136,3 +138,17 @@ def test_mixed_rows_take_room_for_two(policy):
 def test_a_model_without_rows_is_an_error(policy):
     with policy.at_rows([PolicyId(1)]), pytest.raises(RuntimeError, match="no rows are routed"):
         policy.model(input_ids=torch.tensor([[1, 2]]))
+
+
+def test_a_slot_that_was_free_for_some_steps_starts_from_nothing(policy):
+    """Prompts of one token are not read, so nothing is copied into their slots."""
+    requests = [Request((5,), 0, key, 9) for key in range(3)]
+    model = RoutedModel(policy.model, policy.model.config, SinglePolicy(), pad_id=0)
+    slots = VarlenSlots(model, requests, 2)
+    slots.fill([0, 1], requests[:2])
+    slots._lanes.advance()
+    slots.free([1])
+    slots._lanes.advance()
+    slots._lanes.advance()
+    slots.fill([1], requests[2:])
+    assert slots._lanes.lengths.tolist() == [3, 0]
