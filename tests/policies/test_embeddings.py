@@ -23,6 +23,7 @@ from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.saved import export_iterate, load_iterate
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import IterateRecord
+from spin_lightning.types import PolicyId
 from tests.toys.models import family_config, write_model
 from tests.toys.runs import contents, play, write_examples
 
@@ -197,8 +198,8 @@ def test_initial_adapter_mixed_with_the_base_at_every_token_is_the_mean_of_log_p
 
     wanted = (0.7 * log_p(1) + 0.3 * log_p(0)).log_softmax(-1)
     torch.testing.assert_close(log_p(1, 0.3), wanted, atol=1e-4, rtol=0)
-    groups = policy.batch_groups([(1, 0.0), (0, 0.0)])
-    assert sorted(p for group in groups for p in group) == [(0, 0.0), (1, 0.0)]
+    groups = policy.batch_groups([PolicyId(1), PolicyId(0)])
+    assert sorted(p for group in groups for p in group) == [PolicyId(0), PolicyId(1)]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -11,6 +11,7 @@ import torch
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.local import LocalGenerator, default_batch_tokens
 from spin_lightning.generation.settings import GenerationSettings
+from spin_lightning.generation.varlen_slots import fits
 from spin_lightning.packing import pack_prompts
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
@@ -84,6 +85,7 @@ def test_in_bfloat16_sampler_and_scorer_agree(machine, folder_of, name, quantiza
         policy = LoraPolicy(base, LoraSettings(r=4), device=DEVICE)
         policy.use_iterates(iterates(base, tmp_path))
         asked = requests(POLICIES, 60)
+        fits(policy.model)  # tries the kernel, in float32, too
         counts.reset()
         responses = LocalGenerator((STOP,), PAD, GenerationSettings()).generate(policy, asked)
         assert not counts.float32_products
