@@ -96,12 +96,11 @@ def asked(policies: list[PolicyId], count: int, cap: int = 40) -> list[Request]:
     [([PolicyId(1)], 1400), ([PolicyId(0)], 950), ([PolicyId(1), PolicyId(2)], 1600)],
     ids=["one adapter", "base", "two adapters"],
 )
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_launches_of_a_step_with_32_layers(machine, steps, policies, most, quantization, tmp_path):
+def test_launches_of_a_step_with_32_layers(machine, steps, policies, most, tmp_path):
     launches = []
     for layers in (2, 3):
         with machine() as counts:
-            policy = loaded(tmp_path, layers, quantization)
+            policy = loaded(tmp_path, layers, "nf4")
             seen = steps(counts)
             settings = GenerationSettings(cuda_graphs=False)
             LocalGenerator((STOP,), PAD, settings).generate(policy, asked(policies, 4))
