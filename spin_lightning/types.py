@@ -43,6 +43,11 @@ class PolicyId(NamedTuple):
         """Whether the base is mixed in at every token; mixed with iterate 0 it changes nothing."""
         return self.token_alpha > 0 and self.iterate != 0
 
+    @property
+    def lanes(self) -> int:
+        """Lanes of a model's batch that a row takes: with the base mixed in, two."""
+        return 2 if self.mixes_base else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

@@ -95,7 +95,7 @@ def _machine(device: torch.device) -> Iterator[Finding]:
 
 
 def _driver() -> str:
-    """Version of the GPU's driver, which it tells on Linux."""
+    """Version of the GPU's driver, from the file in which Linux shows it."""
     try:
         return next(iter(_DRIVER.read_text().splitlines()), "unknown")
     except OSError as error:

@@ -117,8 +117,8 @@ class Decoder:
 
     def columns_of(self, requests: Sequence[Request], *, refilled: bool) -> int:
         """Tokens that each slot needs room for, see `Slots.columns_of`."""
-        copies = 2 if requests[0].policy.mixes_base else 1
-        return self.kind_of_slots.columns_of(requests, refilled=refilled) * copies
+        columns = self.kind_of_slots.columns_of(requests, refilled=refilled)
+        return columns * requests[0].policy.lanes
 
     @cached_property
     def kind_of_slots(self) -> type[EqualSlots | VarlenSlots | ColumnSlots]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformers.cache_utils import DynamicLayer
 
 from spin_lightning.generation.prompts import Read
+from spin_lightning.policies.varlen import varlen_attention
 
 
 @dataclass
@@ -80,21 +79,10 @@ class Lanes:
         sliding_window: int | None,
     ) -> Tensor:
         """Attention of a token of each lane over its lane, of shape [lanes, heads, head size]."""
-        attended: Any = varlen_attn(
-            query,
-            keys,
-            values,
-            self.starts,
-            self.key_starts,
-            1,
-            self.columns,
-            scale=scaling,
-            window_size=(sliding_window - 1 if sliding_window else -1, 0),
-            enable_gqa=query.shape[1] != keys.shape[1],
-            seqused_k=self.lengths,
+        starts, longest = (self.starts, self.key_starts), (1, self.columns)
+        return varlen_attention(
+            query, keys, values, starts, longest, scaling, sliding_window, used=self.lengths
         )
-        result: Tensor = attended
-        return result
 
     def select(self, lanes: Tensor) -> Lanes:
         """Some of the lanes."""

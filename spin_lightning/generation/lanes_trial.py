@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spin_lightning.errors import first_line
 from spin_lightning.generation.lanes import Lanes
-from spin_lightning.out_of_memory import is_out_of_memory
 from spin_lightning.policies.flex_attention import Scores, dense_attention
+from spin_lightning.policies.heads import Heads
+from spin_lightning.policies.trial import largest_error, problem_of
 
 # Largest error over the largest number: far above the rounding of bfloat16, far below a wrong key.
 _TOLERANCE = 0.05
@@ -28,16 +28,12 @@ class Kernel(NamedTuple):
     Attributes:
         device: Where it runs.
         dtype: Type of queries, keys and values.
-        heads: Number of heads of the queries.
-        key_heads: Number of heads of keys and values.
-        head_size: Numbers in a head.
+        heads: The heads.
     """
 
     device: torch.device
     dtype: torch.dtype
-    heads: int
-    key_heads: int
-    head_size: int
+    heads: Heads
 
 
 # What is wrong with each kernel that this process has tried; None if it works.
@@ -68,14 +64,10 @@ def deviations() -> dict[str, str]:
 
 
 def _problem(kernel: Kernel) -> str | None:
-    try:
-        worst = max(_error(kernel, window) for window in _WINDOWS)
-    # Kernels raise errors of many classes.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return first_line(error)
-    return None if worst <= _TOLERANCE else f"its results are off by {worst:.2g}"
+    def worst() -> float:
+        return max(_error(kernel, window) for window in _WINDOWS)
+
+    return problem_of(worst, _TOLERANCE, "its results")
 
 
 def _error(kernel: Kernel, window: int | None) -> float:
@@ -85,16 +77,16 @@ def _error(kernel: Kernel, window: int | None) -> float:
     lanes.lengths.copy_(torch.tensor(_LENGTHS))
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (
-        torch.randn(rows, heads, kernel.head_size, generator=generator).to(
+        torch.randn(rows, heads, kernel.heads.size, generator=generator).to(
             kernel.device, kernel.dtype
         )
         for rows, heads in (
-            (count, kernel.heads),
-            (count * _COLUMNS, kernel.key_heads),
-            (count * _COLUMNS, kernel.key_heads),
+            (count, kernel.heads.queries),
+            (count * _COLUMNS, kernel.heads.keys),
+            (count * _COLUMNS, kernel.heads.keys),
         )
     )
-    found = lanes.attend(query, keys, values, None, window).float()
+    found = lanes.attend(query, keys, values, None, window)
     expected = torch.cat(
         [
             _plain(query[i], lane[:length].float(), other[:length].float(), window)
@@ -103,7 +95,7 @@ def _error(kernel: Kernel, window: int | None) -> float:
             )
         ]
     )
-    return float(((found - expected).abs().max() / expected.abs().max()).nan_to_num(torch.inf))
+    return largest_error(found, expected)
 
 
 def _plain(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:

@@ -19,7 +19,8 @@ from spin_lightning.generation.decoding import Decoder
 from spin_lightning.generation.sampler import Sampler
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.out_of_memory import free_memory, is_out_of_memory
-from spin_lightning.policies.base import Policy
+from spin_lightning.policies.base import Policy, RowRouting
+from spin_lightning.policies.heads import Heads
 
 _CACHE_BYTES = 1 << 31
 _MAX_BATCH_TOKENS = 1 << 17
@@ -101,21 +102,26 @@ class LocalGenerator(Generator):
         for group in policy.batch_groups({request.policy for request in requests}):
             members = [i for i, request in enumerate(requests) if request.policy in group]
             for queue in self._queues(decoder, requests, members):
-                asked = [requests[i] for i in queue.indices]
-                try:
-                    with policy.at_rows(group) as routing:
-                        decoded = decoder.decode(asked, routing, queue.slots, self.on_progress)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if queue.slots == 1:
-                        raise SpinError(
-                            f"there is not enough memory to generate one response ({error})",
-                            fix="set a smaller data.max_response_tokens, or quantization: nf4",
-                        ) from error
-                    raise _TooLarge(queue.tokens) from error
+                with policy.at_rows(group) as routing:
+                    decoded = self._decode(decoder, requests, queue, routing)
                 responses.update(zip(queue.indices, decoded, strict=True))
         return [responses[i] for i in range(len(requests))]
+
+    def _decode(
+        self, decoder: Decoder, requests: Sequence[Request], queue: _Queue, routing: RowRouting
+    ) -> list[Response]:
+        asked = [requests[i] for i in queue.indices]
+        try:
+            return decoder.decode(asked, routing, queue.slots, self.on_progress)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if queue.slots == 1:
+                raise SpinError(
+                    f"there is not enough memory to generate one response ({error})",
+                    fix="set a smaller data.max_response_tokens, or quantization: nf4",
+                ) from error
+            raise _TooLarge(queue.tokens) from error
 
     def _queues(
         self, decoder: Decoder, requests: Sequence[Request], members: Sequence[int]
@@ -181,10 +187,8 @@ def tokens_in_cache(config: PretrainedConfig, memory: int, element_size: int) ->
         memory: Bytes.
         element_size: Bytes of a number.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    bytes_per_token = 2 * text.num_hidden_layers * heads * head_dim * element_size
+    layers, heads = config.get_text_config().num_hidden_layers, Heads.of(config)
+    bytes_per_token = 2 * layers * heads.keys * heads.size * element_size
     return int(min(_MAX_BATCH_TOKENS, max(1, memory // bytes_per_token)))
 
 

@@ -64,10 +64,9 @@ def read_prompts(
         cache = DynamicCache()
         ids, mask = (p.to(device) for p in pad_left([ids for _, ids in together], model.pad_id))
         model.next_logits(ids, mask, (mask.cumsum(dim=-1) - 1).clamp_min(0), cache)
-        copies = 2 if together[0][0].mixes_base else 1
         filled = [
             (slot + copy * count, i + copy * len(together), len(prompt[1]))
-            for copy in range(copies)
+            for copy in range(together[0][0].lanes)
             for i, prompt in enumerate(together)
             for slot in places[prompt]
         ]

@@ -6,8 +6,8 @@ feeds to the model.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +17,19 @@ from spin_lightning.generation.base import Request
 from spin_lightning.generation.kv_cache import ColumnCache
 from spin_lightning.generation.model import RoutedModel
 from spin_lightning.generation.prompts import read_prompts
+from spin_lightning.types import PolicyId
 
 # Columns beyond the longest request, at least, where slots are refilled.
 _FEWEST_SPARE = 16
 
 
-class Slots(Protocol):
+class Slots(ABC):
     """Keys and values of the rows in n slots.
+
+    Args:
+        model: The model.
+        queue: Requests that will fill the slots. All of them are mixed with the base, or none is.
+        count: Number of slots.
 
     Attributes:
         shrink_share: Once no request is waiting, slots are given up as soon as one in so many is
@@ -32,38 +38,64 @@ class Slots(Protocol):
     """
 
     shrink_share: int
-    has_fixed_addresses: bool
+    has_fixed_addresses = False
+
+    @abstractmethod
+    def __init__(self, model: RoutedModel, queue: Sequence[Request], count: int) -> None:
+        """Start with free slots."""
 
     @property
     def state(self) -> Sequence[Tensor]:
-        """What a step changes and reads again; a repeated step writes the same keys and values."""
+        """What a step changes and reads again; a repeated step writes the same keys and values.
+
+        Empty without fixed addresses.
+        """
+        return ()
 
     @staticmethod
-    def columns_of(queue: Sequence[Request], *, refilled: bool) -> int:
-        """Tokens that a lane needs room for.
+    def columns_of(queue: Sequence[Request], *, refilled: bool) -> int:  # noqa: ARG004
+        """Tokens that a lane needs room for; by default those of the longest request.
 
         Args:
             queue: The requests that will fill the slots.
             refilled: Whether there are more of them than slots.
         """
+        return max(request.total for request in queue)
 
+    @abstractmethod
     def fill(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
         """Read the prompts of requests, without their last tokens, into slots that are free."""
 
+    @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Feed a token to every slot, int64, shape [n]; return logits, shape [n, vocabulary].
 
         What a free slot returns is finite and without meaning.
         """
 
+    @abstractmethod
     def free(self, slots: Sequence[int]) -> None:
         """Give up the rows in some slots."""
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Reduce the slots to these, in this order."""
+        """Reduce the slots to these, in this order; only where `shrink_share` is not 0."""
+        raise NotImplementedError
 
 
-class ColumnSlots:
+def lanes_of(slots: Sequence[int], policies: Sequence[PolicyId], device: torch.device) -> Tensor:
+    """Lanes of some slots, those of the base's copies last, int64.
+
+    Args:
+        slots: The slots.
+        policies: The policy of every slot.
+        device: Where the model is.
+    """
+    copies = range(policies[0].lanes)
+    lanes = [slot + copy * len(policies) for copy in copies for slot in slots]
+    return torch.tensor(lanes, device=device)
+
+
+class ColumnSlots(Slots):
     """Slots whose rows end in the same column of a cache; a step adds a column to all of them.
 
     Args:
@@ -73,20 +105,17 @@ class ColumnSlots:
     """
 
     shrink_share = 8
-    has_fixed_addresses = False
-    state: Sequence[Tensor] = ()
 
     def __init__(self, model: RoutedModel, queue: Sequence[Request], count: int) -> None:
         """Set up the cache."""
         self._model = model
-        self._copies = 2 if queue[0].policy.mixes_base else 1
         self._policies = [queue[0].policy] * count
         self._longest = max(request.total for request in queue)
         self._longest_prompt = max(len(request.prompt_ids) for request in queue)
         self._columns = self.columns_of(queue, refilled=len(queue) > count)
         self._cache = ColumnCache(
             layers=len(DynamicCache(config=model.config).layers),
-            lanes=count * self._copies,
+            lanes=count * queue[0].policy.lanes,
             columns=self._columns,
             end=self._longest_prompt - 1,
         )
@@ -136,16 +165,13 @@ class ColumnSlots:
 
     def keep(self, slots: Sequence[int]) -> None:
         """See `Slots.keep`."""
-        lanes = torch.tensor(
-            [s + c * len(self._lengths) for c in range(self._copies) for s in slots]
-        )
-        self._cache.select(lanes.to(self._model.device))
+        self._cache.select(lanes_of(slots, self._policies, self._model.device))
         self._policies = [self._policies[slot] for slot in slots]
         self._lengths = [self._lengths[slot] for slot in slots]
         self._model.routing.assign(self._policies)
 
 
-class EqualSlots:
+class EqualSlots(Slots):
     """Slots of a model whose cache holds more than keys and values, filled once.
 
     Padding may enter such a cache, and rows cannot be taken out of it: all prompts have one length,
@@ -158,18 +184,11 @@ class EqualSlots:
     """
 
     shrink_share = 0
-    has_fixed_addresses = False
-    state: Sequence[Tensor] = ()
 
     def __init__(self, model: RoutedModel, _queue: Sequence[Request], _count: int) -> None:
         """Start with an empty cache."""
         self._model = model
         self._cache = DynamicCache(config=model.config)
-
-    @staticmethod
-    def columns_of(queue: Sequence[Request], *, refilled: bool) -> int:  # noqa: ARG004
-        """See `Slots.columns_of`."""
-        return max(request.total for request in queue)
 
     def fill(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
         """See `Slots.fill`; all slots at once."""
@@ -191,7 +210,3 @@ class EqualSlots:
 
     def free(self, slots: Sequence[int]) -> None:
         """See `Slots.free`."""
-
-    def keep(self, slots: Sequence[int]) -> None:
-        """See `Slots.keep`; never called, since `shrink_share` is 0."""
-        raise NotImplementedError

@@ -8,8 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from spin_lightning.errors import first_line
-from spin_lightning.out_of_memory import is_out_of_memory
+from spin_lightning.policies.trial import problem_of
 
 # Steps before a capture, in which libraries set up what they keep.
 _WARM_UP = 2
@@ -84,24 +83,19 @@ def _checked(
     """Run a step; return its graph, None if it cannot be captured or does something else."""
     before = [part.clone() for part in state]
     step()
-    expected = [part.clone() for part in state]
-    wanted = logps.clone()
-    for part, value in zip(state, before, strict=True):
-        part.copy_(value)
-    try:
-        replay = capture(step)
-        replay()
-        moved = float((logps - wanted).abs().nan_to_num(torch.inf).max())
-        problem = None if moved <= _TOLERANCE else f"log-probs from it are off by {moved:.2g}"
-    # Kernels that cannot be captured raise errors of many classes.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        problem = first_line(error)
+    expected, wanted = [part.clone() for part in state], logps.clone()
+    _set(state, before)
+    captured: list[Callable[[], None]] = []
+
+    def moved() -> float:
+        captured.append(capture(step))
+        captured[0]()
+        return float((logps - wanted).abs().nan_to_num(torch.inf).max())
+
+    problem = problem_of(moved, _TOLERANCE, "log-probs from it")
     if problem is None:
-        return replay
-    for part, value in zip(state, expected, strict=True):
-        part.copy_(value)
+        return captured[0]
+    _set(state, expected)
     _problems.append(problem)
     warnings.warn(
         f"a decoding step cannot be captured as a CUDA graph on this machine ({problem}). Decoding "
@@ -109,3 +103,8 @@ def _checked(
         stacklevel=2,
     )
     return None
+
+
+def _set(state: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for part, value in zip(state, values, strict=True):
+        part.copy_(value)

@@ -14,6 +14,8 @@ from spin_lightning.generation.lanes import Lanes
 from spin_lightning.generation.lanes_trial import Kernel, works
 from spin_lightning.generation.model import RoutedModel
 from spin_lightning.generation.prompts import read_prompts
+from spin_lightning.generation.slots import Slots, lanes_of
+from spin_lightning.policies.heads import Heads
 from spin_lightning.policies.shared_prefix import ARCHITECTURES, attending
 from spin_lightning.policies.varlen import has_varlen
 
@@ -28,25 +30,16 @@ def fits(model: Any) -> bool:
     """
     config = model.config.get_text_config()
     weights: Tensor = model.get_input_embeddings().weight
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kernel = Kernel(weights.device, weights.dtype, Heads.of(config))
     return (
         config.model_type in ARCHITECTURES
         and not getattr(config, "attn_logit_softcapping", None)
-        and has_varlen(weights.device, weights.dtype, size)
-        and works(
-            Kernel(
-                weights.device,
-                weights.dtype,
-                heads,
-                getattr(config, "num_key_value_heads", None) or heads,
-                size,
-            )
-        )
+        and has_varlen(kernel.device, kernel.dtype, kernel.heads.size)
+        and works(kernel)
     )
 
 
-class VarlenSlots:
+class VarlenSlots(Slots):
     """Slots with room for the longest request each, read up to the length of their row.
 
     Args:
@@ -61,17 +54,11 @@ class VarlenSlots:
     def __init__(self, model: RoutedModel, queue: Sequence[Request], count: int) -> None:
         """Start with empty slots."""
         self._model = model
-        self._copies = 2 if queue[0].policy.mixes_base else 1
         self._policies = [queue[0].policy] * count
         columns = self.columns_of(queue, refilled=True)
-        self._lanes = Lanes.empty(count * self._copies, columns, model.device)
+        self._lanes = Lanes.empty(count * queue[0].policy.lanes, columns, model.device)
         # With a mask of four dimensions, transformers does not build one.
         self._mask = torch.empty(1, 1, 1, 1, device=model.device)
-
-    @staticmethod
-    def columns_of(queue: Sequence[Request], *, refilled: bool) -> int:  # noqa: ARG004
-        """See `Slots.columns_of`."""
-        return max(request.total for request in queue)
 
     def fill(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
         """See `Slots.fill`."""
@@ -100,18 +87,13 @@ class VarlenSlots:
     def free(self, slots: Sequence[int]) -> None:
         """See `Slots.free`."""
         if slots:
-            self._lanes.lengths[self._lanes_of(slots)] = 0
+            self._lanes.lengths[lanes_of(slots, self._policies, self._model.device)] = 0
 
     def keep(self, slots: Sequence[int]) -> None:
         """See `Slots.keep`."""
-        self._lanes = self._lanes.select(self._lanes_of(slots))
+        self._lanes = self._lanes.select(lanes_of(slots, self._policies, self._model.device))
         self._policies = [self._policies[slot] for slot in slots]
         self._model.routing.assign(self._policies)
-
-    def _lanes_of(self, slots: Sequence[int]) -> Tensor:
-        count = len(self._policies)
-        lanes = [slot + copy * count for copy in range(self._copies) for slot in slots]
-        return torch.tensor(lanes, device=self._model.device)
 
 
 def _attend(

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from spin_lightning.errors import first_line
-from spin_lightning.out_of_memory import is_out_of_memory
 from spin_lightning.policies.flex_attention import (
     Scores,
     Tiling,
@@ -25,6 +23,8 @@ from spin_lightning.policies.flex_attention import (
     dense_attention,
     seen_keys,
 )
+from spin_lightning.policies.heads import Heads
+from spin_lightning.policies.trial import largest_error, problem_of
 
 # The kernel's products have at least 16 columns.
 _SMALLEST_HEAD = 16
@@ -67,17 +67,13 @@ class Kernel(NamedTuple):
     Attributes:
         device: Where it runs.
         dtype: Type of queries, keys and values.
-        heads: Number of heads of the queries.
-        key_heads: Number of heads of keys and values.
-        head_size: Numbers in a head.
+        heads: The heads.
         scores: How scores are made.
     """
 
     device: torch.device
     dtype: torch.dtype
-    heads: int
-    key_heads: int
-    head_size: int
+    heads: Heads
     scores: Scores
 
 
@@ -111,10 +107,10 @@ def tiling_of(query: Tensor, key: Tensor, scores: Scores) -> Tiling | None:
     Warns:
         UserWarning: The kernel should work, and does not.
     """
-    heads, size = query.shape[1], query.shape[-1]
-    if not query.is_cuda or size < _SMALLEST_HEAD:
+    heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
+    if not query.is_cuda or heads.size < _SMALLEST_HEAD:
         return None
-    kernel = Kernel(query.device, query.dtype, heads, key.shape[1], size, scores)
+    kernel = Kernel(query.device, query.dtype, heads, scores)
     if kernel not in _tried:
         _tried[kernel] = found = _trial(kernel)
         if found.problem is not None:
@@ -143,14 +139,11 @@ def _trial(kernel: Kernel) -> Found:
 
 def _problem(kernel: Kernel, tiling: Tiling) -> str | None:
     """What is wrong with a kernel, forward or backward; None if it works."""
-    try:
-        worst = max(_error(kernel, tiling, *example) for example in _EXAMPLES)
-    # Compilers raise errors of many classes.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return first_line(error)
-    return None if worst <= _TOLERANCE else f"its results are off by {worst:.2g}"
+
+    def worst() -> float:
+        return max(_error(kernel, tiling, *example) for example in _EXAMPLES)
+
+    return problem_of(worst, _TOLERANCE, "its results")
 
 
 def _error(
@@ -165,22 +158,20 @@ def _error(
     mask, row = block_mask(seen, kernel.device), torch.arange(seen.shape[1], device=kernel.device)
     visible = mask.mask_mod(row, row, row[:, None], row[None])
     generator = torch.Generator().manual_seed(0)
+    queries, keys, _ = kernel.heads
     # Laid out as a model lays them out, token by token: torch compiles for each layout.
     query, key, value, upstream = (
-        torch.randn(1, len(row), heads, kernel.head_size, generator=generator)
+        torch.randn(1, len(row), heads, kernel.heads.size, generator=generator)
         .to(kernel.device, kernel.dtype)
         .transpose(1, 2)
-        for heads in (kernel.heads, kernel.key_heads, kernel.key_heads, kernel.heads)
+        for heads in (queries, keys, keys, queries)
     )
     given = (query, key, value, upstream)
     found = _outcome(partial(attend, mask=mask, scores=kernel.scores, tiling=tiling), *given)
     expected = _outcome(
         partial(dense_attention, mask=visible, scores=kernel.scores), *(x.float() for x in given)
     )
-    errors = [
-        (a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)
-    ]
-    return float(torch.stack(errors).nan_to_num(torch.inf).max())
+    return max(largest_error(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def _outcome(

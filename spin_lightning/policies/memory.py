@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from spin_lightning.errors import SpinError
 from spin_lightning.logps import head_rows
+from spin_lightning.policies.heads import Heads
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.optimizers import OptimizerName
 from spin_lightning.policies.pretrained import Quantization, load_config
@@ -70,15 +71,14 @@ class ModelShape:
                 f"memory is not predicted for model type {kind!r}",
                 fix=f"give one of {', '.join(sorted(ARCHITECTURES))}",
             )
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = Heads.of(config)
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
             inner=config.intermediate_size,
-            queries=heads * size,
-            keys=(getattr(config, "num_key_value_heads", None) or heads) * size,
-            heads=heads,
+            queries=heads.queries * heads.size,
+            keys=heads.keys * heads.size,
+            heads=heads.queries,
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
             norms_heads=kind == "qwen3",

@@ -7,6 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from spin_lightning.policies import flex_trial
 from spin_lightning.policies.flex_attention import Scores
+from spin_lightning.policies.heads import Heads
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.varlen import has_varlen
 
@@ -15,23 +16,21 @@ def attention_path(policy: LoraPolicy) -> str:
     """How a policy computes attention over prompts with several responses."""
     if not policy.shares_prefixes:
         return "padded sequences, by transformers"
-    config = policy.model.config.get_text_config()
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is None and has_varlen(policy.device, policy.base.dtype, size):
+    config = policy.model.config
+    heads = Heads.of(config)
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if softcap is None and has_varlen(policy.device, policy.base.dtype, heads.size):
         return "one kernel for all pieces"
     if policy.device.type != "cuda":
         return "piece by piece, since the kernels for whole rows need a GPU"
     query, key = (
-        torch.empty(1, count, 1, size, dtype=policy.base.dtype, device=policy.device)
-        for count in (heads, key_heads)
+        torch.empty(1, count, 1, heads.size, dtype=policy.base.dtype, device=policy.device)
+        for count in (heads.queries, heads.keys)
     )
     if flex_trial.tiling_of(query, key, Scores(softcap=softcap)) is not None:
         return "one kernel for the whole row, by FlexAttention"
     failed = flex_trial.deviations().get("attention")
-    return failed or f"piece by piece, since no kernel has heads of {size}"
+    return failed or f"piece by piece, since no kernel has heads of {heads.size}"
 
 
 def fused_layers(policy: LoraPolicy) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spin_lightning import frozen_linear
 from spin_lightning.errors import first_line
+from spin_lightning.policies.varlen import has_varlen
 
-_AMPERE = (8, 0)
+_HEAD_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def probe_kernels(device: torch.device) -> list[Finding]:
 def _unequal_lengths(device: torch.device) -> float:
     """Causal attention over sequences of 5 and 11 tokens, forward and backward."""
     lengths, total = (5, 11), 16
-    inputs = [_normal(total, heads, 64) for heads in (4, 2, 2)]
-    upstream = _normal(total, 4, 64)
+    inputs = [_normal(total, heads, _HEAD_SIZE) for heads in (4, 2, 2)]
+    upstream = _normal(total, 4, _HEAD_SIZE)
     starts = torch.tensor([0, 5, total], dtype=torch.int32, device=device)
     q, k, v = (x.to(device, torch.bfloat16).requires_grad_() for x in inputs)
     found: Any = varlen_attn(
@@ -142,8 +143,8 @@ def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _is_ampere(device: torch.device) -> bool:
-    return _is_gpu(device) and torch.cuda.get_device_capability(device) >= _AMPERE
+def _has_varlen(device: torch.device) -> bool:
+    return has_varlen(device, torch.bfloat16, _HEAD_SIZE)
 
 
 def _normal(*shape: int) -> Tensor:
@@ -162,7 +163,7 @@ def _relative(found: Tensor | None, wanted: Tensor | None) -> float:
 PROBES = (
     Probe(
         "attention over unequal lengths",
-        _is_ampere,
+        _has_varlen,
         _unequal_lengths,
         allowed=2e-2,
         fix="set model.packing: padded, or install another version of torch",

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
@@ -27,7 +26,7 @@ from spin_lightning.packing import positions, predictors, split_for
 from spin_lightning.policies import flex_attention, flex_trial
 from spin_lightning.policies.flex_attention import Scores, dense_attention
 from spin_lightning.policies.pretrained import FrozenBase, load_config
-from spin_lightning.policies.varlen import has_varlen
+from spin_lightning.policies.varlen import has_varlen, varlen_attention
 from spin_lightning.types import PromptBatch
 
 Packing = Literal["auto", "shared", "padded"]
@@ -252,7 +251,7 @@ def _shared_prefix_attention(
     scores = Scores(scaling, softcap)
     tiling = flex_trial.tiling_of(query, key, scores)
     if tiling is not None:
-        # A window that hides nothing has no mask of its own.
+        # A window as wide as every row needs no mask of its own.
         hides = sliding_window is not None and sliding_window < prompt_layout.longest
         mask = prompt_layout.block_mask(sliding_window if hides else None)
         return flex_attention.attend(query, key, value, mask, scores, tiling).transpose(1, 2), None
@@ -295,20 +294,17 @@ def _varlen_attention(
     scaling: float | None,
     sliding_window: int | None,
 ) -> tuple[Tensor, None]:
-    """All pieces in one call; the last query of a piece is aligned with its last key."""
+    """All pieces in one call."""
     # (The gradient of `x[0]` would be a copy.)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    attended: Any = varlen_attn(
+    attended = varlen_attention(
         q,
         k.index_select(0, layout.keys),
         v.index_select(0, layout.keys),
-        layout.query_starts,
-        layout.key_starts,
-        layout.most_queries,
-        layout.most_keys,
-        scale=scaling,
-        window_size=(sliding_window - 1 if sliding_window else -1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        (layout.query_starts, layout.key_starts),
+        (layout.most_queries, layout.most_keys),
+        scaling,
+        sliding_window,
     )
     return attended[None], None
 

@@ -9,6 +9,7 @@ from spin_lightning.packing import pack_prompts
 from spin_lightning.policies import flex_attention, flex_trial
 from spin_lightning.policies.flex_attention import Scores, block_mask, dense_attention, seen_keys
 from spin_lightning.policies.flex_trial import Kernel
+from spin_lightning.policies.heads import Heads
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.shared_prefix import Layout, _shared_prefix_attention
 from tests.policies.test_shared_prefix import assert_same_step, build, folder_of, some_pairs
@@ -188,7 +189,7 @@ def test_other_lengths_and_caps_are_not_compiled_for_one_by_one(on_cpu):
 
 # ------------------------------------------------------------------------------ the trial
 
-SOFT_CAPPED = Kernel(CPU, torch.float32, 4, 2, 16, Scores(0.2, 2.0))
+SOFT_CAPPED = Kernel(CPU, torch.float32, Heads(4, 2, 16), Scores(0.2, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -288,5 +289,5 @@ def test_tensors_on_a_cpu_are_not_tried(monkeypatch):
 @pytest.mark.parametrize("scores", [Scores(0.06, 50.0), Scores()])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(8, 4, 256), (4, 4, 80), (4, 2, 20)])
 def test_the_compiled_kernel_works_on_a_gpu(dtype, scores, heads, key_heads, size):
-    kernel = Kernel(torch.device("cuda", 0), dtype, heads, key_heads, size, scores)
+    kernel = Kernel(torch.device("cuda", 0), dtype, Heads(heads, key_heads, size), scores)
     assert flex_trial._trial(kernel).problem is None

@@ -25,7 +25,7 @@ from spin_lightning import packing
 from spin_lightning.errors import SettingError
 from spin_lightning.losses import logistic
 from spin_lightning.packing import pack_prompts, pad_prompts
-from spin_lightning.policies import shared_prefix
+from spin_lightning.policies import shared_prefix, varlen
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
@@ -297,7 +297,7 @@ def varlen_by_loops(q, k, v, query_starts, key_starts, most_queries, most_keys, 
 def test_step_through_a_kernel_for_unequal_lengths_is_the_same(name, folder_of, monkeypatch):
     base = FrozenBase(folder_of(name), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
-    monkeypatch.setattr(shared_prefix, "varlen_attn", varlen_by_loops)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_loops)
     monkeypatch.setattr(shared_prefix, "has_varlen", lambda *_: True)
     assert_same_step(fast, plain, some_pairs(seed=3), within=1e-5)
     with torch.no_grad():

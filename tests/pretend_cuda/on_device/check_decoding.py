@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig
 
-from spin_lightning.generation import decoding, lanes, lanes_trial, step_graph
+from spin_lightning.generation import decoding, lanes_trial, step_graph
 from spin_lightning.generation.base import Request, Response
 from spin_lightning.generation.local import LocalGenerator
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.generation.varlen_slots import VarlenSlots, fits
+from spin_lightning.policies import varlen
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
@@ -156,7 +157,7 @@ def test_a_kernel_that_fails_or_errs_is_not_used_with_one_line(
         policy = loaded(tmp_path, 2, "none")
         seen = steps(counts)
         monkeypatch.setattr(lanes_trial, "_tried", {})
-        monkeypatch.setattr(lanes, "varlen_attn", fault)
+        monkeypatch.setattr(varlen, "varlen_attn", fault)
         generator = LocalGenerator((STOP,), PAD, GenerationSettings())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
