@@ -218,6 +218,13 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or task.finished_speed or 0:.1f} rows/s")
 
 
+def duration(seconds: float) -> str:
+    """A time span as it is shown: seconds, minutes from one on, hours from two on."""
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
 def _without_weight_bars(
     make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:

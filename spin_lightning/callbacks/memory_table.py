@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from spin_lightning.policies.memory import Memory, PassSize
 from spin_lightning.rows.making import SHARED_TOKENS
 
 _GIB = 1 << 30
+_LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,26 @@ class LongestRow:
     generated: int | None
     samples: int = 1
 
+    @property
+    def pair(self) -> tuple[int, tuple[int, ...]]:
+        """Tokens of the prompt, and of each response of a training pair."""
+        return self.prompt, (self.real, *(() if self.generated is None else (self.generated,)))
+
+    @property
+    def group(self) -> tuple[int, tuple[int, ...]]:
+        """Tokens of the prompt, and of each response that is scored with it."""
+        generated = () if self.generated is None else (self.generated,) * self.samples
+        return self.prompt, (self.real, *generated)
+
     def training_pass(self, pairs: int, device: torch.device) -> PassSize:
         """The largest pass of a training batch of such pairs."""
-        generated = () if self.generated is None else (self.generated,)
-        return _largest_pass(self.prompt, (self.real, *generated), pairs, device)
+        return _largest_pass(*self.pair, pairs, device)
 
     def scoring_pass(self, device: torch.device) -> PassSize:
         """The largest pass that scores such rows."""
-        generated = () if self.generated is None else (self.generated,) * self.samples
-        group = self.prompt + self.real + sum(generated)
-        count = max(1, SHARED_TOKENS // group)
-        return _largest_pass(self.prompt, (self.real, *generated), count, device)
+        prompt, responses = self.group
+        count = max(1, SHARED_TOKENS // (prompt + sum(responses)))
+        return _largest_pass(prompt, responses, count, device)
 
 
 class Phase(NamedTuple):
@@ -89,6 +100,52 @@ def predicted_phases(
         Phase("adapter, gradients, optimizer", trained, held),
         *(Phase(name, size, held + size) for name, size in passes.items()),
     ]
+
+
+class LargestBatches(NamedTuple):
+    """How many of the longest rows fit into memory at once, by phase.
+
+    Attributes:
+        training: Pairs of a training pass.
+        scoring: Prompts of a scoring pass, each with its responses.
+        decoding: Rows that are decoded at once; those that a unit has beyond them wait.
+    """
+
+    training: int
+    scoring: int
+    decoding: int
+
+
+def largest_batches(
+    module: SelfPlayModule, row: LongestRow, device: torch.device, total: int
+) -> LargestBatches:
+    """The largest batch of each phase, by the predicted memory.
+
+    Args:
+        module: The module, with its policy.
+        row: The longest row.
+        device: Where the policy is.
+        total: Memory of the device, in bytes.
+
+    Raises:
+        SpinError: The memory of the policy's passes is not predicted.
+    """
+    memory = Memory.of(module.policy_spec, device)
+    room = total - memory.weights - memory.trained(module.optimizer_name)
+    tokens = module.generation.batch_tokens or default_batch_tokens(module.policy.model)
+    columns = row.prompt + (row.generated or row.real)
+    return LargestBatches(
+        training=_most(lambda n: memory.training_pass(PassSize.of([row.pair] * n)) <= room),
+        scoring=_most(lambda n: memory.scoring_pass(PassSize.of([row.group] * n)) <= room),
+        decoding=_most(
+            lambda n: n * columns <= tokens and memory.decoding_batch(n * columns) <= room
+        ),
+    )
+
+
+def _most(fits: Callable[[int], bool]) -> int:
+    """The largest number up to 1,024 that fits, if all smaller ones do; 0 if none does."""
+    return bisect_left(range(1, _LARGEST_BATCH + 1), True, key=lambda n: not fits(n))
 
 
 def memory_rows(phases: Sequence[Phase]) -> list[list[str]]:

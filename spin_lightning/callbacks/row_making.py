@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from spin_lightning.callbacks.console import RowProgress, console, show_table
+from spin_lightning.callbacks.console import RowProgress, console, duration, show_table
 from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.callbacks.memory_table import LongestRow, memory_rows, predicted_phases
 from spin_lightning.callbacks.run_times import RunTimes
@@ -216,8 +216,8 @@ class RowMaker:
         left = self.iterates - plan.iterate
         if trainer.is_global_zero:
             console.print(
-                f"Estimated per iterate: {_minutes(making)} to generate and score, about "
-                f"{_minutes(training)} to train; {_minutes(left * (making + training))} in "
+                f"Estimated per iterate: {duration(making)} to generate and score, about "
+                f"{duration(training)} to train; {duration(left * (making + training))} in "
                 f"total (iterates left: {left})."
             )
         if self.dry_run:
@@ -267,7 +267,3 @@ class _All:
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
         for reporter in self.reporters:
             reporter.advance(stage, rows, seconds, tokens)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_lightning.callbacks.memory_table import LongestRow, predicted_phases, readable
+from spin_lightning.callbacks.console import duration
+from spin_lightning.callbacks.memory_table import (
+    LongestRow,
+    largest_batches,
+    predicted_phases,
+    readable,
+)
 from spin_lightning.cli.fit import data_and_model, read_config
+from spin_lightning.cli.speed_trial import Speed, measure
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import SettingError, SpinError, first_line
 from spin_lightning.generation import lanes_trial
@@ -76,16 +83,19 @@ def examine(config: Path | None) -> Iterator[Finding]:
         yield Finding("decoding", _decoding(policy))
         yield Finding("fused LoRA", "{} of {} layers".format(*fused_layers(policy)))
         yield _self_check(policy, module.vocabulary)
-        if data is None:
+        row = None if data is None else _longest_row(module, data)
+        yield from _speed(module, row)
+        if data is None or row is None:
             yield Finding("predicted memory", "give --config")
         else:
-            yield from _memory(module, data, device)
+            yield from _memory(module, row, data.batch_size, device)
 
 
 def _machine(device: torch.device) -> Iterator[Finding]:
     if device.type == "cpu":
         gpu = "; there is a GPU, which is not used" if torch.cuda.is_available() else ""
         yield Finding("device", f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} used{gpu}")
+        yield Finding("memory", readable(_total_memory(device)))
         return
     card = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -148,28 +158,61 @@ def _self_check(policy: LoraPolicy, vocabulary: int) -> Finding:
     return Finding("self-check", verdict.text, None if verdict.agrees else _PLAIN)
 
 
-def _memory(
-    module: SelfPlayModule, data: SelfPlayDataModule, device: torch.device
-) -> Iterator[Finding]:
-    """Predict the memory for rows that are as long as the caps allow."""
+def _speed(module: SelfPlayModule, row: LongestRow | None) -> Iterator[Finding]:
+    """Measure the phases of a run, and tell the time of rows that are as long as the caps allow."""
+    try:
+        with TemporaryDirectory(prefix="spin-lightning-doctor-") as folder:
+            speed = measure(module, Path(folder))
+    # Kernels that do not support a device raise errors of many classes.
+    except Exception as error:
+        fix = _SMALLER if is_out_of_memory(error) or isinstance(error, SpinError) else _PLAIN
+        yield Finding("speed", f"cannot be measured ({first_line(error)})", fix)
+        return
+    for phase, tokens in zip(Speed._fields, speed, strict=True):
+        yield Finding(f"speed of {phase}", f"{tokens:,.0f} tokens per second")
+    if row is not None:
+        spans = [1000 * seconds for seconds in speed.seconds(row)]
+        parts = ", ".join(
+            f"{phase} {duration(span)}" for phase, span in zip(Speed._fields, spans, strict=True)
+        )
+        yield Finding("1,000 of the longest rows", f"{duration(sum(spans))}: {parts}")
+
+
+def _longest_row(module: SelfPlayModule, data: SelfPlayDataModule) -> LongestRow:
+    """A row that is as long as the caps allow."""
     cap = min(data.max_response_tokens, module.context_length - 1)
     room = module.context_length - cap
-    row = LongestRow(
+    return LongestRow(
         prompt=min(data.max_prompt_tokens or room, room),
         real=cap,
         generated=None if module.opponent(0) is None else cap,
         samples=data.samples_per_prompt * module.rows_per_sample(0),
     )
+
+
+def _memory(
+    module: SelfPlayModule, row: LongestRow, pairs: int, device: torch.device
+) -> Iterator[Finding]:
+    """Predict the memory of such rows, and how many of them fit at once."""
+    total = _total_memory(device)
     try:
-        phases = predicted_phases(module, row, data.batch_size, device)
+        phases = predicted_phases(module, row, pairs, device)
+        largest = largest_batches(module, row, device, total)
     except SpinError as error:
         yield Finding("predicted memory", error.problem)
         return
-    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
     for phase in phases:
-        fits = total is None or phase.in_all <= total
         text = f"{readable(phase.size)}, in all {readable(phase.in_all)}"
-        yield Finding(phase.name, text, None if fits else _SMALLER)
+        yield Finding(phase.name, text, None if phase.in_all <= total else _SMALLER)
+    text = ", ".join(f"{phase} {rows:,}" for phase, rows in largest._asdict().items())
+    yield Finding("longest rows that fit at once", text)
+
+
+def _total_memory(device: torch.device) -> int:
+    """Memory of a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _trainer_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:

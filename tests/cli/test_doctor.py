@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from spin_lightning.cli import examination
+from spin_lightning.callbacks.memory_table import predicted_phases
+from spin_lightning.cli import examination, speed_trial
 from spin_lightning.cli.fit import data_and_model
 from spin_lightning.policies import probes, shared_prefix
 from spin_lightning.policies.probes import PROBES, Finding, Probe, probe_kernels
@@ -129,15 +130,50 @@ def test_a_precision_of_the_trainer_is_named(spin, capsys, config):
 
 
 def test_a_run_that_does_not_fit_on_the_card_is_named(config, monkeypatch):
-    """Keys and values of 131,072 tokens take 256 bytes each, 32 MiB; a card has 20 MB."""
+    """Keys and values of 131,072 tokens take 256 bytes each, 32 MiB; a card has 20 MB.
+
+    A longest row has 20 + 10 tokens, 7,680 bytes of keys and values.
+    """
     data, module = data_and_model(str(config), {}, None)
     module.configure_model()
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 20_000_000))
-    found = list(examination._memory(module, data, card))
-    assert [finding.fix is None for finding in found] == [True, True, True, True, False]
-    assert found[-1].text.startswith("32.0 MiB")
-    assert "model.activation_checkpointing: true" in str(found[-1].fix)
+    row = examination._longest_row(module, data)
+    found = list(examination._memory(module, row, 32, card))
+    assert [finding.fix is None for finding in found] == [True, True, True, True, False, True]
+    assert found[-2].text.startswith("32.0 MiB")
+    assert "model.activation_checkpointing: true" in str(found[-2].fix)
+    held = predicted_phases(module, row, 32, card)[1].in_all
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, held + 3 * 7680 + 7679))
+    *_, last = examination._memory(module, row, 32, card)
+    assert last.text.endswith("decoding 3")
+
+
+def test_the_speed_of_each_phase_is_told(spin, capsys, config, monkeypatch):
+    """Eight rows of 32 + 16 + 16 tokens, 2 s each; the longest rows have 20 + 10 + 10."""
+    monkeypatch.setattr(speed_trial, "_clock", lambda work, device: work() or 2.0)
+    lines, _ = told(spin, capsys, "--config", config)
+    assert line(lines, "speed of decoding").split()[3:] == ["64", "tokens", "per", "second"]
+    assert line(lines, "speed of scoring").split()[3:] == ["256", "tokens", "per", "second"]
+    assert line(lines, "speed of training").split()[3:] == ["256", "tokens", "per", "second"]
+    # 1,000 × 10 / 64 s, and 1,000 × 40 / 256 s twice.
+    spans = line(lines, "1,000 of the longest rows")
+    assert spans.endswith("7.8 min: decoding 2.6 min, scoring 2.6 min, training 2.6 min")
+
+
+@pytest.mark.parametrize(
+    ("error", "change"),
+    [(RuntimeError("no kernel image"), "packing: padded"), (MemoryError("full"), "nf4")],
+)
+def test_a_trial_that_fails_is_told_with_the_change(error, change, spin, capsys, monkeypatch):
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(examination, "measure", fails)
+    lines, code = told(spin, capsys)
+    assert f"cannot be measured ({error})" in line(lines, "speed")
+    assert code == 1
+    assert change in lines[-1]
 
 
 def test_a_config_that_is_not_there_is_one_error(spin, capsys, tmp_path):
