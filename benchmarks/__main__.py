@@ -9,7 +9,7 @@ import time
 from benchmarks.setup import parser
 from benchmarks.table import read_results, verdict
 
-BENCHMARKS = ("step", "scoring", "generation", "iterate", "growth")
+BENCHMARKS = ("step", "scoring", "generation", "slots", "iterate", "growth")
 
 
 def main(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ from spin_lightning.keyed import row_key
 _ROWS = 64
 _ROUNDS = 2
 _ALPHA = 0.3
-_OPPONENTS = range(1, ours.ADAPTERS + 1)
+OPPONENTS = range(1, ours.ADAPTERS + 1)
 
 
 def run(setup: Setup) -> Iterator[Figure]:
@@ -41,25 +41,18 @@ def _figures(setup: Setup, quantization: str, suffix: str) -> Iterator[Figure]:
     module = ours.load_module(setup, quantization)
     ours.use_iterates(module.policy, setup)
     model = peer.load_model(setup, quantization, adapters=ours.ADAPTERS)
-    units = [_unit(setup, i) for i in range(setup.rounds(_ROUNDS))]
-    mixed = [[replace(request, token_alpha=_ALPHA) for request in unit] for unit in units]
+    units = [unit(setup, i, _ROWS) for i in range(setup.rounds(_ROUNDS))]
+    mixed = [[replace(request, token_alpha=_ALPHA) for request in asked] for asked in units]
     decoder = ours.decoder(module)
-
-    def theirs(unit: list[Request]) -> None:
-        for opponent in _OPPONENTS:
-            batch = [request for request in unit if request.opponent == opponent]
-            prompts = [request.prompt_ids for request in batch]
-            with peer.acting_as(model, opponent):
-                peer.generate(model, prompts, [request.cap for request in batch], _ROWS)
 
     short = [replace(request, cap=2) for request in units[0]]
     decoder.generate(module.policy, short)
-    theirs(short)
+    peer.generate_in_turn(model, short, _ROWS)
     seconds = interleaved(
         {
             "ours": lambda i: decoder.generate(module.policy, units[i]),
             "mixture": lambda i: decoder.generate(module.policy, mixed[i]),
-            "generate": lambda i: theirs(units[i]),
+            "generate": lambda i: peer.generate_in_turn(model, units[i], _ROWS),
         },
         len(units),
         setup.device,
@@ -85,21 +78,27 @@ def _operations(setup: Setup, units: Sequence[Sequence[Request]]) -> float:
         weight.numel() for layer in Floor(sizes, "meta", torch.float32).layers for weight in layer
     )
     head = sizes["vocab_size"] * sizes["hidden_size"]
-    requests = [request for unit in units for request in unit]
+    requests = [request for asked in units for request in asked]
     # The last token of a response is not fed back.
     read = layers * sum(len(request.prompt_ids) + request.cap - 1 for request in requests)
     answered = head * sum(request.cap for request in requests)
     return (2 * read + answered) / (read + answered)
 
 
-def _unit(setup: Setup, number: int) -> list[Request]:
-    """A work unit: prompts and lengths of the workload, answered by each iterate in turn."""
-    count = setup.count(_ROWS) * len(_OPPONENTS)
+def unit(setup: Setup, number: int, rows: int) -> list[Request]:
+    """A work unit: prompts and lengths of the workload, answered by each iterate in turn.
+
+    Args:
+        setup: Device and sizes.
+        number: Number of the unit.
+        rows: Responses of each iterate.
+    """
+    count = setup.count(rows) * len(OPPONENTS)
     pairs = setup.workload("A").pairs(count, setup.vocabulary, seed=number)
     return [
         Request(
             prompt_ids=tuple(pair.prompt_ids.tolist()),
-            opponent=_OPPONENTS[i % len(_OPPONENTS)],
+            opponent=OPPONENTS[i % len(OPPONENTS)],
             key=row_key(0, number, i, 0),
             cap=len(pair.real_ids),
         )

@@ -96,7 +96,21 @@ SUBJECTS: dict[str, Subject] = {
     "growth_memory": Subject(
         "peak memory at 4, 8, 16 and 32 pairs", "itself", {"spread": Goal(at_most=2.0)}
     ),
+    "iterate_nf4": Subject(
+        "one whole iterate: generate, score, 2 epochs, NF4", "`generate` and TRL's DPOTrainer", {}
+    ),
+    **{
+        f"slots_{slots}{suffix}": Subject(
+            f"decoding from 4 iterates in {slots} slots{kind}",
+            "`generate`, one adapter after the other, batches of as many rows",
+            {},
+        )
+        for suffix, kind in (("", ""), ("_nf4", ", NF4"))
+        for slots in (16, 64, 128)
+    },
 }
+# Figures of large models, which only the sizes for a GPU measure.
+_ON_A_GPU = ("iterate_nf4", *(name for name in SUBJECTS if name.startswith("slots_")))
 
 # Sizes that measure only some of the figures, with goals of their own; none where it is empty.
 _OF_SIZE: dict[str, dict[str, dict[str, Goal]]] = {
@@ -113,4 +127,7 @@ _OF_SIZE: dict[str, dict[str, dict[str, Goal]]] = {
 
 def goals_of(size: str) -> Mapping[str, Mapping[str, Goal]]:
     """The figures that a size measures, and the goals of each."""
-    return _OF_SIZE.get(size) or {name: subject.goals for name, subject in SUBJECTS.items()}
+    everything = {name: subject.goals for name, subject in SUBJECTS.items()}
+    if size == "22m":
+        return {name: goals for name, goals in everything.items() if name not in _ON_A_GPU}
+    return _OF_SIZE.get(size, everything)

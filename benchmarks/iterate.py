@@ -26,29 +26,36 @@ _THEIR_BATCH = 64
 
 
 def run(setup: Setup) -> Iterator[Figure]:
-    """Yield the figure of one iterate: generate, score, two epochs.
+    """Yield the figures of one iterate: generate, score, two epochs."""
+    for name, quantization in {"iterate": "none", "iterate_nf4": "nf4"}.items():
+        if name in setup.goals:
+            yield _figure(setup, name, quantization)
+
+
+def _figure(setup: Setup, name: str, quantization: str) -> Figure:
+    """Time both sides.
 
     Our time includes loading the model and writing rows, adapter and checkpoint. The other side has
     the model loaded and keeps everything in memory.
     """
-    figure = Figure("iterate")
+    figure = Figure(name)
     pairs = setup.workload("A").pairs(setup.count(_ROWS), setup.vocabulary)
     cap = 4 if setup.tiny else _CAP
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "examples.jsonl"
         data.write_text("\n".join(map(_example, pairs)) + "\n")
         sides: dict[str, Callable[[int], Any]] = {
-            "ours": lambda _: ours.play_iterate(setup, data, cap, _EPOCHS)
+            "ours": lambda _: ours.play_iterate(setup, data, cap, _EPOCHS, quantization)
         }
         if peer.is_there():
-            model = peer.load_model(setup)
+            model = peer.load_model(setup, quantization)
             sides["trl"] = lambda _: _theirs(setup, model, pairs, cap, Path(folder))
         else:
             figure.note = peer.MISSING
         figure.seconds = interleaved(sides, setup.rounds(_ROUNDS), setup.device, warmup=0)
     if "trl" in sides:
         figure.fields["ratio"] = median_ratio(figure.seconds["trl"], figure.seconds["ours"])
-    yield figure
+    return figure
 
 
 def _theirs(

@@ -18,11 +18,12 @@ from benchmarks.workload import batches_of, pair_of_lengths
 _SIDES: dict[str, Any] = {"ours": ours.Step, "trl": peer.Step}
 
 
-def of_step(setup: Setup, side: str, workload: str) -> float:
+def of_step(setup: Setup, side: str, workload: str, quantization: str = "none") -> float:
     """Peak memory of one side's step, MB, in a fresh process."""
     if setup.tiny:
-        return measure(setup, side, workload)
-    return float(in_subprocess("benchmarks.memory", *setup.arguments, side, workload)["peak_mb"])
+        return measure(setup, side, workload, quantization)
+    words = [*setup.arguments, "--quantization", quantization, side, workload]
+    return float(in_subprocess("benchmarks.memory", *words)["peak_mb"])
 
 
 def of_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) -> list[float]:
@@ -42,9 +43,9 @@ def measure_pairs(setup: Setup, sizes: Sequence[int], lengths: tuple[int, int]) 
     return [peak_mb(lambda size=size: step(pairs[:size]), setup.device) for size in sizes]
 
 
-def measure(setup: Setup, side: str, workload: str) -> float:
+def measure(setup: Setup, side: str, workload: str, quantization: str = "none") -> float:
     """Peak memory over two steps, MB, minus what is held between steps."""
-    step = _SIDES[side](setup)
+    step = _SIDES[side](setup, quantization)
     # The first step allocates the optimizer's state and the libraries' own buffers.
     step(setup.workload("tiny").pairs(1, setup.vocabulary))
     batches = batches_of(setup.workload(workload), 2, setup.vocabulary)
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("side", choices=tuple(_SIDES))
     options.add_argument("workload", choices=("A", "B", "pairs"))
+    options.add_argument("--quantization", choices=("none", "nf4"), default="none")
     options.add_argument("numbers", type=int, nargs="*", help="prompt, response, numbers of pairs")
     parsed = options.parse_args(arguments)
     setup = setup_of(parsed)
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prompt, response, *sizes = parsed.numbers
             peak = measure_pairs(setup, sizes, (prompt, response))
         else:
-            peak = measure(setup, parsed.side, parsed.workload)
+            peak = measure(setup, parsed.side, parsed.workload, parsed.quantization)
     print(json.dumps({"peak_mb": peak}))
 
 

@@ -181,7 +181,9 @@ def decoder(module: SPIN) -> Generator:
     return module.make_generator((STOP,), PAD, module.generation)
 
 
-def play_iterate(setup: Setup, data: Path, cap: int, epochs: int) -> None:
+def play_iterate(
+    setup: Setup, data: Path, cap: int, epochs: int, quantization: str = "none"
+) -> None:
     """Play one iterate as a user does: generate, score, train, save the adapter.
 
     Args:
@@ -189,8 +191,10 @@ def play_iterate(setup: Setup, data: Path, cap: int, epochs: int) -> None:
         data: Prompts and responses, jsonl.
         cap: Maximum number of response tokens.
         epochs: Passes over the rows.
+        quantization: Of the base.
     """
-    module = make_module(setup, adapter=write_adapters(setup)[0], epochs_per_iterate=epochs)
+    adapter = write_adapters(setup)[0]
+    module = make_module(setup, quantization, adapter, epochs_per_iterate=epochs)
     examples = SelfPlayDataModule(
         str(data), max_response_tokens=cap, batch_size=PAIRS_PER_STEP, val_fraction=0.0
     )

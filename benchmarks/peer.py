@@ -29,6 +29,7 @@ from benchmarks.ours import BETA, LEARNING_RATE, write_adapters
 from benchmarks.setup import Setup
 from benchmarks.workload import PAD, PAIRS_PER_STEP, STOP, words_of
 from spin_lightning.data.dataset import Pair
+from spin_lightning.generation.base import Request
 
 MISSING = "TRL is not installed, so there is nothing to compare with: pip install -e '.[bench]'"
 
@@ -246,6 +247,21 @@ def generate(
         for row, i in enumerate(chosen):
             responses[i] = written[row, longest : longest + caps[i]].tolist()
     return responses
+
+
+def generate_in_turn(model: PeftModel, requests: Sequence[Request], batch_size: int) -> None:
+    """Answer requests by `generate`, one iterate after the other.
+
+    Args:
+        model: The model.
+        requests: Prompts, each with its iterate and the length of its response.
+        batch_size: Prompts of a batch.
+    """
+    for opponent in dict.fromkeys(request.opponent for request in requests):
+        asked = [request for request in requests if request.opponent == opponent]
+        prompts, caps = [r.prompt_ids for r in asked], [r.cap for r in asked]
+        with acting_as(model, opponent):
+            generate(model, prompts, caps, batch_size)
 
 
 class _Ends(StoppingCriteria):

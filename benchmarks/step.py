@@ -24,7 +24,8 @@ def run(setup: Setup) -> Iterator[Figure]:
     if "step_b" in setup.goals:
         yield _figure(setup, "step_b", "B", rounds=5)
     if "step_a_nf4" in setup.goals:
-        yield _figure(setup, "step_a_nf4", "A", rounds=7, quantization="nf4")
+        on_gpu = setup.device == "cuda"
+        yield _figure(setup, "step_a_nf4", "A", rounds=7, quantization="nf4", with_memory=on_gpu)
 
 
 def _figure(
@@ -38,7 +39,7 @@ def _figure(
     figure = Figure(name)
     if with_memory and peer.is_there():
         # Before the models of the timed steps take memory here: TRL's step may need most of it.
-        peaks = [memory.of_step(setup, side, workload) for side in ("ours", "trl")]
+        peaks = [memory.of_step(setup, side, workload, quantization) for side in ("ours", "trl")]
         figure.peak_mb = (peaks[0], peaks[1])
         figure.fields["peak"] = peaks[0] / peaks[1]
     rounds = setup.rounds(rounds)

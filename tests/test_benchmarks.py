@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import generation, growth, iterate, ours, scoring, step, table
+from benchmarks import generation, growth, iterate, ours, scoring, slots, step, table
 from benchmarks.floor import Floor
 from benchmarks.generation import _operations
 from benchmarks.goals import SUBJECTS, Goal, goals_of
@@ -26,7 +26,8 @@ BENCHMARKS = {
     step: {"step_a", "step_b", "step_a_nf4"},
     scoring: {"scoring_first", "scoring_next", "reservoir"},
     generation: {"generation", "generation_nf4", "token_mixture", "token_mixture_nf4"},
-    iterate: {"iterate"},
+    slots: {f"slots_{n}{suffix}" for n in (16, 64, 128) for suffix in ("", "_nf4")},
+    iterate: {"iterate", "iterate_nf4"},
     growth: {"growth_pairs", "growth_prompt", "growth_memory"},
 }
 # Third parties warn about their own matters, such as TRL about the tokenizer's ids.
@@ -75,7 +76,12 @@ def test_benchmarks_of_smollm2_run_on_its_weights(out, capsys):
 
 def test_benchmarks_of_smollm2_are_some_of_all():
     assert goals_of("smollm2").keys() < SUBJECTS.keys()
-    assert goals_of("22m") == {name: subject.goals for name, subject in SUBJECTS.items()}
+
+
+def test_benchmarks_of_a_gpu_measure_everything_those_of_a_cpu_no_slots():
+    assert goals_of("7b").keys() == SUBJECTS.keys()
+    left = SUBJECTS.keys() - goals_of("22m").keys()
+    assert left == {"iterate_nf4", *BENCHMARKS[slots]}
 
 
 def test_benchmarks_have_a_goal_for_every_figure():
