@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from benchmarks.costs import (
     GPU,
@@ -40,6 +40,7 @@ from benchmarks.published import (
     efficiency,
     requests_per_second,
 )
+from benchmarks.workload import SIZES
 from spin_lightning.callbacks.memory_table import LongestRow
 from spin_lightning.generation.local import tokens_in_cache
 from spin_lightning.policies.lora_settings import LoraSettings
@@ -64,16 +65,9 @@ _MEMBERS = 4
 _CONTEXT = GIB // 2
 _REFILLED = 0.95  # slots in use while requests wait, at least (docs/performance.md)
 _LORA = LoraSettings(r=64)
-# Mistral-7B and Llama-3-70B.
+# Shapes of Mistral-7B and of Llama-3-70B.
 CONFIGS: dict[str, PretrainedConfig] = {
-    "7B": MistralConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
+    "7B": LlamaConfig(**SIZES["7b"]),
     "70B": LlamaConfig(
         vocab_size=128256,
         hidden_size=8192,
