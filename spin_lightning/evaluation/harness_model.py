@@ -22,6 +22,7 @@ from spin_lightning.data.templates import ChatTemplate
 from spin_lightning.evaluation.greedy import continue_batch, decoder_of, is_greedy
 from spin_lightning.evaluation.shared_contexts import Continuation, SharedContexts
 from spin_lightning.mixtures import Mixture
+from spin_lightning.out_of_memory import TokenLimit
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.mixture_model import by_member, write_by_member
 
@@ -56,6 +57,7 @@ class PolicyLM(HFLM):
         """Set up the harness's own model on the policy's model."""
         self.policy = policy
         self.mixture = mixture
+        self._limit = TokenLimit("evaluation")
         # The harness puts the model into eval mode; leaving the block restores its mode.
         with policy.at(mixture.members[0]):
             super().__init__(
@@ -152,7 +154,8 @@ class PolicyLM(HFLM):
             answers: list[tuple[float, bool]] = plain(requests)
             return answers
         with tqdm(total=len(fitting), disable=disable_tqdm, desc="Scoring, shared contexts") as bar:
-            found = dict(zip(fitting, shared.scores(self.model, rows, bar.update), strict=True))
+            scores = shared.scores(self.model, rows, bar.update, self._limit)
+            found = dict(zip(fitting, scores, strict=True))
         others = [place for place in range(len(requests)) if place not in found]
         found.update(zip(others, plain([requests[i] for i in others]), strict=True))
         return [found[place] for place in range(len(requests))]

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from spin_lightning.out_of_memory import TokenLimit, in_parts
+
 Tokens = tuple[int, ...]
 
 
@@ -93,17 +95,25 @@ class SharedContexts:
         return shared < plain + math.ceil(sequences / rows) * pass_cost
 
     @torch.inference_mode()
-    def scores(self, model: Any, rows: int, scored: Callable[[int], object]) -> list[Score]:
+    def scores(
+        self, model: Any, rows: int, scored: Callable[[int], object], limit: TokenLimit
+    ) -> list[Score]:
         """The score of each continuation, as without a cache.
+
+        Passes that memory does not suffice for are halved.
 
         Args:
             model: A causal language model whose layers keep nothing but keys and values, and which
                 the requests fit.
             rows: Most continuations in a forward pass.
             scored: Called with the number of requests scored since the last call.
+            limit: Tokens of a pass, as far as memory suffices; a context counts once per row.
 
         Returns:
             One score per request, in their order.
+
+        Raises:
+            SpinError: Memory does not suffice for a single continuation.
         """
         found: dict[int, Score] = {}
         # Without a config, layers with a window, too, keep everything: it can be dropped again.
@@ -114,10 +124,26 @@ class SharedContexts:
             if new.numel():
                 model.base_model(input_ids=new, past_key_values=cache, use_cache=True)
             read = sorted(context.places, key=len)
-            for start in range(0, len(read), rows):
-                for sequence, logps in _next_logps(model, cache, read[start : start + rows]):
-                    for place in context.places[sequence]:
-                        found[place] = _score(logps, self.requests[place].tokens)
+
+            def scores_of(sequences: list[Tokens], context: _Context = context) -> dict[int, Score]:
+                return {
+                    place: _score(logps, self.requests[place].tokens)
+                    for sequence, logps in _next_logps(model, cache, sequences)
+                    for place in context.places[sequence]
+                }
+
+            def tokens_of(sequences: list[Tokens], context: _Context = context) -> int:
+                return len(sequences) * (len(context.cached) + len(sequences[-1]))
+
+            for done in in_parts(
+                [read[start : start + rows] for start in range(0, len(read), rows)],
+                scores_of,
+                tokens_of,
+                _halves,
+                limit,
+                fix="evaluate tasks with shorter contexts, or on a device with more memory",
+            ):
+                found.update(done)
             scored(sum(map(len, context.places.values())))
         return [found[place] for place in range(len(self.requests))]
 
@@ -138,6 +164,11 @@ class SharedContexts:
             contexts.append(_Context(cached, sum(1 for _ in same), by_sequence))
             before = cached
         return contexts
+
+
+def _halves(sequences: list[Tokens]) -> list[list[Tokens]]:
+    middle = len(sequences) // 2
+    return [sequences[:middle], sequences[middle:]] if middle else []
 
 
 def _next_logps(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from spin_lightning.evaluation.harness_model import PolicyLM
 from spin_lightning.evaluation.shared_contexts import Continuation, SharedContexts
 from spin_lightning.mixtures import latest
+from spin_lightning.out_of_memory import TokenLimit
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
@@ -65,12 +66,34 @@ def test_scores_are_those_of_each_continuation_alone(name, rows):
         likeliest += (int(logits[0, -1].argmax()),)
     requests.append(Continuation(context, likeliest))
     done: list[int] = []
-    found = SharedContexts(requests).scores(model, rows, done.append)
+    found = SharedContexts(requests).scores(model, rows, done.append, TokenLimit("evaluation"))
     wanted = [alone(model, request) for request in requests]
     assert [score.logp for score in found] == pytest.approx([logp for logp, _ in wanted], abs=1e-4)
     assert [score.is_greedy for score in found] == [greedy for _, greedy in wanted]
     assert found[-1].is_greedy
     assert sum(done) == len(requests)
+
+
+def test_passes_that_memory_does_not_suffice_for_are_halved():
+    """Eight choices of one context: 8 rows fail, then 4, and pairs of them fit."""
+    model = random_model(CONFIGS["llama"]).eval()
+    requests = [Continuation((5, 6, 7), (4 + i, 9)) for i in range(8)]
+    wanted = [alone(model, request)[0] for request in requests]
+    asked: list[int] = []
+
+    def fails_above_two_rows(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]):
+        rows, _ = kwargs.get("input_ids", *args).shape
+        asked.append(rows)
+        if rows > 2:
+            raise RuntimeError("CUDA error: out of memory")
+
+    model.register_forward_pre_hook(fails_above_two_rows, with_kwargs=True)
+    limit = TokenLimit("evaluation")
+    found = SharedContexts(requests).scores(model, 8, lambda _: None, limit)
+    assert asked == [8, 4, 2, 2, 2, 2]
+    assert [score.logp for score in found] == pytest.approx(wanted, abs=1e-4)
+    # A row has the two cached tokens of the context, its last one and the first of the choice.
+    assert limit.deviations == {"evaluation_tokens": 4 * (2 + 2) // 2}
 
 
 def tokens_read(model: nn.Module) -> list[int]:
@@ -94,7 +117,7 @@ def test_each_token_of_a_context_is_read_once():
         Continuation(second, (8,)),
         Continuation(first, (7, 9)),
     ]
-    SharedContexts(requests).scores(model, 8, lambda _: None)
+    SharedContexts(requests).scores(model, 8, lambda _: None, TokenLimit("evaluation"))
     # 1 2 3, then 9 once for both choices; 4 5 in addition, then 6 7 and 6 8.
     assert seen == [3, 1, 2, 4]
 
@@ -134,9 +157,9 @@ def shared_calls(monkeypatch) -> list[int]:
     calls: list[int] = []
     scores = SharedContexts.scores
 
-    def counted(shared, model, rows, scored):
+    def counted(shared, model, rows, scored, limit):
         calls.append(len(shared.requests))
-        return scores(shared, model, rows, scored)
+        return scores(shared, model, rows, scored, limit)
 
     monkeypatch.setattr(SharedContexts, "scores", counted)
     return calls
