@@ -26,6 +26,8 @@ from spin_lightning.report.cue_words import best_cue_line, clear_cues, special_i
 from spin_lightning.report.report import draw_iterates
 from spin_lightning.report.samples import sample_pairs
 from spin_lightning.report.verdicts import find_verdicts
+from spin_lightning.rows.making import GAP
+from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.plan import RowPlan, redrawn
 from spin_lightning.rows.store import read_rows
 from spin_lightning.rows.tells import find_tells
@@ -142,7 +144,9 @@ def measure_training_rows(session: Session, plan: RowPlan, log: RunLog) -> None:
     if rows is None:
         table, tokenizer = read_rows(run.rows(t)), session.module.tokenizer
         tells = find_tells(table, special_ids(tokenizer))
-        rows = measure_rows(table, redrawn(plan, table), tells)
+        manifest = read_manifest(run.rows(t))
+        gap = None if manifest is None else manifest.others.get(GAP)
+        rows = measure_rows(table, redrawn(plan, table), tells, gap)
         cues = None if tells is None else clear_cues(tells, tokenizer)
         run.write_record(replace(record, rows=rows, cues=cues))
         if tells is not None:

@@ -109,6 +109,27 @@ def check_folder(run: RunFolder, *, create: bool = True) -> None:
             run.root.mkdir(parents=True, exist_ok=True)
 
 
+def check_session(session: Session, iterates: int) -> None:
+    """Check what can be checked about a session before weights are read.
+
+    Raises:
+        SettingError: See `check_validation` and `check_objective`.
+        SpinError: The generation engine cannot be used.
+    """
+    check_validation(session, iterates)
+    check_objective(session.module)
+    module, data = session.module, session.data
+    if module.opponent(0) is not None:
+        longest = max(
+            (len(e.prompt_ids) + data.max_response_tokens for e in (*data.train, *data.val)),
+            default=1,
+        )
+        text_format = session.text_format
+        make = module.make_generator
+        generator = make(text_format.stop_ids, text_format.pad_id, module.generation)
+        generator.check(min(longest, module.context_length))
+
+
 def check_validation(session: Session, iterates: int) -> None:
     """Refuse to validate after more batches than an epoch has, which Lightning does too late.
 

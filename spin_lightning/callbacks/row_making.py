@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
@@ -39,11 +40,16 @@ class ScratchRun:
         """Create no folder yet."""
         self._folder: TemporaryDirectory[str] | None = None
 
-    def open(self, trainer: L.Trainer) -> RunFolder:
-        """Create the folder on rank 0, for all ranks."""
+    def open(self, trainer: L.Trainer, run: RunFolder) -> RunFolder:
+        """Create the folder on rank 0, for all ranks.
+
+        It is near the run folder, where other machines of the run, and servers, can see it.
+        """
         name = ""
         if trainer.is_global_zero:
-            self._folder = TemporaryDirectory(prefix="spin-lightning-dry-run-")
+            near = next(path for path in run.root.resolve().parents if path.is_dir())
+            where = near if os.access(near, os.W_OK) else None
+            self._folder = TemporaryDirectory(prefix=".spin-lightning-dry-run-", dir=where)
             name = self._folder.name
         return RunFolder(Path(trainer.strategy.broadcast(name)))
 
@@ -195,6 +201,7 @@ class RowMaker:
                     self._print_estimate(plan, rows)
         self.guard.wait(trainer)
         if trainer.is_global_zero:
+            synthesis.generator.rest()
             finish(plan, examples, folder, fields)
         self.guard.wait(trainer)
 

@@ -42,7 +42,10 @@ def measure_iterate(table: RowTable, t: int, *, is_exact: bool = True) -> dict[s
 
 
 def measure_rows(
-    table: RowTable, regenerated: float, tells: Tells | None = None
+    table: RowTable,
+    regenerated: float,
+    tells: Tells | None = None,
+    sampler_gap: float | None = None,
 ) -> dict[str, float]:
     """Metrics of the rows that train the next iterate.
 
@@ -50,6 +53,7 @@ def measure_rows(
         table: The rows, written by the opponent.
         regenerated: Share of rows that were generated at this iterate, not kept from earlier ones.
         tells: What tells their real from their generated responses.
+        sampler_gap: Log-probs of a server that sampled them less ours, nats per token.
 
     Returns:
         Share of rows by opponent, log-prob of the real responses under each member in nats per
@@ -74,4 +78,5 @@ def measure_rows(
         "rows/distinct_2": distinct(generated.values, generated.offsets, 2),
         "rows/duplicates": duplicate_rate(generated[i] for i in range(rows)),
         **({} if tells is None else tells.metrics()),
+        **({} if sampler_gap is None else {"rows/sampler_gap": sampler_gap}),
     }

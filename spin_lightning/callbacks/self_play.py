@@ -33,10 +33,9 @@ from spin_lightning.callbacks.iterates import (
 )
 from spin_lightning.callbacks.requirements import (
     check_lineage,
-    check_objective,
+    check_session,
     check_start,
     check_strategy,
-    check_validation,
     how_to_continue,
     run_root,
 )
@@ -117,7 +116,7 @@ class SelfPlay(Callback):
             self._start_over()
         run = self.run or RunFolder(trainer.strategy.broadcast(run_root(trainer, pl_module)))
         if self.dry_run and stage == "fit" and not run.known_iterates():
-            run = self._scratch.open(trainer)
+            run = self._scratch.open(trainer, run)
         session = Session.of(trainer, pl_module, run)
         self.run = session.data.run_folder = run
         read_safely(trainer)
@@ -129,8 +128,7 @@ class SelfPlay(Callback):
         self._iterates = session.module.check_trainer()
         session.module.forget_earlier_fit()
         check_strategy(trainer.strategy)
-        check_validation(session, self._iterates)
-        check_objective(session.module)
+        check_session(session, self._iterates)
         self.guard.open(trainer, run)
         # (mypy does not see what Lightning's connectors set.)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]

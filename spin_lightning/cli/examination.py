@@ -88,6 +88,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
         if data is None or row is None:
             yield Finding("predicted memory", "give --config")
         else:
+            yield from _servers(module, row)
             yield from _memory(module, row, data.batch_size, device)
 
 
@@ -176,6 +177,20 @@ def _speed(module: SelfPlayModule, row: LongestRow | None) -> Iterator[Finding]:
             f"{phase} {duration(span)}" for phase, span in zip(Speed._fields, spans, strict=True)
         )
         yield Finding("1,000 of the longest rows", f"{duration(sum(spans))}: {parts}")
+
+
+def _servers(module: SelfPlayModule, row: LongestRow) -> Iterator[Finding]:
+    """Whether the servers that generate can be used, as far as it shows without weights."""
+    settings = module.generation
+    if settings.engine == "local":
+        return
+    generator = module.make_generator((), 0, settings)
+    try:
+        generator.check(row.prompt + (row.generated or row.real))
+    except SpinError as error:
+        yield Finding("generation", error.problem, error.fix)
+        return
+    yield Finding("generation", f"vLLM at {', '.join(settings.servers)}; the run compares the base")
 
 
 def _longest_row(module: SelfPlayModule, data: SelfPlayDataModule) -> LongestRow:

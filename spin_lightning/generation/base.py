@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.policies.base import Policy
@@ -75,9 +76,26 @@ class Generator(ABC):
     Attributes:
         on_progress: Set while somebody watches: call it with the number of responses that have
             just been completed, as often as you like.
+        scratch: Set while a work unit's rows are made: a folder for what the engine wants to find
+            again if the process ends in the middle. It is deleted with the unit's last row.
+        computes_elsewhere: Whether another program computes the policies, with kernels and rounding
+            of its own. The gap between its log-probs and ours is then logged; otherwise a gap that
+            rounding does not explain stops the run.
     """
 
     on_progress: Callable[[int], None] | None = None
+    scratch: Path | None = None
+    computes_elsewhere: ClassVar[bool] = False
+
+    def check(self, longest: int) -> None:  # noqa: B027
+        """Check all that can be checked before weights are read; by default nothing.
+
+        Args:
+            longest: Tokens of the longest prompt and response together.
+        """
+
+    def rest(self) -> None:  # noqa: B027
+        """Free what is not needed until the next rows; by default nothing. Called on one rank."""
 
     @abstractmethod
     def generate(self, policy: Policy, requests: Sequence[Request]) -> list[Response]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-from spin_lightning.errors import check_names, check_settings, is_number, is_whole
+from spin_lightning.errors import SettingError, check_names, check_settings, is_number, is_whole
 
 # Below this the logits overflow a float32.
 _COLDEST = 1e-6
@@ -29,6 +29,15 @@ class GenerationSettings:
         top_p: Keep the most likely tokens up to this total probability; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
         cuda_graphs: On a GPU, let a decoding step become a CUDA graph where that is possible.
+        engine: local: generate in the training processes; vllm: on vLLM servers (docs/vllm.md).
+        servers: URLs of the vLLM servers, such as http://localhost:8000.
+        concurrency: Requests that each process has in flight at one server.
+        request_timeout: Seconds until a request that has no answer is sent again.
+        patience: Seconds to wait for a server that does not answer any more.
+        largest_gap: Largest difference between a server's log-probs and ours under the base, mean
+            over tokens, nats, that is accepted before the first rows.
+        sleep: Wake servers up for the rows, and put them to sleep afterwards, when all of the card
+            is needed for training (docs/vllm.md).
     """
 
     batch_tokens: int | None = None
@@ -37,6 +46,13 @@ class GenerationSettings:
     top_p: float = 1.0
     top_k: int = 0
     cuda_graphs: bool = True
+    engine: Literal["local", "vllm"] = "local"
+    servers: list[str] = field(default_factory=list)
+    concurrency: int = 256
+    request_timeout: float = 600.0
+    patience: float = 600.0
+    largest_gap: float = 0.1
+    sleep: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -61,9 +77,36 @@ class GenerationSettings:
                 ),
                 "top_k": (is_whole(self.top_k, 0), "a whole number >= 0; 0 keeps every token"),
                 "cuda_graphs": (isinstance(self.cuda_graphs, bool), "true or false"),
+                "engine": (self.engine in ("local", "vllm"), "local or vllm"),
+                "servers": (
+                    isinstance(self.servers, list) and all(map(_is_address, self.servers)),
+                    "a list of URLs such as http://localhost:8000",
+                ),
+                "concurrency": (is_whole(self.concurrency, 1), "a whole number > 0"),
+                "request_timeout": (
+                    is_number(self.request_timeout) and self.request_timeout > 0,
+                    "a number of seconds > 0",
+                ),
+                "patience": (
+                    is_number(self.patience) and self.patience >= 0,
+                    "a number of seconds >= 0",
+                ),
+                "largest_gap": (
+                    is_number(self.largest_gap) and self.largest_gap > 0,
+                    "a number of nats per token > 0",
+                ),
+                "sleep": (isinstance(self.sleep, bool), "true or false"),
             },
             prefix="generation.",
         )
+        if (self.engine == "vllm") != bool(self.servers):
+            raise SettingError(
+                "generation.servers",
+                self.servers,
+                f"engine is {self.engine}",
+                fix="name the URLs of the vLLM servers together with generation.engine: vllm, or "
+                "neither; spin-lightning serve prints the command that starts one",
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GenerationSettings:
@@ -84,3 +127,9 @@ class GenerationSettings:
     def is_exact(self) -> bool:
         """Whether responses are samples from the iterates themselves."""
         return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0
+
+
+def _is_address(url: object) -> bool:
+    """Whether it is an URL with a host."""
+    scheme, _, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
+    return scheme in ("http", "https") and rest.strip("/") != "" and " " not in rest

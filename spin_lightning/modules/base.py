@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spin_lightning import losses
 from spin_lightning.generation.base import Generator
-from spin_lightning.generation.local import LocalGenerator
+from spin_lightning.generation.engines import make_engine
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.keyed import global_seed
 from spin_lightning.metrics import PairMetrics
@@ -203,7 +203,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         self, stop_ids: tuple[int, ...], pad_id: int, settings: GenerationSettings
     ) -> Generator:
         """Build the engine that samples responses, for rows and for benchmarks alike."""
-        return LocalGenerator(stop_ids, pad_id, settings)
+        return make_engine(stop_ids, pad_id, settings, self.generation)
 
     def check_model(self) -> None:
         """Check all that can be checked about model and adapter before weights are read."""

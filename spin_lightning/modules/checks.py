@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 
 from spin_lightning.errors import SettingError
+from spin_lightning.generation.vllm import token_mixture_refused
 from spin_lightning.mixtures import Geometric, Mixture, Reference
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def check_variant(module: SelfPlayModule, iterates: int) -> None:
         iterates: Number of iterates to play.
 
     Raises:
-        SettingError: See `check_opponents`; or the initial adapter cannot be mixed with the base.
+        SettingError: See `check_opponents`; the engine cannot sample from an opponent; or the
+            initial adapter cannot be mixed with the base.
     """
     opponents = [module.opponent(t) for t in range(iterates)]
     references = [module.reference(t) for t in range(iterates)]
@@ -135,6 +137,8 @@ def check_variant(module: SelfPlayModule, iterates: int) -> None:
         normalizer_cancels=module.normalizer_cancels,
         keeps_rows=module.refresh == "reservoir",
     )
+    if module.generation.engine == "vllm" and any(o and o.token_alpha for o in opponents):
+        raise token_mixture_refused()
     if _mixes_tokens(opponents, references):
         module.policy_spec.check_mixes_with_base()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from spin_lightning.rows.suspects import Suspect, write_suspects
 # What rounding may add for one token, nats; it averages out over many. Six times the largest
 # standard deviation that is expected in bfloat16: 0.15, with logits around -100.
 _ROUNDING = 1.0
+# Mean difference between a server's log-probs and ours, nats per token, from which on it is a
+# warning.
+_LARGE_GAP = 0.05
+_LOG = logging.getLogger(__name__)
 
 
 class DisagreementError(SpinError):
@@ -34,6 +39,48 @@ class Sampled:
     tokens: int
     sampled: float
     scored: float
+
+
+@dataclass(frozen=True)
+class SamplerGap:
+    """How far the log-probs of an engine elsewhere are from ours, over some responses.
+
+    Attributes:
+        nats: Sum over their tokens of the engine's log-prob minus ours.
+        tokens: Number of their tokens.
+    """
+
+    nats: float
+    tokens: int
+
+    @classmethod
+    def of(cls, responses: Iterable[Sampled]) -> SamplerGap:
+        """The gap over the new responses of a work unit."""
+        found = list(responses)
+        nats = math.fsum(each.sampled - each.scored for each in found)
+        return cls(nats, sum(each.tokens for each in found))
+
+    @classmethod
+    def sum(cls, gaps: Iterable[SamplerGap]) -> SamplerGap:
+        """The gap over the responses of all of them."""
+        found = list(gaps)
+        return cls(math.fsum(gap.nats for gap in found), sum(gap.tokens for gap in found))
+
+    @property
+    def per_token(self) -> float | None:
+        """Mean over the tokens, nats; None without tokens."""
+        return self.nats / self.tokens if self.tokens else None
+
+    def warn(self, where: Path) -> None:
+        """Warn if it is large."""
+        if self.per_token is not None and not abs(self.per_token) <= _LARGE_GAP:
+            _LOG.warning(
+                "The server's log-probs of the responses in %s differ from ours by %+.3f nats per "
+                "token on average: they come from another distribution than they are scored under. "
+                "See docs/vllm.md.",
+                where,
+                self.per_token,
+            )
 
 
 def check_agreement(

@@ -7,6 +7,7 @@ process makes a unit and in whatever order; a crash costs only the current unit.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from spin_lightning.errors import SpinError
 from spin_lightning.generation.base import Generator, Request, Response
 from spin_lightning.packing import group_by_length, pack_prompts
 from spin_lightning.policies.base import Policy
-from spin_lightning.rows.agreement import Sampled, check_agreement
+from spin_lightning.rows.agreement import Sampled, SamplerGap, check_agreement
 from spin_lightning.rows.manifest import read_manifest, write_manifest
 from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowDraw, RowPlan, units
 from spin_lightning.rows.store import (
@@ -25,6 +26,7 @@ from spin_lightning.rows.store import (
     part_hashes,
     part_matches,
     read_deviations,
+    read_gap,
     warn_damaged,
     write_part,
 )
@@ -32,6 +34,8 @@ from spin_lightning.rows.suspects import Suspect, check_rows
 from spin_lightning.run.row_folder import about
 from spin_lightning.types import Example, PolicyId, Row
 
+# The manifest's field for the gap between sampler and scorer, nats per token.
+GAP = "sampler_gap"
 # The head's logits are the largest tensor of a padded scoring pass: a batch has at most 2^27 of
 # them. With shared prompts they are computed in small chunks, and a batch only has to fill the
 # device.
@@ -136,16 +140,22 @@ class Synthesis:
                 report.advance("scoring", len(draws), 0.0)
             else:
                 made = f"scoring rows of iterate {plan.iterate}, work unit {unit}"
+                self.generator.scratch = scratch = about(folder) / f"unit-{unit:05d}"
                 rows, sampled = self._unit(plan, draws, earlier, report)
                 check_rows(rows, about(folder) / f"not_finite-{unit:05d}.json", made)
-                disagreeing = about(folder) / f"disagreeing-{unit:05d}.json"
-                check_agreement(sampled, self.policy.largest_bias, disagreeing, made)
+                gap = None
+                if self.generator.computes_elsewhere:
+                    gap = SamplerGap.of(sampled)
+                else:
+                    disagreeing = about(folder) / f"disagreeing-{unit:05d}.json"
+                    check_agreement(sampled, self.policy.largest_bias, disagreeing, made)
                 deviations = {
                     **self.generator.deviations,
                     **self.policy.deviations,
                     **self.policy.scoring_limit.deviations,
                 }
-                write_part(folder, unit, rows, deviations)
+                write_part(folder, unit, rows, deviations, gap)
+                shutil.rmtree(scratch, ignore_errors=True)
             yield unit
 
     def _unit(
@@ -253,6 +263,10 @@ def finish(
     if not examples:
         raise SpinError(f"there are no examples to make rows of in {folder}", fix="give more data")
     manifest = plan.manifest(examples)
+    gap = read_gap(folder, manifest.units)
+    if gap is not None:
+        gap.warn(folder)
+        fields = {**fields, GAP: gap.per_token}
     write_manifest(
         folder,
         replace(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spin_lightning.errors import RunFolderError
+from spin_lightning.rows.agreement import SamplerGap
 from spin_lightning.rows.manifest import Manifest, read_manifest
 from spin_lightning.run.files import damaged, reading, replace_synced, writing
 from spin_lightning.run.fingerprint import file_hash
@@ -29,6 +30,7 @@ _RESTORE = (
     "part from a backup of the run"
 )
 _DEVIATIONS = b"spin_lightning.deviations"
+_GAP = b"spin_lightning.sampler_gap"
 _IDS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float64())
 SCHEMA = pa.schema(
@@ -118,7 +120,11 @@ def part_path(folder: Path, unit: int) -> Path:
 
 
 def write_part(
-    folder: Path, unit: int, rows: Sequence[Row], deviations: Mapping[str, Any] | None = None
+    folder: Path,
+    unit: int,
+    rows: Sequence[Row],
+    deviations: Mapping[str, Any] | None = None,
+    gap: SamplerGap | None = None,
 ) -> None:
     """Write the rows of one work unit atomically.
 
@@ -127,10 +133,14 @@ def write_part(
         unit: Number of the unit.
         rows: Its rows.
         deviations: Settings overridden at run time; stored with the part.
+        gap: How far the sampler's log-probs are from the scorer's; likewise.
     """
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
-    if deviations:
-        table = table.replace_schema_metadata({_DEVIATIONS: json.dumps(dict(deviations))})
+    about = {_DEVIATIONS: json.dumps(dict(deviations))} if deviations else {}
+    if gap is not None:
+        about[_GAP] = json.dumps(asdict(gap))
+    if about:
+        table = table.replace_schema_metadata(about)
     path = part_path(folder, unit)
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,6 +173,13 @@ def read_deviations(folder: Path, units: int) -> dict[str, dict[str, Any]]:
         if _DEVIATIONS in metadata:
             found[str(unit)] = json.loads(metadata[_DEVIATIONS])
     return found
+
+
+def read_gap(folder: Path, units: int) -> SamplerGap | None:
+    """The gap between sampler and scorer over all units that have one; None if none has."""
+    found = [pq.read_schema(part_path(folder, u)).metadata or {} for u in range(units)]
+    gaps = [SamplerGap(**json.loads(about[_GAP])) for about in found if _GAP in about]
+    return SamplerGap.sum(gaps) if gaps else None
 
 
 def warn_damaged(path: Path, reason: object) -> None:

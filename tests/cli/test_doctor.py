@@ -54,6 +54,16 @@ def line(lines: list[str], name: str) -> str:
     return found
 
 
+def test_servers_that_do_not_answer_are_to_be_started(spin, capsys, config):
+    settings = yaml.safe_load(config.read_text())
+    generation = {"engine": "vllm", "servers": ["http://127.0.0.1:9"]}
+    settings["model"]["init_args"]["generation"] = generation
+    config.write_text(yaml.safe_dump(settings))
+    lines, code = told(spin, capsys, "--config", config)
+    assert "none answers (http://127.0.0.1:9: " in line(lines, "generation")
+    assert (lines[-1].startswith("Change: check the URLs"), code) == (True, 1)
+
+
 def test_on_this_machine_all_is_well(spin, capsys):
     lines, code = told(spin, capsys)
     assert (lines[-1], code) == ("OK", 0)

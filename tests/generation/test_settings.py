@@ -43,6 +43,6 @@ def test_generation_settings_out_of_range_name_field_value_and_fix(name, value, 
 
 
 def test_generation_settings_of_an_unknown_name_list_the_known_ones():
-    known = "choose from batch_tokens, unit_size, temperature, top_p, top_k, cuda_graphs"
+    known = "choose from batch_tokens, unit_size, temperature, .*, engine, servers, .*"
     with pytest.raises(SettingError, match=rf"^generation\.topp=0\.9: .*Fix: {known}\.$"):
         GenerationSettings.of({"topp": 0.9})
