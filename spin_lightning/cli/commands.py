@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from spin_lightning.cli.doctor import doctor
 from spin_lightning.cli.parsing import command_parser, run_first
+from spin_lightning.cli.serve import serve
 from spin_lightning.cli.study import study
 from spin_lightning.errors import SettingError, SpinError
 from spin_lightning.run.folder import RunFolder
@@ -292,6 +293,7 @@ COMMANDS: Final[dict[str, Callable[[list[str]], None]]] = {
     "evaluate": evaluate,
     "chat": chat,
     "report": report,
+    "serve": serve,
     "study": study,
     "testbed": testbed,
 }
