@@ -10,7 +10,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 def test_configs_shipped_are_all_seen():
-    assert len(CONFIGS) == 11
+    assert len(CONFIGS) == 12
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
