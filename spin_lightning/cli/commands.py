@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from spin_lightning.cli.doctor import doctor
+from spin_lightning.cli.first_runs import demo, quickstart
 from spin_lightning.cli.parsing import command_parser, run_first
+from spin_lightning.cli.recipes import recipes
 from spin_lightning.cli.serve import serve
 from spin_lightning.cli.study import study
 from spin_lightning.errors import SettingError, SpinError
@@ -287,6 +289,9 @@ def testbed(args: list[str]) -> None:
 
 
 COMMANDS: Final[dict[str, Callable[[list[str]], None]]] = {
+    "quickstart": quickstart,
+    "demo": demo,
+    "recipes": recipes,
     "data": data,
     "doctor": doctor,
     "export": export,

@@ -38,8 +38,8 @@ Where to go next:
                                             FictitiousSPIN, AlphaSPIN, SPACE, SFT
   spin-lightning fit --data.help SelfPlayDataModule
                                             settings of the data
-  spin-lightning fit --config configs/quickstart.yaml
-                                            a first run, minutes on a CPU
+  spin-lightning quickstart                 a first run, minutes on a CPU
+  spin-lightning recipes ls                 configs to start from
   README.md and docs/                       what the variants compute, metrics, evaluation
 """
 # Names that Lightning and PEFT use and that torch and transformers are about to rename.
@@ -92,7 +92,7 @@ def help_page() -> str:
     """One line per command, and where to read on."""
     own = {name: inspect.getdoc(command) or "" for name, command in COMMANDS.items()}
     lines = {**_LIGHTNING, **own}
-    listed = (f"  {name:<9} {text.splitlines()[0]}" for name, text in lines.items())
+    listed = (f"  {name:<10} {text.splitlines()[0]}" for name, text in lines.items())
     return _HELP.format(commands="\n".join(listed))
 
 
