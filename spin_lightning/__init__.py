@@ -4,6 +4,7 @@ Exports are imported when they are first used (PEP 562): torch alone takes more 
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from spin_lightning.policies.saved import load_iterate, load_mixture
     from spin_lightning.rows.frame import load_rows
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("spin-lightning")
+except PackageNotFoundError:  # a copy of the sources that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "SFT",
