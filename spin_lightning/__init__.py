@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 try:
     __version__ = version("spin-lightning")
 except PackageNotFoundError:  # a copy of the sources that is not installed
-    __version__ = "0+unknown"
+    __version__ = "0.0.0"
 
 __all__ = [
     "SFT",
