@@ -1,4 +1,4 @@
-"""Every config that is shipped parses against the code."""
+"""Every config that is shipped parses against the code, recipes included."""
 
 from pathlib import Path
 
@@ -6,11 +6,19 @@ import pytest
 
 from spin_lightning.cli.main import main
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+# Some configs are links to recipes of the package.
+CONFIGS = sorted(
+    {
+        file.resolve()
+        for folder in ("configs", "spin_lightning")
+        for file in (ROOT / folder).rglob("*.yaml")
+    }
+)
 
 
 def test_configs_shipped_are_all_seen():
-    assert len(CONFIGS) == 12
+    assert len(CONFIGS) == 20
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

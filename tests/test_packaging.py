@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from spin_lightning import __version__
 
@@ -34,6 +36,7 @@ TARGETS = [
     "notebooks",
     "bench",
     "vllm-test",
+    "package",
 ]
 # Imported where present, inside functions, and named in an error otherwise.
 OPTIONAL = {"httpx", "lm_eval", "openai"}
@@ -120,12 +123,6 @@ def test_documents_every_config_and_notebook_exists(name):
     assert {path for path in mentioned if not (ROOT / path).exists()} == set()
 
 
-def test_makefile_runs_only_configs_that_exist():
-    mentioned = set(re.findall(r"configs/[\w/]+\.yaml", document("Makefile")))
-    assert len(mentioned) == 3
-    assert {path for path in mentioned if not (ROOT / path).exists()} == set()
-
-
 def test_agents_page_is_short():
     assert len(document("AGENTS.md").splitlines()) <= 60
 
@@ -143,6 +140,21 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "make test" in document(".ci/run")
     assert "make test" in document("README.md")
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_workflow_runs_what_ci_runs():
+    workflow = yaml.safe_load(document(".github/workflows/ci.yml"))
+    commands = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in commands
+    assert "make package" in commands
+
+
+def test_citation_names_the_paper():
+    citation = yaml.safe_load(document("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    (url,) = PROJECT["urls"].values()
+    assert citation["preferred-citation"]["url"] == url == "https://arxiv.org/abs/2404.04291"
+    assert citation["license"] == PROJECT["license"]
 
 
 def test_wheel_holds_every_module_and_the_type_marker(tmp_path):
@@ -165,6 +177,43 @@ def test_wheel_holds_every_module_and_the_type_marker(tmp_path):
     }
     assert held == expected
     assert "spin_lightning/py.typed" in held
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A shallow clone of the last commit, without tags."""
+    folder = tmp_path_factory.mktemp("clone") / "spin-lightning"
+    call = ["git", "clone", "--quiet", "--depth=1", "--no-tags", ROOT.as_uri(), folder]
+    if shutil.which("git") is None or subprocess.run(call, check=False).returncode:
+        pytest.skip("the sources are not in a git repository that can be cloned")
+    return folder
+
+
+def git(clone: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    call = ["git", *identity, *arguments]
+    return subprocess.run(call, cwd=clone, capture_output=True, text=True, check=True).stdout
+
+
+def test_sdist_of_a_shallow_clone_holds_every_file_and_has_a_version(clone, tmp_path):
+    build = "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])"
+    call = [sys.executable, "-c", build, tmp_path]
+    subprocess.run(call, cwd=clone, capture_output=True, check=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    assert re.fullmatch(r"spin_lightning-0\.0\.1\.dev\d+\+g\w+\.tar\.gz", sdist.name)
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(git(clone, "ls-files").splitlines()) <= held
+
+
+def test_version_is_that_of_the_tag(clone):
+    git(clone, "tag", "v1.2.3")
+    call = [sys.executable, "-m", "setuptools_scm"]
+    try:
+        told = subprocess.run(call, cwd=clone, capture_output=True, text=True, check=True).stdout
+    finally:
+        git(clone, "tag", "--delete", "v1.2.3")
+    assert told.strip() == "1.2.3"
 
 
 def test_import_contract_holds(tmp_path):

@@ -12,10 +12,14 @@ from spin_lightning.recipes import recipe
 
 # What the demo asks the model before and after: held-out questions of GSM8K, and another one.
 _QUESTIONS: Final = (
-    "John takes care of 10 dogs. Each dog takes .5 hours a day to walk and take care of their "
-    "business. How many hours a week does he spend taking care of dogs?",
-    "Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What are "
-    "their combined weights in pounds?",
+    (
+        "John takes care of 10 dogs. Each dog takes .5 hours a day to walk and take care of their "
+        "business. How many hours a week does he spend taking care of dogs?"
+    ),
+    (
+        "Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What "
+        "are their combined weights in pounds?"
+    ),
     "What is the capital of France?",
 )
 
@@ -25,8 +29,8 @@ def quickstart(args: list[str]) -> None:
 
     A second call continues what was cut off, and skips what is finished.
     """
-    runs = [_fit("quickstart", out := _out(quickstart, args)), _fit("quickstart_sft", out)]
-    _command("report")(runs)
+    out = _out(quickstart, args)
+    _command("report")([_fit(name, out) for name in ("quickstart", "quickstart_sft")])
 
 
 def demo(args: list[str]) -> None:

@@ -29,6 +29,11 @@ def recipes(args: list[str]) -> None:
         "file", nargs="?", help="With cp: the file to write, or a folder; default: NAME.yaml."
     )
     given = parser.parse_args(args)
+    for name, action in (("name", "ls"), ("file", "show")):
+        if given.action == action and given[name] is not None:
+            raise SettingError(
+                name, given[name], f"{action} takes no {name}", fix="see spin-lightning recipes -h"
+            )
     if given.action == "ls":
         for one in all_recipes():
             print(f"{one.name} (needs {one.needs})\n    {one.summary}")
