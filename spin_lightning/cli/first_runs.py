@@ -25,7 +25,7 @@ _QUESTIONS: Final = (
 
 
 def quickstart(args: list[str]) -> None:
-    """Play SPIN and a supervised control on embedded data, and compare them: minutes on a CPU.
+    """Play SPIN and a supervised control on embedded data: minutes on a CPU.
 
     A second call continues what was cut off, and skips what is finished.
     """
