@@ -36,8 +36,8 @@ def quickstart(args: list[str]) -> None:
 def demo(args: list[str]) -> None:
     """Play SPIN from SmolLM2, a chat model, on questions of GSM8K, and show answers: CPU.
 
-    It takes about a quarter of an hour on two cores. The model is a package of its own, see
-    docs/real_model.md. A second call continues what was cut off, and skips what is finished.
+    It takes about a quarter of an hour on two cores. The model is a package of its own: where it is
+    missing, the command says what to install. A second call continues what was cut off.
     """
     run = _fit("demo", _out(demo, args))
     _command("report")([run])
