@@ -205,7 +205,7 @@ def test_checkpoint_of_a_run_holds_no_base_weights(finished):
     assert RunFolder(finished).last_checkpoint.stat().st_size < 2 * 3 * trained + 50_000
 
 
-@pytest.mark.parametrize("epochs_per_iterate", [1, 2])
+@pytest.mark.parametrize("epochs_per_iterate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_from_every_checkpoint_gives_the_same_rows_rates_and_weights(
     epochs_per_iterate, tiny_model_dir, data, tmp_path
 ):

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on iterates: its own scores, one loaded base, no side effects."""
 
 import logging
+import re
 import math
 import random
 import shutil
@@ -109,11 +110,12 @@ def test_five_iterates_and_their_mixture_load_the_base_once(run, toy_tasks, load
 def test_each_task_is_announced_and_timed_unless_it_is_known(run, toy_tasks, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         evaluate(run, ["1"], toy_tasks, limit=4)
-        assert [line for line in caplog.messages if line.startswith("p1: ")] == [
+        lines = [line for line in caplog.messages if line.startswith("p1: ")]
+        assert [re.sub(r"\d+\.\d min", "N min", line) for line in lines] == [
             "p1: toy_choice …",
-            "p1: toy_choice took 0.0 min",
+            "p1: toy_choice took N min",
             "p1: toy_words …",
-            "p1: toy_words took 0.0 min",
+            "p1: toy_words took N min",
         ]
         caplog.clear()
         evaluate(run, ["1"], toy_tasks, limit=4)

@@ -256,7 +256,13 @@ def test_initial_adapter_is_trained_in_bfloat16_and_with_checkpointing(kind, bas
     assert [n for n, p in policy.trainable() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["embed_tokens"], ["lm_head"]])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["embed_tokens", "q_proj"],
+        *(pytest.param([name], marks=pytest.mark.slow) for name in ("embed_tokens", "lm_head")),
+    ],
+)
 def test_run_with_an_adapter_on_the_embedding_resumes_and_is_loaded(
     targets, tiny_model_dir, tmp_path
 ):

@@ -22,6 +22,7 @@ def hooks(tmp_path_factory) -> Path:
     return library
 
 
+@pytest.mark.timeout(660)  # on a busy machine
 @pytest.mark.parametrize("file", sorted(HERE.glob("on_device/check_*.py")), ids=lambda f: f.stem)
 def test_on_the_pretend_device(file, hooks):
     done = subprocess.run(
