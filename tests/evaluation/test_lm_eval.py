@@ -1,9 +1,9 @@
 """lm-evaluation-harness on iterates: its own scores, one loaded base, no side effects."""
 
 import logging
-import re
 import math
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
