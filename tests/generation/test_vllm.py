@@ -61,7 +61,7 @@ def policy(tiny_model_dir, tiny_adapters, tmp_path_factory):
 
 
 def engine(*urls: str, **settings) -> VllmGenerator:
-    given = {"servers": list(urls), "request_timeout": 5.0, "patience": 5.0, **settings}
+    given = {"servers": list(urls), "request_timeout": 60.0, "patience": 60.0, **settings}
     return VllmGenerator((STOP,), GenerationSettings(engine="vllm", **given))
 
 
@@ -131,7 +131,7 @@ def test_an_adapters_name_tells_contents_and_folders_apart(
 
 
 def test_two_servers_share_the_requests(server, second, policy, monkeypatch):
-    monkeypatch.setattr(vllm_fleet, "_OPENING", 10.0)
+    monkeypatch.setattr(vllm_fleet, "_OPENING", 60.0)
     requests = some_requests(30)
     responses = engine(server.url, second.url).generate(policy, requests)
     assert responses == engine(server.url).generate(policy, requests)
