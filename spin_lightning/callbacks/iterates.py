@@ -21,6 +21,7 @@ from spin_lightning.callbacks.run_log import RunLog
 from spin_lightning.callbacks.run_times import RunTimes, Spent, peak_memory
 from spin_lightning.callbacks.session import Session
 from spin_lightning.callbacks.speed import Trained, measure_speed
+from spin_lightning.data.samples import samples_to_json
 from spin_lightning.out_of_memory import TokenLimit
 from spin_lightning.report.cue_words import best_cue_line, clear_cues, special_ids
 from spin_lightning.report.report import draw_iterates
@@ -61,8 +62,9 @@ class TrainingClock:
 
 
 def keep_start(session: Session) -> None:
-    """Write the tokenizer, with the chat template as used, the data's record and iterate 0."""
+    """Write the tokenizer, with the chat template as used, records of the data, and iterate 0."""
     write_json(session.run.data, {"sources": session.data.records()})
+    write_json(session.run.conversations, samples_to_json(session.data.samples))
     tokenizer = session.run.tokenizer
     with writing(tokenizer):
         session.text_format.tokenizer.save_pretrained(tokenizer)

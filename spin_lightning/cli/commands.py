@@ -11,44 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from spin_lightning.cli.doctor import doctor
+from spin_lightning.cli.export import export
 from spin_lightning.cli.first_runs import demo, quickstart
 from spin_lightning.cli.parsing import command_parser, run_first
 from spin_lightning.cli.recipes import recipes
 from spin_lightning.cli.serve import serve
 from spin_lightning.cli.study import study
+from spin_lightning.cli.watch import watch
 from spin_lightning.errors import SettingError, SpinError
 from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from spin_lightning.evaluation.base import Benchmark
-
-
-def export(args: list[str]) -> None:
-    """Write an iterate as a PEFT adapter folder, or merged into a full model."""
-    parser = command_parser("export", export)
-    parser.add_argument("run", help="The run folder.")
-    parser.add_argument("out", help="The folder to write; it must be new or empty.")
-    parser.add_argument(
-        "--iterate",
-        type=int | str,
-        default="last",
-        help="Number of the iterate, best or last.",
-    )
-    parser.add_argument(
-        "--merge",
-        type=bool,
-        default=False,
-        help="Merge the adapter into the base and write a full model.",
-    )
-    given = parser.parse_args(args)
-
-    from spin_lightning.callbacks.console import console, quiet_libraries
-    from spin_lightning.policies.saved import export_iterate
-
-    quiet_libraries()
-    run = RunFolder(Path(given.run))
-    folder = export_iterate(run.root, given.iterate, given.out, given.merge, notify=console.print)
-    console.print(f"Iterate {run.index_of(given.iterate)}: {folder}")
 
 
 def evaluate(args: list[str]) -> None:
@@ -299,6 +273,7 @@ COMMANDS: Final[dict[str, Callable[[list[str]], None]]] = {
     "chat": chat,
     "report": report,
     "serve": serve,
+    "watch": watch,
     "study": study,
     "testbed": testbed,
 }

@@ -19,6 +19,7 @@ from spin_lightning.data.formats import Turns, read_data
 from spin_lightning.data.held_out import MOST_HELD_OUT, held_out_count, hold_out
 from spin_lightning.data.overview import Overview
 from spin_lightning.data.read_report import BadRows, ReadReport
+from spin_lightning.data.samples import SampleConversation, sample_conversations
 from spin_lightning.data.settings import check_data_settings
 from spin_lightning.data.sources import source_name
 from spin_lightning.data.thoughts import Thoughts
@@ -114,6 +115,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         self.format: PromptFormat | None = None
         self.train: list[Example] = []
         self.val: list[Example] = []
+        self.samples: list[SampleConversation] = []
         self.run_folder: RunFolder | None = None
         self.overviews: list[Overview] = []
         self._hashes: dict[str, str] = {}
@@ -153,7 +155,9 @@ class SelfPlayDataModule(L.LightningDataModule):
         if self.format is not None and self._read_for == read_for:
             return
         text_format = self.make_format(module, date)
-        held_out = self._read(self.make_reader(module, text_format))
+        reader = self.make_reader(module, text_format)
+        held_out = self._read(reader)
+        self.samples = sample_conversations(self.val or self.train, reader.texts, text_format)
         check_ids([*self.train, *self.val], text_format, module.vocabulary)
         self.format, self._read_for = text_format, read_for
         self._hashes = {"data": content_hash(self.train), "val_data": content_hash(self.val)}

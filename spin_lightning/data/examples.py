@@ -6,7 +6,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -31,6 +31,7 @@ class ExampleReader:
         context: Longest sequence that the model supports, in tokens.
         bad_rows: Whether rows that cannot be used are skipped or refused.
         seed: Determines the examples that are used if there are more than the limit.
+        texts: The conversations of the source that was read last, by example id.
     """
 
     text_format: PromptFormat
@@ -40,6 +41,7 @@ class ExampleReader:
     context: int
     bad_rows: BadRows
     seed: int
+    texts: dict[int, Conversation] = field(default_factory=dict, compare=False)
 
     def read(
         self, source: object, setting: str, limit: int | None
@@ -72,6 +74,8 @@ class ExampleReader:
         if limit is not None and limit < len(conversations):
             picked = keyed.subset(self.seed, 0, len(conversations), limit)
             conversations = [conversations[i] for i in picked]
+        self.texts.clear()
+        self.texts.update((each.example_id, each) for each in conversations)
         counted = Counter(self.text_format.counts)
         tokenized = [
             self.text_format.whole(

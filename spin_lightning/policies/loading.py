@@ -56,7 +56,7 @@ def read_base(base: FrozenBase, device: torch.device | str = "cpu") -> PreTraine
             base.name,
             config=load_config(base),
             dtype=base.dtype,
-            quantization_config=_quantization_config(base),
+            quantization_config=quantization_config(base),
             device_map={"": str(device)},
             output_loading_info=True,
             **base.source,
@@ -100,7 +100,8 @@ def load_with_adapter(
         return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
-def _quantization_config(base: FrozenBase) -> BitsAndBytesConfig | None:
+def quantization_config(base: FrozenBase) -> BitsAndBytesConfig | None:
+    """How transformers is to quantize the base; None for a base that stays as it is."""
     if base.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -99,7 +99,7 @@ def write_merged(
         RunFolderError: The merged model has other logits than the iterate, or PEFT cannot merge it.
     """
     # One model in memory at a time.
-    ids = _probe(base, adapter)
+    ids = probe_ids(base, adapter)
     own = _logits(load_with_adapter(base, adapter), ids)
     model, is_untied = merge_adapter(base, adapter)
     if stop_ids is not None:
@@ -148,7 +148,7 @@ def _tie_again(model: PreTrainedModel) -> bool:
     return is_equal
 
 
-def _probe(base: FrozenBase, adapter: Path | None) -> Tensor:
+def probe_ids(base: FrozenBase, adapter: Path | None) -> Tensor:
     """Ids spread over the vocabulary, those that an adapter trains by themselves among them."""
     config: Any = None if adapter is None else peft.PeftConfig.from_pretrained(str(adapter))
     tokens = getattr(config, "trainable_token_indices", None) or []

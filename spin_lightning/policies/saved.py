@@ -1,10 +1,10 @@
-"""Iterates of a finished or running run: load one, their mixture or all; export one."""
+"""Iterates of a finished or running run: load one, their mixture or all; write one."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,73 +109,71 @@ def load_tokenizer(run_dir: str | Path) -> PreTrainedTokenizerBase:
     return _tokenizer(RunFolder(Path(run_dir)))
 
 
-def export_iterate(
-    run_dir: str | Path,
-    t: int | str,
-    out: str | Path,
-    merge: bool = False,
-    notify: Callable[[str], None] = print,
-) -> Path:
-    """Write iterate t as a folder that does not depend on the run.
+@dataclass(frozen=True)
+class SavedIterate:
+    """What a run keeps of an iterate.
 
-    The folder has the run's tokenizer, and a generation config with its stop ids. A merged model is
-    read back and compared with the iterate before the folder gets its name.
+    Attributes:
+        index: Index t of the iterate.
+        base: The frozen base, where it is now.
+        adapter: Folder of the adapter; None for the bare base.
+        tokenizer: The run's tokenizer, with the chat template as used.
+        stop_ids: The ids that ended the run's responses; None if its version did not record them.
+        commit: Commit of a base from the hub; None for a folder.
+    """
 
-    Args:
-        run_dir: The run folder.
-        t: Index of the iterate, "best" or "last".
-        out: The folder to write; it must be empty or not exist.
-        merge: Write a full model with the adapter merged into (de-quantized) base weights, instead
-            of a PEFT adapter folder.
-        notify: Receives what the user should know about a merged model, line by line.
+    index: int
+    base: FrozenBase
+    adapter: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int] | None
+    commit: str | None
 
-    Returns:
-        The folder.
+
+def saved_iterate(run: RunFolder, t: int) -> SavedIterate:
+    """Read iterate t, without its weights.
 
     Raises:
-        SettingError: `out` is not empty, or iterate t has no adapter to write.
-        RunFolderError: The run has no iterate t, or the merged model is not the iterate.
+        RunFolderError: The run has no iterate t, or a file of it is damaged.
+        SettingError: The base model is not where it was.
     """
-    run, out = RunFolder(Path(run_dir)), Path(out)
-    if t == "mixture":
-        raise SettingError(
-            "iterate",
-            t,
-            "the mixture has an adapter for each iterate and cannot be one model",
-            fix="name one iterate, or use spin_lightning.load_mixture in Python",
-        )
-    t = run.index_of(t)
-    if out.exists() and any(out.iterdir()):
-        raise SettingError("out", str(out), "the folder is not empty", fix="name a new folder")
     base, adapter = _parts(run, t)
-    if adapter is None and not merge:
-        raise SettingError(
-            "iterate",
-            t,
-            f"it is the base model {base.name} itself, without an adapter",
-            fix="use the base model as it is, or export with --merge",
-        )
-    tokenizer, stops = _tokenizer(run), _stop_ids(run, t)
-    staged = out.with_name(f".{out.name}.part")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        if merge:
-            _merge_into(staged, base, adapter, stops, notify)
-        else:
-            shutil.copy2(run.iterate(t) / ADAPTER_WEIGHTS, staged / ADAPTER_WEIGHTS)
-            config = read_json(run.iterate(t) / ADAPTER_CONFIG, _RESTORE, dict)
-            write_json(staged / ADAPTER_CONFIG, {**config, **adapter_base(base)})
-            generation = generation_config(base)
-            generation.eos_token_id = stops or generation.eos_token_id
-            generation.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        if out.exists():
-            out.rmdir()
-        staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return out
+    known = run.record(t).fingerprint_fields.get("base_files")
+    commit = known.get("commit") if isinstance(known, dict) else None
+    commit = None if commit in (None, "None") else str(commit)
+    return SavedIterate(t, base, adapter, _tokenizer(run), _stop_ids(run, t), commit)
+
+
+def write_iterate(
+    saved: SavedIterate, folder: Path, merge: bool, notify: Callable[[str], None]
+) -> None:
+    """Write an iterate into a folder, with its tokenizer and a generation config.
+
+    A PEFT folder names its base by the absolute path, or by hub id and commit.
+
+    Args:
+        saved: The iterate; without `merge` it has an adapter.
+        folder: The folder.
+        merge: Whether to merge the adapter into the (de-quantized) base; the model is read back and
+            compared with the iterate.
+        notify: Receives what the user should know about a merged model.
+
+    Raises:
+        RunFolderError: The merged model is not the iterate.
+    """
+    base, adapter, stops = saved.base, saved.adapter, saved.stop_ids
+    if merge:
+        _merge_into(folder, base, adapter, stops, notify)
+    else:
+        assert adapter is not None
+        shutil.copy2(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+        config = read_json(adapter / ADAPTER_CONFIG, _RESTORE, dict)
+        pinned = replace(base, revision=saved.commit or base.revision)
+        write_json(folder / ADAPTER_CONFIG, {**config, **adapter_base(pinned)})
+        generation = generation_config(base)
+        generation.eos_token_id = stops or generation.eos_token_id
+        generation.save_pretrained(folder)
+    saved.tokenizer.save_pretrained(folder)
 
 
 def _merge_into(

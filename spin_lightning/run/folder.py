@@ -54,6 +54,11 @@ class RunFolder:
         return self.root / "data.json"
 
     @property
+    def conversations(self) -> Path:
+        """Some conversations with their ids, to check exports by; older runs have none."""
+        return self.root / "conversations.json"
+
+    @property
     def times(self) -> Path:
         """Seconds and work of each iterate, summed over all starts of the run."""
         return self.root / "times.json"

@@ -72,6 +72,10 @@ INDICES: Final = Rule(
     "a list of iterates",
     lambda value: isinstance(value, list) and all(is_whole(i, 0) for i in value),
 )
+TOKEN_IDS: Final = Rule(
+    "a list of token ids",
+    lambda value: isinstance(value, list) and all(is_whole(i, 0) for i in value),
+)
 FILE_HASHES: Final = Rule("an object of hashes by file name", _is_hash_by_file)
 
 

@@ -23,9 +23,10 @@ from spin_lightning.evaluation.lm_eval import Harness
 from spin_lightning.evaluation.presets import OFFLINE_TASKS, PRESETS
 from spin_lightning.evaluation.results import read_results
 from spin_lightning.evaluation.settings import HarnessSettings
+from spin_lightning.export.model import export_iterate
 from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.policies import lora
-from spin_lightning.policies.saved import export_iterate, load_policy, load_tokenizer
+from spin_lightning.policies.saved import load_policy, load_tokenizer
 from spin_lightning.run.folder import RunFolder
 from tests.toys.runs import play, write_examples
 

@@ -23,7 +23,7 @@ from spin_lightning.evaluation.offline.tasks import offline_names, offline_task
 from spin_lightning.evaluation.presets import OFFLINE_TASKS
 from spin_lightning.evaluation.results import read_results, score_table
 from spin_lightning.evaluation.settings import HarnessSettings
-from spin_lightning.policies.saved import export_iterate
+from spin_lightning.export.model import export_iterate
 from spin_lightning.report.report import write_report
 from spin_lightning.report.run_view import read_runs
 from spin_lightning.run.folder import RunFolder

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.export.model import export_iterate
 from spin_lightning.modules.checkpointing import check_state, trained_state
 from spin_lightning.packing import pack_prompts
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings, check_adapter, check_mixes_with_base
 from spin_lightning.policies.pretrained import FrozenBase
-from spin_lightning.policies.saved import export_iterate, load_iterate
+from spin_lightning.policies.saved import load_iterate
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import IterateRecord
 from spin_lightning.types import PolicyId

@@ -11,10 +11,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.export.model import export_iterate
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings, adapter_base
 from spin_lightning.policies.pretrained import FrozenBase
-from spin_lightning.policies.saved import export_iterate, load_iterate
+from spin_lightning.policies.saved import load_iterate
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.records import IterateRecord
 from tests.toys.adapters import logits, plain_logits, write_adapter

@@ -1,0 +1,5 @@
+"""Watch."""
+
+
+def watch(args: list[str]) -> None:
+    """Watch."""
