@@ -66,8 +66,8 @@ class Verification:
     def __str__(self) -> str:
         """For the user."""
         return (
-            f"Verified with transformers and PEFT alone on {len(self.rows)} rows ({self.source}): log-probs "
-            f"differ by at most {self.largest:.2g} nats. {self.prompts}"
+            f"Verified with transformers and PEFT alone on {len(self.rows)} rows "
+            f"({self.source}): log-probs differ by at most {self.largest:.2g} nats. {self.prompts}"
         )
 
     def table(self) -> list[list[str]]:

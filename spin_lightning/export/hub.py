@@ -76,10 +76,9 @@ def push_folder(folder: Path, repository: str, *, private: bool, kind: str) -> s
         )
     # The hub's client, and the HTTP library below it, raise errors of many classes.
     except Exception as error:
-        response = getattr(error, "response", None)
-        status = int(getattr(response, "status_code", 0))
-        advice = _ADVICE.get(status, "check the connection to the hub")
-        problem = masked(first_line(error), [token])
+        advice = _ADVICE.get(_status(error), "check the connection to the hub")
+        reason = "" if error.__cause__ is None else f": {first_line(error.__cause__)}"
+        problem = masked(first_line(error) + reason, [token])
         # Not `from error`: its text, and that of the request, may hold the token.
         raise SpinError(
             f"push={repository!r}: the hub did not take the folder ({problem}). {folder} is "
@@ -89,3 +88,10 @@ def push_folder(folder: Path, repository: str, *, private: bool, kind: str) -> s
     finally:
         enable_progress_bars()
     return masked(str(commit.commit_url), [token])
+
+
+def _status(error: BaseException) -> int:
+    """The status with which the hub answered; 0 if it did not."""
+    causes = (error, error.__cause__)
+    found = (getattr(getattr(each, "response", None), "status_code", None) for each in causes)
+    return next((int(status) for status in found if status is not None), 0)
