@@ -22,9 +22,13 @@ from transformers.utils.logging import set_tqdm_hook
 
 from spin_lightning.callbacks.speed import speed_line
 from spin_lightning.report.verdicts import Verdict
+from spin_lightning.run.progress import Phase, ProgressLog
+from spin_lightning.run.progress import duration as duration
 from spin_lightning.run.records import IterateRecord, TrainingRecord
 
 _LINES_SHOWN = 8
+# What rows are after each stage.
+ROW_STEPS = {"generating": "generated", "scoring": "scored"}
 _LOG_WIDTH = 160
 
 # Without a terminal there is no width to fit, and a log file should not be cut.
@@ -56,6 +60,18 @@ _DROPPED_FIRST = ("score s", "gen s", "train s", "rows", "opponent", "gen/real l
 
 def show_iterates(records: Sequence[IterateRecord]) -> None:
     """Show the table of iterates so far; of a long one the last lines."""
+    head, *lines = iterate_lines(records, console.width)
+    console.print(head, style="bold")
+    for line in lines:
+        console.print(line)
+    training = records[-1].training
+    speed = "" if training is None else speed_line(training.speed)
+    if speed:
+        console.print(f"Speed: {speed}.", style="dim")
+
+
+def iterate_lines(records: Sequence[IterateRecord], width: int) -> list[str]:
+    """The head of the table of iterates and its last lines, as many columns as fit in a width."""
     cells = [_cells(record) for record in records[-_LINES_SHOWN:]]
     shown = [
         column
@@ -63,15 +79,13 @@ def show_iterates(records: Sequence[IterateRecord]) -> None:
         if column[0] != _EXACT or any(line[_EXACT] is not None for line in cells)
     ]
     for name in _DROPPED_FIRST:
-        if sum(width + 2 for _, width, _ in shown) - 2 > console.width:
+        if sum(size + 2 for _, size, _ in shown) - 2 > width:
             shown = [column for column in shown if column[0] != name]
-    console.print("  ".join(f"{name:>{width}}" for name, width, _ in shown), style="bold")
-    for line in cells:
-        console.print("  ".join(_cell(line[name], width, form) for name, width, form in shown))
-    training = records[-1].training
-    speed = "" if training is None else speed_line(training.speed)
-    if speed:
-        console.print(f"Speed: {speed}.", style="dim")
+    head = "  ".join(f"{name:>{size}}" for name, size, _ in shown)
+    lines = (
+        "  ".join(_cell(line[name], size, form) for name, size, form in shown) for line in cells
+    )
+    return [head, *lines]
 
 
 @contextmanager
@@ -165,10 +179,22 @@ def show_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 
 class RowProgress:
-    """Two bars, generation and scoring, with rate and remaining time. A `rows.making.Reporter`."""
+    """Two bars, generation and scoring, with rate and remaining time. A `rows.making.Reporter`.
 
-    def __init__(self, title: str, rows: int, *, visible: bool = True) -> None:
-        """Prepare bars for `rows` rows."""
+    Args:
+        title: What the rows are.
+        rows: Their number.
+        visible: Whether this process shows bars.
+        log: Is told the same, for those who do not see the bars.
+    """
+
+    def __init__(
+        self, title: str, rows: int, *, visible: bool = True, log: ProgressLog | None = None
+    ) -> None:
+        """Prepare the bars."""
+        self._log = ProgressLog(None) if log is None else log
+        self._entered = self._log.phase(title, rows, "rows", *ROW_STEPS.values())
+        self._phase: Phase | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -176,7 +202,8 @@ class RowProgress:
             _Rate(),
             TimeRemainingColumn(),
             console=console,
-            disable=not visible,
+            # (Without a terminal it would print an empty line.)
+            disable=not (visible and (console.is_terminal or console.is_jupyter)),
             transient=True,
         )
         self._tasks = {
@@ -188,17 +215,23 @@ class RowProgress:
     def respond(self, responses: int) -> None:
         """Show responses that are complete before their work unit is."""
         self._ahead += responses
-        self._progress.advance(self._tasks["generating"], responses)
+        self._advance("generating", responses)
 
     def advance(self, stage: str, rows: int, seconds: float, tokens: int = 0) -> None:
         """Count `rows` more rows of a stage, of which some may be shown already."""
         if stage == "generating":
             rows, self._ahead = rows - self._ahead, 0
+        self._advance(stage, rows, found=not seconds)
+
+    def _advance(self, stage: str, rows: int, *, found: bool = False) -> None:
         self._progress.advance(self._tasks[stage], rows)
+        if self._phase is not None:
+            self._log.advance(self._phase, rows, ROW_STEPS[stage], found=found)
 
     def __enter__(self) -> Self:
         """Show the bars."""
         self._progress.start()
+        self._phase = self._entered.__enter__()
         return self
 
     def __exit__(
@@ -209,6 +242,8 @@ class RowProgress:
     ) -> None:
         """Remove the bars."""
         self._progress.stop()
+        self._phase = None
+        self._entered.__exit__(None, None, None)
 
 
 class _Rate(ProgressColumn):
@@ -216,13 +251,6 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or task.finished_speed or 0:.1f} rows/s")
-
-
-def duration(seconds: float) -> str:
-    """A time span as it is shown: seconds, minutes from one on, hours from two on."""
-    if seconds >= 7200:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _without_weight_bars(

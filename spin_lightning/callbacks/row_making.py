@@ -15,6 +15,7 @@ import lightning as L
 from spin_lightning.callbacks.console import RowProgress, console, duration, show_table
 from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.callbacks.memory_table import LongestRow, memory_rows, predicted_phases
+from spin_lightning.callbacks.phase_progress import progress_log
 from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
 from spin_lightning.errors import SpinError
@@ -182,7 +183,10 @@ class RowMaker:
         earlier = EarlierRows(read_rows(before)) if is_there else NO_ROWS
         rows = len(examples) * plan.rows_per_example
         title = f"iterate {plan.iterate} {what}"
-        with RowProgress(title, rows, visible=trainer.is_global_zero) as progress:
+        own_rows = -(-rows // trainer.world_size)
+        with RowProgress(
+            title, own_rows, visible=trainer.is_global_zero, log=progress_log(trainer)
+        ) as progress:
             synthesis = self._synthesis()
             synthesis.generator.on_progress = progress.respond
             parts = synthesis.make(

@@ -13,7 +13,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -175,6 +175,10 @@ class SpinCLI(LightningCLI):
         if settings.enable_model_summary is not False and not summarized:
             callbacks.append(ParameterCount())
             kwargs["enable_model_summary"] = False
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if settings.enable_progress_bar is None and not has_bar and not console.is_terminal:
+            # In a log file a bar is one endless line; `PhaseProgress` writes lines there.
+            kwargs["enable_progress_bar"] = False
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             # SelfPlay writes checkpoints/last.ckpt; Lightning would add another one.
             kwargs["enable_checkpointing"] = False

@@ -7,7 +7,8 @@ import datetime as dt
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils.logging import tqdm
 
 from spin_lightning import keyed
 from spin_lightning.data.templates import ChatTemplate
+from spin_lightning.evaluation.counting import counting
 from spin_lightning.evaluation.greedy import continue_batch, decoder_of, is_greedy
 from spin_lightning.evaluation.shared_contexts import Continuation, SharedContexts
 from spin_lightning.mixtures import Mixture
@@ -58,6 +60,7 @@ class PolicyLM(HFLM):
         self.policy = policy
         self.mixture = mixture
         self._limit = TokenLimit("evaluation")
+        self._count: Callable[[int], None] = _nothing
         # The harness puts the model into eval mode; leaving the block restores its mode.
         with policy.at(mixture.members[0]):
             super().__init__(
@@ -71,11 +74,12 @@ class PolicyLM(HFLM):
         self, requests: list[Instance], disable_tqdm: bool = not sys.stderr.isatty()
     ) -> list[tuple[float, bool]]:
         """(log mu of the continuation in nats, whether it is greedy) per request."""
-        answers = by_member(
-            self.policy,
-            self.mixture,
-            lambda: HFLM.loglikelihood(self, requests, disable_tqdm),
-        )
+        with self._counting("scoring", len(requests) * len(self.mixture.members)):
+            answers = by_member(
+                self.policy,
+                self.mixture,
+                lambda: HFLM.loglikelihood(self, requests, disable_tqdm),
+            )
         scores = {member: [logp for logp, _ in own] for member, own in answers.items()}
         flags = ([is_greedy for _, is_greedy in own] for own in answers.values())
         greedy = (all(of_request) for of_request in zip(*flags, strict=True))
@@ -85,11 +89,12 @@ class PolicyLM(HFLM):
         self, requests: list[Instance], disable_tqdm: bool = not sys.stderr.isatty()
     ) -> list[float]:
         """Log mu of each whole text, nats."""
-        scores = by_member(
-            self.policy,
-            self.mixture,
-            lambda: HFLM.loglikelihood_rolling(self, requests, disable_tqdm),
-        )
+        with self._counting("scoring texts", len(requests) * len(self.mixture.members)):
+            scores = by_member(
+                self.policy,
+                self.mixture,
+                lambda: HFLM.loglikelihood_rolling(self, requests, disable_tqdm),
+            )
         return self._mixed(scores)
 
     def generate_until(
@@ -101,7 +106,8 @@ class PolicyLM(HFLM):
             texts: list[str] = HFLM.generate_until(self, [requests[i] for i in rows], disable_tqdm)
             return texts
 
-        return write_by_member(self.policy, [self._drawn(r) for r in requests], write)
+        with self._counting("generating", len(requests)):
+            return write_by_member(self.policy, [self._drawn(r) for r in requests], write)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -154,7 +160,12 @@ class PolicyLM(HFLM):
             answers: list[tuple[float, bool]] = plain(requests)
             return answers
         with tqdm(total=len(fitting), disable=disable_tqdm, desc="Scoring, shared contexts") as bar:
-            scores = shared.scores(self.model, rows, bar.update, self._limit)
+
+            def advance(scored: int) -> None:
+                bar.update(scored)
+                self._count(scored)
+
+            scores = shared.scores(self.model, rows, advance, self._limit)
             found = dict(zip(fitting, scores, strict=True))
         others = [place for place in range(len(requests)) if place not in found]
         found.update(zip(others, plain([requests[i] for i in others]), strict=True))
@@ -174,6 +185,7 @@ class PolicyLM(HFLM):
         Returns:
             int64, shape [n, longest].
         """
+        self._count(len(context))
         asked = dict(options)
         mask = asked.pop("attention_mask", torch.ones_like(context))
         decoder = decoder_of(self.model, self.tokenizer, stop)
@@ -181,6 +193,21 @@ class PolicyLM(HFLM):
             plain: torch.Tensor = super()._model_generate(context, max_length, stop, **options)
             return plain
         return continue_batch(decoder, context, mask, max_length)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Logits of a batch of the harness's own passes."""
+        self._count(len(inps))
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        return logits
+
+    @contextmanager
+    def _counting(self, what: str, requests: int) -> Iterator[None]:
+        """Count requests inside the block; the harness scores equal ones once."""
+        with counting(what, requests, "requests") as self._count:
+            try:
+                yield
+            finally:
+                self._count = _nothing
 
     def _mixed(self, scores: Mapping[int, Sequence[float]]) -> list[float]:
         """log sum_i w_i exp(score_i) of each request, nats, from the scores of each member."""
@@ -193,3 +220,7 @@ class PolicyLM(HFLM):
         text = json.dumps(request.args, sort_keys=True, default=str)
         key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
         return self.mixture.draw(keyed.opponent_uniform(key))
+
+
+def _nothing(requests: int) -> None:
+    """Count nothing: no request is being answered."""

@@ -273,11 +273,14 @@ class SelfPlayModule(L.LightningModule, ABC):
     # ------------------------------------------------------------------ training
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add the self-play loop, unless the trainer already has one."""
+        """Add the self-play loop and its progress, unless the trainer already has them."""
+        from spin_lightning.callbacks.phase_progress import PhaseProgress
         from spin_lightning.callbacks.self_play import SelfPlay
 
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-        return [] if any(isinstance(callback, SelfPlay) for callback in present) else [SelfPlay()]
+        # (In this order: the loop chooses the run folder.)
+        kinds: tuple[type[Callback], ...] = (SelfPlay, PhaseProgress)
+        return [kind() for kind in kinds if not any(isinstance(one, kind) for one in present)]
 
     def configure_model(self) -> None:
         """Load the policy; further calls do nothing."""

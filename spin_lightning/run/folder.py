@@ -64,6 +64,11 @@ class RunFolder:
         return self.root / "times.json"
 
     @property
+    def progress(self) -> Path:
+        """What a running process does, for `spin-lightning watch`."""
+        return self.root / "progress.json"
+
+    @property
     def report(self) -> Path:
         """Pictures and tables."""
         return self.root / "report"

@@ -14,6 +14,7 @@ from spin_lightning.data.tokenize import PromptFormat
 from spin_lightning.errors import SettingError
 from spin_lightning.evaluation.base import EvaluatedRun
 from spin_lightning.evaluation.contestants import Contestant
+from spin_lightning.evaluation.counting import counting
 from spin_lightning.evaluation.mt_bench.data import Question
 from spin_lightning.evaluation.settings import Answering
 from spin_lightning.generation.base import Request, Response
@@ -161,7 +162,9 @@ class _Writer:
                 member = self._contestant.mixture.draw(keyed.opponent_uniform(first))
                 key = keyed.row_key(self._how.seed, 0, question.question_id, turn)
                 requests[i] = Request(prompt, member, key, cap)
-        written = self._generator.generate(self._policy, list(requests.values()))
+        what = f"{self._contestant.label}: turn {turn + 1} of MT-Bench"
+        with counting(what, len(requests), "answers") as self._generator.on_progress:
+            written = self._generator.generate(self._policy, list(requests.values()))
         responses = dict(zip(requests, written, strict=True))
         return [responses.get(i) for i in range(len(questions))]
 

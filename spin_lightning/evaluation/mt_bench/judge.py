@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from spin_lightning.errors import SettingError, SpinError, missing_extra
+from spin_lightning.evaluation.counting import counting
 from spin_lightning.evaluation.mt_bench.data import Query
 from spin_lightning.evaluation.settings import JudgeSettings
 from spin_lightning.redaction import masked
@@ -111,10 +112,12 @@ class Judge:
                 self._store(path, key, missing[key], known[key])
 
         try:
-            for future in as_completed(list(futures)):
-                take(future)
-                if failures and _is_hopeless(failures[-1]):
-                    break
+            with counting("judging", len(futures), "verdicts") as count:
+                for future in as_completed(list(futures)):
+                    take(future)
+                    count(1)
+                    if failures and _is_hopeless(failures[-1]):
+                        break
         finally:
             # Requests in flight are paid for, so they are stored even if the run is interrupted.
             pool.shutdown(wait=True, cancel_futures=True)
