@@ -189,7 +189,7 @@ def page(glance: Glance, width: int) -> RenderableType:
     for verdict in glance.verdicts:
         style = "yellow" if verdict.level == "warning" else "dim"
         text = f"{verdict.level.upper()}: {verdict.state} ({verdict.where}). {verdict.advice}"
-        parts.append(Text(text, style=style))
+        parts.append(Text(text, style=style, no_wrap=False, overflow="fold"))
     if width >= _WIDE:
         half = (width - 4) // 2
         grid = Table.grid(padding=(0, 4, 0, 0))
@@ -227,9 +227,9 @@ def _head(glance: Glance, width: int) -> Iterator[RenderableType]:
     progress = glance.progress
     if progress is None or glance.has_ended:
         style = _ENDINGS[progress.state][1] if progress and progress.state in _ENDINGS else "yellow"
-        yield Text(glance.status, style=style)
+        yield Text(glance.status, style=style, no_wrap=False, overflow="fold")
     else:
-        yield Text(glance.status)
+        yield Text(glance.status, no_wrap=False, overflow="fold")
         if progress.total:
             done = sum(progress.counts.values()) / len(progress.counts)
             yield ProgressBar(total=progress.total, completed=done, width=min(width, 60))
@@ -243,9 +243,10 @@ def _curves(glance: Glance, width: int) -> Iterator[RenderableType]:
     curves = glance.curves
     if not curves:
         return
-    # A title, a line of blocks, and the first and last value.
-    title = min(max(len(curve.title) for curve in curves), max(12, width - 36))
-    room = max(4, width - title - 22)
+    # A title, blocks as far as there is room, and the first and last value in 20 characters.
+    blocks = min(max(len(curve.values) for curve in curves), width // 3)
+    title = min(max(len(curve.title) for curve in curves), max(12, width - blocks - 22))
+    room = max(blocks, width - title - 22)
     for curve in curves:
         name = curve.title if len(curve.title) <= title else f"{curve.title[: title - 1]}…"
         line = Text(f"{name:<{title}} ")
