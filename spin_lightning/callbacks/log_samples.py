@@ -23,7 +23,7 @@ def log_samples(
         pairs: The texts.
         step: The step at which the iterate was complete.
     """
-    _log_table(loggers, "samples", _COLUMNS, pairs, step)
+    log_table(loggers, "samples", _COLUMNS, pairs, step)
 
 
 def log_tells(
@@ -31,16 +31,25 @@ def log_tells(
 ) -> None:
     """Log the tokens and pairs that tell real from generated responses, likewise as `tells`."""
     rows = tell_rows([*tells.tokens, *tells.pairs], tokenizer)
-    _log_table(loggers, "tells", TELL_COLUMNS, rows, step)
+    log_table(loggers, "tells", TELL_COLUMNS, rows, step)
 
 
-def _log_table(
+def log_table(
     loggers: Iterable[Logger],
     key: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     step: int,
 ) -> None:
+    """Log texts in rows: as a table if the logger has tables, else as text.
+
+    Args:
+        loggers: The trainer's. Loggers that accept only numbers are skipped.
+        key: Name of the table.
+        columns: Its head.
+        rows: Its cells.
+        step: The step that it belongs to.
+    """
     for logger in loggers:
         # The name of the method in Lightning's logger for W&B; other loggers may have it too.
         table = getattr(logger, "log_table", None)

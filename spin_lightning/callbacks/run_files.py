@@ -135,12 +135,15 @@ class ConfigFile(Callback):
     Args:
         root: The run folder.
         text: The configuration as YAML.
+
+    Attributes:
+        text: The same, with keys and tokens masked.
     """
 
     def __init__(self, root: Path, text: str) -> None:
         """Keep the text, with keys and tokens masked, until training starts."""
         self._root = root
-        self._text = masked(text)
+        self.text = masked(text)
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -148,7 +151,7 @@ class ConfigFile(Callback):
         names = ["config.yaml", *(f"config.resumed-{n}.yaml" for n in range(1, 10_000))]
         for path in (self._root / name for name in names):
             if not path.exists():
-                write_text(path, self._text)
+                write_text(path, self.text)
                 return
-            if path.read_text(encoding="utf-8", errors="replace") == self._text:
+            if path.read_text(encoding="utf-8", errors="replace") == self.text:
                 return

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
+from spin_lightning.callbacks.log_origin import log_origin
 from spin_lightning.callbacks.run_files import RunCSVLogger
 from spin_lightning.modules.trainer_access import is_mid_step
 from spin_lightning.run.folder import RunFolder
@@ -47,6 +48,7 @@ class RunLog:
         logger = _csv_logger(trainer, run)
         if logger is not None:
             logger.cut(0)
+        log_origin(trainer, run)
 
     def resume(
         self,
@@ -64,6 +66,7 @@ class RunLog:
                 all stay.
             records: The records of the iterates up to the checkpoint's.
         """
+        log_origin(trainer, run)
         if state is None:
             self.iterate = max((r.index for r in records if r.metrics is not None), default=-1)
             self.rows = max((r.index for r in records if r.rows is not None), default=-1)

@@ -188,7 +188,9 @@ class SpinCLI(LightningCLI):
         elif logger is None or logger is True:
             logger = [
                 RunCSVLogger(root),
-                TensorBoardLogger(root / "tensorboard", name="", version=""),
+                TensorBoardLogger(
+                    root / "tensorboard", name="", version="", default_hp_metric=False
+                ),
             ]
         try:
             return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
