@@ -165,8 +165,8 @@ class VllmGenerator(Generator):
         by_name = {names[i]: folder.resolve() for i, folder in folders.items() if folder}
         trial = None
         if not names and not self._admitted and self.scratch is not None:
-            # At iterate 0 no adapter is needed: without a trial, a server that cannot load one would
-            # be noticed only after the first iterate was trained.
+            # At iterate 0 no adapter is needed: without a trial, a server that cannot load one is
+            # noticed only after the first iterate was trained.
             folder = self.scratch / "trial"
             folder.mkdir(parents=True, exist_ok=True)
             policy.snapshot(folder)

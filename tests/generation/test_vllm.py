@@ -399,7 +399,7 @@ def test_finished_responses_of_another_adapter_or_setting_do_not_count(
 
 def test_rows_record_the_gap_and_leave_no_scratch(server, policy, tmp_path, caplog):
     synthesis = Synthesis(policy, engine(server.url), vocabulary=24)
-    examples = some_examples()
+    examples = some_examples(10)
     list(synthesis.make(PLAN, examples, tmp_path / "rows", Timing()))
     finish(PLAN, examples, tmp_path / "rows", {})
     manifest = read_manifest(tmp_path / "rows")
@@ -425,6 +425,7 @@ def test_a_gap_of_the_rows_is_warned_about_and_does_not_stop_the_run(
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_run_plays_on_a_server(server, tiny_model_dir, tmp_path):
     data = write_examples(tmp_path / "examples.jsonl", 40)
     how = {"engine": "vllm", "servers": [server.url], "unit_size": 16}

@@ -60,8 +60,7 @@ class StandIn:
     def start(self) -> None:
         """Start to listen, at the port of last time."""
         handler = type("Handler", (_Handler,), {"stand_in": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", self.port), handler)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -130,6 +129,13 @@ def next_tokens(base: Path, adapter: Path | None = None) -> NextTokens:
         return model(torch.tensor([ids])).logits[0]
 
     return logits
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *args: object) -> None:
+        """A client that has given up is part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
