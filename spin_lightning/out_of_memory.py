@@ -39,10 +39,12 @@ class TokenLimit:
     Attributes:
         stage: What the passes do, such as `training`.
         tokens: The limit; `sys.maxsize` while every pass has fitted.
+        retries: Whether a pass that did not fit is computed again in halves.
     """
 
     stage: str
     tokens: int = sys.maxsize
+    retries: bool = True
 
     @property
     def deviations(self) -> dict[str, int]:
@@ -95,10 +97,11 @@ def in_parts(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if not halve(part):
+            if not (limit.retries and halve(part)):
+                reason = "cannot be split" if limit.retries else "a sharded base cannot repeat"
                 raise SpinError(
                     f"there is not enough memory for a {limit.stage} pass of {tokens(part):,} "
-                    f"tokens, which cannot be split ({first_line(error)})",
+                    f"tokens, which {reason} ({first_line(error)})",
                     fix=fix,
                 ) from error
         else:

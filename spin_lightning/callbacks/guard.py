@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,15 +18,18 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from spin_lightning.errors import SettingError
-from spin_lightning.modules.trainer_access import is_mid_step
+from spin_lightning.modules.trainer_access import is_mid_step, serve_others
 from spin_lightning.run.files import replace_synced, writing
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.run.lock import FolderLock
+from spin_lightning.run.shared import View, check_shared, place_mark, sees, wait_for_file
 
 # The exit code that shells report for a process that SIGTERM ended: 128 + 15.
 STOPPED = 128 + signal.SIGTERM
 # A rank may wait for days while another one generates; a dead rank is noticed immediately.
 _LONGEST_WAIT = timedelta(days=365)
+# An NFS server keeps the locks of a machine that went down for its lease, 90 seconds by default.
+_LEASE_SECONDS = 120.0
 # Parts of the messages of torch's backends when the process at the other end is gone.
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
@@ -123,19 +128,22 @@ class RunGuard:
         """Lock the folder, rank 0 first, and catch signals.
 
         Raises:
-            RunFolderError: Another run writes into the folder, or the folder cannot be written.
+            RunFolderError: Another run writes into the folder, the folder cannot be written, or it
+                is not the same folder for all ranks.
         """
         self._signals.received = False
         self._signals.catch(trainer)
         self._group = None
         if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+            self._check_shared(trainer, run)
         self._lock = FolderLock(run.root, trainer.global_rank)
+        patience = {"patience": _LEASE_SECONDS} if trainer.num_nodes > 1 else {}
         if trainer.is_global_zero:
-            self._lock.acquire()
+            self._lock.acquire(**patience)
         self.wait(trainer)
         if not trainer.is_global_zero:
-            self._lock.acquire()
+            self._lock.acquire(**patience)
 
     def close(self, trainer: L.Trainer, error: BaseException | None = None) -> None:
         """Release the folder and the signals; after an error, end the other ranks as well."""
@@ -154,7 +162,7 @@ class RunGuard:
         self._saved_at = (trainer.global_step, time.monotonic())
 
     def wait(self, trainer: L.Trainer) -> None:
-        """Wait for all ranks, without a timeout.
+        """Wait for all ranks, without a timeout, and serve those that need this one's passes.
 
         Raises:
             Stopped: A signal came, and another rank has already stopped.
@@ -163,11 +171,23 @@ class RunGuard:
         if self._group is None:
             return
         try:
+            serve_others(trainer)
             dist.barrier(group=self._group)
         except RuntimeError as error:
             if self._signals.received:
                 self._stop(trainer)
             raise RankLost from error
+
+    def wait_for(self, trainer: L.Trainer, path: Path) -> None:
+        """Wait for all ranks, and until this one sees a file that rank 0 has written.
+
+        Raises:
+            RunFolderError: The file does not appear on this machine.
+            Stopped: A signal came, and another rank has already stopped.
+            RankLost: Another rank has failed.
+        """
+        self.wait(trainer)
+        wait_for_file(path)
 
     def save(self, trainer: L.Trainer, run: RunFolder) -> None:
         """Write `last.ckpt` atomically."""
@@ -197,13 +217,25 @@ class RunGuard:
             self._stop(trainer)
 
     def between_units(self, trainer: L.Trainer) -> None:
-        """Stop if a signal came: every finished unit is on disk.
+        """Stop if a signal came, once no rank needs this one: every finished unit is on disk.
 
         Raises:
             Stopped: A signal came.
         """
         if self._signals.received:
+            serve_others(trainer)
             self._stop(trainer)
+
+    def _check_shared(self, trainer: L.Trainer, run: RunFolder) -> None:
+        """Let every rank look for a file that rank 0 creates, and all of them refuse together."""
+        name = place_mark(run.root).name if trainer.is_global_zero else ""
+        mark = run.root / trainer.strategy.broadcast(name)
+        views: list[View] = [None] * trainer.world_size  # type: ignore[list-item]
+        own = View(trainer.global_rank, socket.gethostname(), sees(mark))
+        dist.all_gather_object(views, own, group=self._group)
+        if trainer.is_global_zero:
+            mark.unlink()
+        check_shared(run.root, views)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         step, since = self._saved_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,29 @@ def check_lineage(run: RunFolder, fields_at: Callable[[int], dict[str, Any]]) ->
         )
 
 
-def check_start(run: RunFolder, checkpoint: object) -> None:
-    """Refuse to start from scratch over trained iterates.
+def check_start(run: RunFolder, trainer: L.Trainer) -> None:
+    """Refuse to start from scratch over trained iterates, or from different points on two ranks.
 
     A run that ended between its first iterate and its first checkpoint may start again: it makes
     the same iterate.
 
     Args:
         run: The run folder.
-        checkpoint: The checkpoint that training resumes from; None for a start from scratch.
+        trainer: The trainer; its `ckpt_path` is None for a start from scratch.
 
     Raises:
-        RunFolderError: The folder has trained iterates, and there is no checkpoint to resume.
+        RunFolderError: The folder has trained iterates, and there is no checkpoint to resume; or
+            rank 0 resumes from another checkpoint than this rank.
     """
+    checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+    first = trainer.strategy.broadcast(checkpoint)
+    if checkpoint != first:
+        raise RunFolderError(
+            f"rank {trainer.global_rank} starts from {checkpoint or 'scratch'}, and rank 0 from "
+            f"{first or 'scratch'}",
+            fix="start the same command again: a machine had an old view of the run folder; and "
+            "mount its file system without long caching (NFS: a small acdirmax)",
+        )
     known = run.known_iterates()
     untouched = 0 if run.last_checkpoint.exists() else 1
     if checkpoint is None and known and known[-1] > untouched:
@@ -202,7 +213,19 @@ def run_root(trainer: L.Trainer, module: L.LightningModule) -> Path:
 
 
 def new_run(variant: str) -> Path:
-    """The first `runs/<variant>-<n>` that does not exist."""
+    """The first `runs/<variant>-<n>` that does not exist.
+
+    Raises:
+        SettingError: torchrun or srun has started this process: each process, and each restart,
+            would choose another folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise SettingError(
+            "trainer.default_root_dir",
+            None,
+            "each process that torchrun or srun starts would choose a run folder of its own",
+            fix="name a folder that all of them share",
+        )
     number = 0
     while (folder := Path("runs") / f"{variant}-{number}").exists():
         number += 1

@@ -174,6 +174,7 @@ class RowMaker:
         # Only one rank checks: another may already be regenerating parts.
         here = trainer.is_global_zero and is_finished(plan, examples, folder)
         if trainer.strategy.broadcast(here):
+            self.guard.wait_for(trainer, manifest_path(folder))
             return
         if trainer.is_global_zero:
             # Rows of another plan, after a change of alpha for example, are regenerated.
@@ -207,7 +208,7 @@ class RowMaker:
         if trainer.is_global_zero:
             synthesis.generator.rest()
             finish(plan, examples, folder, fields)
-        self.guard.wait(trainer)
+        self.guard.wait_for(trainer, manifest_path(folder))
 
     def _synthesis(self) -> Synthesis:
         module, text_format = self.session.module, self.session.text_format

@@ -48,7 +48,7 @@ from spin_lightning.modules.checkpointing import check_weights
 from spin_lightning.modules.checks import check_precision
 from spin_lightning.modules.step_log import log_epoch_loss
 from spin_lightning.run.fingerprint import fingerprint
-from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.folder import ITERATE_FILE, RunFolder
 
 # The log's part of a checkpoint.
 _LOG = "run_log"
@@ -148,7 +148,7 @@ class SelfPlay(Callback):
         run, module = session.run, session.module
         module.was_fitted = True
         # The checkpoint to resume from is not set before this point.
-        check_start(run, trainer.ckpt_path)
+        check_start(run, trainer)
         if trainer.ckpt_path is not None:
             # Any of them may be an opponent, a reference, or the start of the next.
             for t in range(module.iterate + 1):
@@ -169,7 +169,6 @@ class SelfPlay(Callback):
                     for line in chain(*(o.summary() for o in session.data.overviews)):
                         console.print(line, markup=False)
                 console.print(self._maker.cost())
-        self.guard.wait(trainer)
         self._prepare(session)
         if module.iterate >= self._iterates or trainer.should_stop:
             # The run is finished, and has no rows to train on.
@@ -311,6 +310,7 @@ class SelfPlay(Callback):
         """Measure the current iterate and make its rows, unless this was done before."""
         trainer, module, run = session.trainer, session.module, session.run
         t = module.iterate
+        self.guard.wait_for(trainer, run.iterate(t) / ITERATE_FILE)
         module.policy.use_iterates(run.iterate_folders())
         fields = session.fingerprint_fields(t)
         manifest = {"fingerprint": fingerprint(fields), "fingerprint_fields": fields}

@@ -96,19 +96,25 @@ class LocalGenerator(Generator):
             Sampler(self.settings),
             self.stop_ids,
             self.pad_id,
-            cuda_graphs=self.settings.cuda_graphs,
+            # A graph cannot hold the passes of other processes.
+            cuda_graphs=self.settings.cuda_graphs and not policy.is_sharded,
         )
         responses: dict[int, Response] = {}
         for group in policy.batch_groups({request.policy for request in requests}):
             members = [i for i, request in enumerate(requests) if request.policy in group]
             for queue in self._queues(decoder, requests, members):
                 with policy.at_rows(group) as routing:
-                    decoded = self._decode(decoder, requests, queue, routing)
+                    decoded = self._decode(policy, decoder, requests, queue, routing)
                 responses.update(zip(queue.indices, decoded, strict=True))
         return [responses[i] for i in range(len(requests))]
 
     def _decode(
-        self, decoder: Decoder, requests: Sequence[Request], queue: _Queue, routing: RowRouting
+        self,
+        policy: Policy,
+        decoder: Decoder,
+        requests: Sequence[Request],
+        queue: _Queue,
+        routing: RowRouting,
     ) -> list[Response]:
         asked = [requests[i] for i in queue.indices]
         try:
@@ -116,10 +122,12 @@ class LocalGenerator(Generator):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if queue.slots == 1:
+            if queue.slots == 1 or policy.is_sharded:
+                count = "one response" if queue.slots == 1 else f"{queue.slots} responses at once"
                 raise SpinError(
-                    f"there is not enough memory to generate one response ({error})",
-                    fix="set a smaller data.max_response_tokens, or quantization: nf4",
+                    f"there is not enough memory to generate {count} ({error})",
+                    fix="set a smaller generation.batch_tokens or data.max_response_tokens, or "
+                    "quantization: nf4",
                 ) from error
             raise _TooLarge(queue.tokens) from error
 
@@ -173,7 +181,9 @@ def default_batch_tokens(model: nn.Module) -> int:
         return tokens_in_cache(causal.config, _CACHE_BYTES, element_size=4)
     # Without adapters: how many are loaded differs between ranks and after a resume.
     base = [p for name, p in model.named_parameters() if "lora_" not in name]
-    weights = sum(p.numel() * p.element_size() for p in base)
+    # (A sharded one has the mesh of the processes that hold its parts.)
+    shares = [p.device_mesh.size() if hasattr(p, "device_mesh") else 1 for p in base]
+    weights = sum(p.numel() * p.element_size() // n for p, n in zip(base, shares, strict=True))
     card = torch.cuda.get_device_properties(embeddings.device).total_memory
     memory = max(_CACHE_BYTES, card * 3 // 4 - weights)
     return tokens_in_cache(causal.config, memory, embeddings.element_size())

@@ -82,6 +82,8 @@ class SelfPlayModule(L.LightningModule, ABC):
         fused_lora: Use the fused pass for LoRA layers that support it, instead of PEFT's own.
         torch_compile: Compile the layers for training, which makes the first steps take minutes.
             Generation and scoring run uncompiled.
+        shard_base: Let each process hold a part of the base's layers, for a base that does not fit
+            one card. Every pass gathers them, so generation is slow.
         max_skipped_batches: Batches of a run that may be skipped for a NaN or infinite loss or
             log-prob; 0 stops at the first. Their rows are written to a file in either case.
         generation: How opponents' responses are sampled.
@@ -125,6 +127,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         packing: Packing = "auto",
         fused_lora: bool = True,
         torch_compile: bool = False,
+        shard_base: bool = False,
         max_skipped_batches: int = 0,
         generation: GenerationSettings | dict[str, Any] | None = None,
     ) -> None:
@@ -144,6 +147,7 @@ class SelfPlayModule(L.LightningModule, ABC):
             packing=packing,
             fused_lora=fused_lora,
             torch_compile=torch_compile,
+            shard_base=shard_base,
         )
         self.beta = beta
         self.loss = loss
@@ -192,6 +196,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def make_policy(self) -> Policy:
         """Build the policy on the device where training runs."""
+        checks.check_sharding(self.policy_spec, self._trainer)
         rank_zero_info(f"packing: {self.policy_spec.packing_in_use}")
         return self.policy_spec.on(self._root_device).build(self._root_device, global_seed())
 
@@ -251,6 +256,7 @@ class SelfPlayModule(L.LightningModule, ABC):
                 iterate, or the opponents and references do not fit the loss or `refresh`.
         """
         iterates = checks.iterates_to_play(self.trainer, self.epochs_per_iterate)
+        checks.check_sharding(self.policy_spec, self.trainer)
         checks.check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
         checks.check_variant(self, iterates)
         return iterates
@@ -286,6 +292,9 @@ class SelfPlayModule(L.LightningModule, ABC):
         """Load the policy; further calls do nothing."""
         if "policy" not in self._modules:
             self.policy = self.make_policy()
+            # DDP would send them from rank 0 to all, whose parts differ.
+            names = [f"policy.{name}" for name in self.policy.sharded_names()]
+            self._ddp_params_and_buffers_to_ignore = names
 
     def forget_earlier_fit(self) -> None:
         """Drop what another fit trained: a fit starts from the settings or from a checkpoint."""
@@ -319,6 +328,7 @@ class SelfPlayModule(L.LightningModule, ABC):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """One step on a batch of pairs."""
         logps, loss = pass_by_pass.score(self, batch)
+        self.policy.serve_others()
         if self.max_skipped_batches:
             self.log("train/skipped_batches", float(self.skipped_batches.count))
         if skipping.is_non_finite(self.trainer, logps, loss):
@@ -340,11 +350,11 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch of held-out pairs to the validation metrics."""
-        if not rank_share(self.trainer, self.iterate, batch_idx, held_out=True):
-            # This rank had no rows left in the last batch: it repeats another rank's row.
-            return
-        logps = self.pair_logps(batch)
-        self.val_metrics.update(logps, self.reward_scale, self.anchored_objective(logps))
+        # A rank that has no rows left in the last batch repeats another rank's row.
+        if rank_share(self.trainer, self.iterate, batch_idx, held_out=True):
+            logps = self.pair_logps(batch)
+            self.val_metrics.update(logps, self.reward_scale, self.anchored_objective(logps))
+        self.policy.serve_others()
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set, which are reduced over ranks already."""

@@ -7,6 +7,7 @@ from typing import cast
 
 import lightning as L
 
+from spin_lightning.policies.base import Policy
 from spin_lightning.types import DataForModule
 
 
@@ -14,6 +15,13 @@ def datamodule_of(trainer: L.Trainer) -> DataForModule:
     """The data module of the run; `SelfPlay.setup` has checked that there is one."""
     # A connector sets the attribute, where mypy does not see it.
     return cast(DataForModule, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def serve_others(trainer: L.Trainer) -> None:
+    """Let the policy, once there is one, take part in the passes of other processes."""
+    policy = trainer.lightning_module._modules.get("policy")
+    if policy is not None:
+        cast(Policy, policy).serve_others()
 
 
 def is_mid_step(trainer: L.Trainer) -> bool:

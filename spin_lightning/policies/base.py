@@ -108,6 +108,21 @@ class Policy(nn.Module, ABC):
     def check_passes(self, batch: PromptBatch) -> None:
         """Check, on a batch of the data, that fast passes compute what plain ones do."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes take part in every pass, so that none can be repeated alone."""
+        return False
+
+    def sharded_names(self) -> list[str]:
+        """Names of the parameters of which this process holds a part; empty for a whole base."""
+        return []
+
+    def serve_others(self) -> None:
+        """Take part in the passes of other processes, if they need this, until they make none.
+
+        Every process of a run has to call this before it waits for the others in any other way.
+        """
+
     @abstractmethod
     def at(self, iterate: int, token_alpha: float = 0.0) -> AbstractContextManager[None]:
         """Act as a frozen iterate inside the block: eval mode, no gradients.

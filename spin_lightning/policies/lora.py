@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -39,6 +39,9 @@ from spin_lightning.policies.token_mixture import BARE, pulled_to_base, token_mi
 from spin_lightning.run.files import write_json
 from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
+
+if TYPE_CHECKING:
+    from spin_lightning.policies.sharded_base import Processes, ShardedBase
 
 _TRAINED = "policy"
 # Most policies in one batch: inside `at_rows` their adapters are in memory twice.
@@ -89,6 +92,7 @@ class LoraPolicy(Policy):
         # Inside `at`, of a token-level mixture whose rows are routed.
         self._routing: tuple[AdapterRouting, PolicyId] | None = None
         self._rows_stay_apart: bool | None = None
+        self._sharded: ShardedBase | None = None
         model = load_base(base, device)
         if activation_checkpointing:
             model.activation_checkpointing_enable(
@@ -120,6 +124,35 @@ class LoraPolicy(Policy):
         # For LoRA's dropout, and for checkpointing, which needs training mode; the base's own
         # dropout is switched off in its config.
         self.train()
+
+    def shard(self, processes: Processes, device: torch.device) -> None:
+        """Keep a part of the base alone, and move to a device, see `sharded_base`.
+
+        Args:
+            processes: Those that hold the parts.
+            device: Where the policy is to run.
+
+        Raises:
+            SettingError: The model has no layers that can be sharded.
+        """
+        from spin_lightning.policies.sharded_base import ShardedBase  # see `spec`
+
+        self._sharded = ShardedBase(self, processes, device)
+        self.scoring_limit.retries = self.training_limit.retries = False
+
+    @property
+    def is_sharded(self) -> bool:
+        """See `Policy.is_sharded`."""
+        return self._sharded is not None
+
+    def sharded_names(self) -> list[str]:
+        """See `Policy.sharded_names`."""
+        return [] if self._sharded is None else self._sharded.names
+
+    def serve_others(self) -> None:
+        """See `Policy.serve_others`."""
+        if self._sharded is not None:
+            self._sharded.serve_others()
 
     @property
     def device(self) -> torch.device:

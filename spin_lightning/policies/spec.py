@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from spin_lightning.errors import SettingError
 from spin_lightning.policies import pretrained
 from spin_lightning.policies.lora_settings import (
     LoraSettings,
@@ -37,6 +38,7 @@ class PolicySpec:
         packing: Whether a prompt is computed once for all its responses.
         fused_lora: Whether LoRA layers use the fused pass.
         torch_compile: Whether layers are compiled for training.
+        shard_base: Whether each process of the run holds a part of the base alone.
     """
 
     # Settings excluded from the fingerprint. The model is compared by content; the others change
@@ -49,6 +51,7 @@ class PolicySpec:
             "packing",
             "fused_lora",
             "torch_compile",
+            "shard_base",
         }
     )
 
@@ -59,6 +62,7 @@ class PolicySpec:
     packing: Packing = "auto"
     fused_lora: bool = True
     torch_compile: bool = False
+    shard_base: bool = False
 
     def __post_init__(self) -> None:
         """Expand a `~` in the adapter's path."""
@@ -75,13 +79,28 @@ class PolicySpec:
         """Check all that can be checked before weights are read.
 
         Raises:
-            SettingError: There is no such model, it cannot be quantized, `packing` does not support
-                its architecture, or the adapter does not fit.
+            SettingError: There is no such model, it cannot be quantized or sharded, `packing` does
+                not support its architecture, or the adapter does not fit.
         """
+        self._check_shardable()
         pretrained.check_playable(self.base)
         pretrained.check_quantizable(self.base)
         shares_prefixes(self.base, self.packing)
         check_adapter(self.base, self.lora, self.initial_adapter)
+
+    def _check_shardable(self) -> None:
+        others = {
+            "quantization: int8": self.base.quantization == "int8",
+            "torch_compile: true": self.torch_compile,
+        }
+        refused = [name for name, is_set in others.items() if is_set]
+        if self.shard_base and refused:
+            raise SettingError(
+                "shard_base",
+                True,
+                f"it does not work with {' and '.join(refused)}",
+                fix=f"set model.shard_base: false, or give up {' and '.join(refused)}",
+            )
 
     def check_mixes_with_base(self) -> None:
         """Check that iterates can be mixed with the base at every token.
@@ -100,6 +119,20 @@ class PolicySpec:
             device: Where the policy runs.
             seed: Seed of a fresh adapter's random half.
         """
+        if not self.shard_base:
+            return self._build(device, seed)
+        # FSDP takes a second to import.
+        from spin_lightning.policies.sharded_base import Processes, turn_to_load
+
+        device = torch.device(device)
+        # Before any process waits for its turn: all of them have to call it.
+        processes = Processes.connect(device)
+        with turn_to_load():
+            policy = self._build("cpu", seed)
+            policy.shard(processes, device)
+        return policy
+
+    def _build(self, device: torch.device | str, seed: int) -> LoraPolicy:
         from spin_lightning.policies.lora import LoraPolicy  # imports peft, see `lora_settings`
 
         return LoraPolicy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -16,6 +17,8 @@ LOCK_FILE = ".lock"
 # Workers of a killed process take a moment to exit.
 _PATIENCE_SECONDS = 8.0
 _POLL_SECONDS = 0.5
+# What a file system without locks, or without its lock service, answers.
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class FolderLock:
@@ -79,7 +82,14 @@ class FolderLock:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, int(self._rank > 0), self._rank)
             # The process that held it before may have deleted the file in the meantime.
             is_there = os.fstat(file.fileno()).st_ino == self._path.stat().st_ino
-        except OSError:
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                file.close()
+                raise RunFolderError(
+                    f"the file system of {self._path.parent} has no locks ({error.strerror})",
+                    fix="mount it with locks (Lustre: the option flock; NFS: without nolock, with "
+                    "its lock service), or name another folder with --trainer.default_root_dir",
+                ) from error
             is_there = False
         if is_there:
             self._file = file

@@ -59,8 +59,10 @@ def _die() -> None:
 if __name__ == "__main__":
     from spin_lightning.cli.main import main
 
-    rank = os.environ.get("LOCAL_RANK", "0")
-    if os.environ.get(VARIABLE) and os.environ.get(RANK, rank) == rank:
+    # (Processes that Lightning starts have a LOCAL_RANK alone.)
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if os.environ.get(VARIABLE) and os.environ.get(RANK, rank) == rank and is_first:
         target, moment, call = os.environ[VARIABLE].split("|")
         kill_at(target, moment, int(call))
     main()
