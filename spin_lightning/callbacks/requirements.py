@@ -239,8 +239,8 @@ def check_strategy(strategy: str | Strategy) -> None:
         strategy: A trainer's strategy, or its name.
 
     Raises:
-        SettingError: A strategy that shards the model over devices, or that sends the module to
-            other processes by pickling it.
+        SettingError: A strategy that shards the module over devices, or that sends it to other
+            processes by pickling it.
     """
     if isinstance(strategy, str):
         name, works = strategy, strategy in _STRATEGIES
@@ -252,8 +252,8 @@ def check_strategy(strategy: str | Strategy) -> None:
         raise SettingError(
             "trainer.strategy",
             name,
-            "each process that fit starts must hold the whole model; this strategy shards or "
-            "pickles it",
-            fix="use ddp; if memory is short, with model.quantization: nf4 and "
-            "model.activation_checkpointing: true",
+            "each process that fit starts must hold the whole adapter; this strategy shards or "
+            "pickles the module",
+            fix="use ddp; if memory is short, with model.quantization: nf4, "
+            "model.activation_checkpointing: true, or model.shard_base: true",
         )

@@ -196,7 +196,6 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     def make_policy(self) -> Policy:
         """Build the policy on the device where training runs."""
-        checks.check_sharding(self.policy_spec, self._trainer)
         rank_zero_info(f"packing: {self.policy_spec.packing_in_use}")
         return self.policy_spec.on(self._root_device).build(self._root_device, global_seed())
 
@@ -253,10 +252,11 @@ class SelfPlayModule(L.LightningModule, ABC):
 
         Raises:
             SettingError: The Trainer's settings do not fit, a list does not have one value per
-                iterate, or the opponents and references do not fit the loss or `refresh`.
+                iterate, the opponents and references do not fit the loss or `refresh`, or there is
+                one process to shard the base over.
         """
         iterates = checks.iterates_to_play(self.trainer, self.epochs_per_iterate)
-        checks.check_sharding(self.policy_spec, self.trainer)
+        self.policy_spec.check_processes(self.trainer.world_size)
         checks.check_per_iterate({name: getattr(self, name) for name in self.per_iterate}, iterates)
         checks.check_variant(self, iterates)
         return iterates

@@ -13,7 +13,6 @@ from spin_lightning.mixtures import Geometric, Mixture, Reference
 
 if TYPE_CHECKING:
     from spin_lightning.modules.base import SelfPlayModule
-    from spin_lightning.policies.spec import PolicySpec
 
 # Lightning's max_epochs if neither epochs nor steps are given.
 _LIGHTNINGS_DEFAULT_EPOCHS = 1000
@@ -98,22 +97,6 @@ def check_precision(precision: str | int) -> None:
             precision,
             "the frozen base computes in model.compute_dtype, the adapter is trained in float32",
             fix=f"leave it out (32-true), and set model.compute_dtype: {dtype}",
-        )
-
-
-def check_sharding(spec: PolicySpec, trainer: L.Trainer | None) -> None:
-    """Refuse to shard a base over one process.
-
-    Raises:
-        SettingError: `shard_base` is set, and there are no other processes.
-    """
-    if spec.shard_base and (trainer is None or trainer.world_size == 1):
-        raise SettingError(
-            "shard_base",
-            True,
-            "there is one process, which would hold the whole base",
-            fix="start more, such as --trainer.devices 2 --trainer.strategy ddp, or set "
-            "model.shard_base: false",
         )
 
 

@@ -195,6 +195,7 @@ class Memory:
             "packing: padded": not shares_prefixes(spec.base, spec.packing),
             "fused_lora: false": not spec.fused_lora,
             "torch_compile: true": spec.torch_compile,
+            "shard_base: true": spec.shard_base,
             "lora_dropout": spec.lora.dropout > 0,
             "quantization: int8": spec.base.quantization == "int8",
             "initial_adapter": spec.initial_adapter is not None,

@@ -1,7 +1,7 @@
 """A frozen base whose layers are sharded over the processes of a run, by FSDP2.
 
-Each process holds its part of the matrices of the decoder layers; a layer is gathered for its pass
-and freed after it. Embeddings, norms, biases, the head and the adapters stay whole in every process.
+Each process holds a part of the matrices of the decoder layers; a layer is gathered for its pass
+and freed after it. Embeddings, norms, biases, the head and the adapters are whole in each process.
 
 To gather a layer takes all processes, while each has its own work units and batches. So every pass
 is announced, and a process that has nothing to compute makes a pass over one token with the others.
@@ -94,12 +94,16 @@ class ShardedBase:
                 fix="set model.shard_base: false",
             )
         for layer in layers:
-            _keep_quant_states(layer)
+            _keep_quant_states(layer, device)
             whole = {p for p in layer.parameters() if p.dim() < 2 or p.requires_grad}
             _shard(layer, whole, processes.mesh)
         # The root, which gathers the next layer while one computes. It has no weights of its own.
         _shard(self._backbone, set(self._backbone.parameters()), processes.mesh)
         policy.to(device)
+        for parameter in policy.parameters():
+            if not isinstance(parameter, DTensor):
+                # Otherwise each one keeps the whole file of the weights in memory.
+                parameter.data = parameter.data.clone()
         self.names = [name for name, p in policy.named_parameters() if isinstance(p, DTensor)]
         # accelerate would move the layers of a model that was loaded on the CPU.
         model.__dict__.pop("hf_device_map", None)
@@ -146,8 +150,8 @@ def _shard(module: nn.Module, whole: set[nn.Parameter], mesh: DeviceMesh) -> Non
     fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
-def _keep_quant_states(model: nn.Module) -> None:
-    """Let 4-bit layers find their scales, which bitsandbytes keeps with the weight, again.
+def _keep_quant_states(model: nn.Module, device: torch.device) -> None:
+    """Let 4-bit layers find their scales again, which bitsandbytes keeps with the weight.
 
     FSDP puts plain parameters in the place of a weight.
     """
@@ -158,6 +162,7 @@ def _keep_quant_states(model: nn.Module) -> None:
     for module in model.modules():
         layer: Any = module
         if getattr(layer, "quant_state", None) is not None:
+            layer.quant_state.to(device)
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
             layer.register_forward_pre_hook(attach)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 
 from spin_lightning.errors import SettingError
 from spin_lightning.policies import pretrained
@@ -102,6 +103,21 @@ class PolicySpec:
                 fix=f"set model.shard_base: false, or give up {' and '.join(refused)}",
             )
 
+    def check_processes(self, count: int) -> None:
+        """Refuse to shard the base over one process.
+
+        Raises:
+            SettingError: `shard_base` is set, and there are no other processes.
+        """
+        if self.shard_base and count == 1:
+            raise SettingError(
+                "shard_base",
+                True,
+                "there is one process, which would hold the whole base",
+                fix="run fit in several, such as --trainer.devices 2 --trainer.strategy ddp, or "
+                "set model.shard_base: false",
+            )
+
     def check_mixes_with_base(self) -> None:
         """Check that iterates can be mixed with the base at every token.
 
@@ -118,9 +134,14 @@ class PolicySpec:
         Args:
             device: Where the policy runs.
             seed: Seed of a fresh adapter's random half.
+
+        Raises:
+            SettingError: There is one process to shard the base over.
         """
         if not self.shard_base:
             return self._build(device, seed)
+        has_others = dist.is_available() and dist.is_initialized()
+        self.check_processes(dist.get_world_size() if has_others else 1)
         # FSDP takes a second to import.
         from spin_lightning.policies.sharded_base import Processes, turn_to_load
 
