@@ -72,8 +72,8 @@ def check_shared(folder: Path, views: Sequence[View]) -> None:
         others = ", ".join(f"{view.rank} on {view.host}" for view in blind[:4])
         more = f" and {len(blind) - 4} others" if len(blind) > 4 else ""
         raise RunFolderError(
-            f"{folder.absolute()} is not shared: rank 0 on {views[0].host} wrote a file into it that rank "
-            f"{others}{more} cannot see",
+            f"{folder.absolute()} is not shared: rank 0 on {views[0].host} wrote a file into it "
+            f"that rank {others}{more} cannot see",
             fix="name a folder on a file system that all machines share, by its absolute path, "
             "with --trainer.default_root_dir",
         )

@@ -15,7 +15,8 @@ from tests.faults.processes import environment, fit, fit_command
 from tests.toys.models import family_config, write_model
 from tests.toys.runs import contents, write_examples
 
-pytestmark = pytest.mark.slow
+# (On a busy machine, a start of two processes takes a minute.)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # 101 rows in units of 32: the second process has fewer units and, at the end, smaller batches.
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.max_examples", "107")

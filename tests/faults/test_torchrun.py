@@ -19,7 +19,8 @@ from tests.faults.processes import SETTINGS, environment, fit
 from tests.toys.command_line import fit_arguments
 from tests.toys.runs import contents, write_examples
 
-pytestmark = pytest.mark.slow
+# (On a busy machine, a start of two processes takes a minute.)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROWS = ("--data.max_examples", "107")
 TWO_NODES = ("--trainer.num_nodes", "2", "--trainer.strategy", "ddp", "--trainer.devices", "1")
