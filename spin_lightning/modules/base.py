@@ -82,8 +82,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         fused_lora: Use the fused pass for LoRA layers that support it, instead of PEFT's own.
         torch_compile: Compile the layers for training, which makes the first steps take minutes.
             Generation and scoring run uncompiled.
-        shard_base: Let each process hold a part of the base's layers, for a base that does not fit
-            one card. Every pass gathers them, so generation is slow.
+        shard_base: Let each process hold a part of a base that does not fit one card (slow).
         max_skipped_batches: Batches of a run that may be skipped for a NaN or infinite loss or
             log-prob; 0 stops at the first. Their rows are written to a file in either case.
         generation: How opponents' responses are sampled.
@@ -251,9 +250,8 @@ class SelfPlayModule(L.LightningModule, ABC):
             The number of iterates to play.
 
         Raises:
-            SettingError: The Trainer's settings do not fit, a list does not have one value per
-                iterate, the opponents and references do not fit the loss or `refresh`, or there is
-                one process to shard the base over.
+            SettingError: Settings of the Trainer, a list's length, the opponents and references
+                or the number of processes do not fit.
         """
         iterates = checks.iterates_to_play(self.trainer, self.epochs_per_iterate)
         self.policy_spec.check_processes(self.trainer.world_size)
@@ -284,7 +282,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         from spin_lightning.callbacks.self_play import SelfPlay
 
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-        # (In this order: the loop chooses the run folder.)
+        # The loop first: it chooses the run folder.
         kinds: tuple[type[Callback], ...] = (SelfPlay, PhaseProgress)
         return [kind() for kind in kinds if not any(isinstance(one, kind) for one in present)]
 
