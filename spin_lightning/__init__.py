@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from spin_lightning import losses, mixtures
     from spin_lightning.callbacks.answer_match import AnswerMatch
     from spin_lightning.callbacks.best_iterate import BestIterate
+    from spin_lightning.callbacks.console import quiet
     from spin_lightning.callbacks.evaluate_iterates import EvaluateIterates
     from spin_lightning.callbacks.self_play import SelfPlay
     from spin_lightning.data.datamodule import SelfPlayDataModule
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from spin_lightning.modules.space import SPACE
     from spin_lightning.modules.spin import SPIN
     from spin_lightning.policies.saved import load_iterate, load_mixture
+    from spin_lightning.report.frames import load_metrics, load_tells
     from spin_lightning.rows.frame import load_rows
 
 try:
@@ -48,10 +50,13 @@ __all__ = [
     "base",
     "latest",
     "load_iterate",
+    "load_metrics",
     "load_mixture",
     "load_rows",
+    "load_tells",
     "losses",
     "mixtures",
+    "quiet",
     "uniform",
     "window",
 ]
@@ -75,8 +80,11 @@ _DEFINED_IN = {
     "base": "mixtures",
     "latest": "mixtures",
     "load_iterate": "policies.saved",
+    "load_metrics": "report.frames",
     "load_mixture": "policies.saved",
     "load_rows": "rows.frame",
+    "load_tells": "report.frames",
+    "quiet": "callbacks.console",
     "uniform": "mixtures",
     "window": "mixtures",
 }

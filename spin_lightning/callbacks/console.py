@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -22,6 +23,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from spin_lightning.callbacks.speed import speed_line
 from spin_lightning.report.verdicts import Verdict
+from spin_lightning.run.packages import ignore_renamed
 from spin_lightning.run.progress import Phase, ProgressLog
 from spin_lightning.run.progress import duration as duration
 from spin_lightning.run.records import IterateRecord, TrainingRecord
@@ -31,9 +33,13 @@ _LINES_SHOWN = 8
 ROW_STEPS = {"generating": "generated", "scoring": "scored"}
 _LOG_WIDTH = 160
 
-# Without a terminal there is no width to fit, and a log file should not be cut.
+# Without a terminal there is no width to fit, and a log file should not be cut. A notebook gets the
+# same plain text: rich would show each line as an output of its own, and ask for ipywidgets.
 console = Console(
-    soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH
+    soft_wrap=True,
+    highlight=False,
+    width=None if sys.stdout.isatty() else _LOG_WIDTH,
+    force_jupyter=False,
 )
 
 
@@ -90,13 +96,25 @@ def iterate_lines(records: Sequence[IterateRecord], width: int) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Print nothing inside the block, for many runs in a row whose results are shown later."""
+    """Print nothing but warnings inside the block, in a notebook or for many runs in a row.
+
+    Create the trainer inside as well: Lightning prints a few lines when it is made. The bars of
+    `quiet_libraries` stay off afterwards.
+
+    Example:
+        >>> from spin_lightning import quiet
+        >>> with quiet():
+        ...     pass  # Trainer(max_epochs=4).fit(module, data)
+    """
+    quiet_libraries()
     log = logging.getLogger("lightning.pytorch")
     shown, level = console.quiet, log.level
     console.quiet = True
     log.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            ignore_renamed()
+            yield
     finally:
         console.quiet = shown
         log.setLevel(level)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
-import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Final
 from spin_lightning.cli.commands import COMMANDS
 from spin_lightning.cli.mistakes import end, mistake_behind
 from spin_lightning.errors import SettingError
+from spin_lightning.run.packages import ignore_renamed
 
 # Lightning's own subcommands; the others are functions in `commands.py`.
 _LIGHTNING: Final = {
@@ -42,11 +42,6 @@ Where to go next:
   spin-lightning recipes ls                 configs to start from
   README.md and docs/                       what the variants compute, metrics, evaluation
 """
-# Names that Lightning and PEFT use and that torch and transformers are about to rename.
-_NOT_THE_USERS: Final = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    "`is_gradient_checkpointing` is deprecated",
-)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,8 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
-    for message in _NOT_THE_USERS:
-        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    ignore_renamed()
     # So that --model my_variants.MySPIN finds my_variants.py, as `python -m` would.
     sys.path.insert(0, "")
     try:
