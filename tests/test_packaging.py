@@ -33,6 +33,7 @@ TARGETS = [
     "fmt",
     "coverage",
     "mutation",
+    "notebook",
     "notebooks",
     "bench",
     "vllm-test",

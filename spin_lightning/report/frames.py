@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spin_lightning.policies.saved import load_tokenizer
-from spin_lightning.report.cue_words import cue_words, special_ids
+from spin_lightning.report.cue_words import clear_cues, special_ids
 from spin_lightning.report.run_view import read_records
 from spin_lightning.rows.store import read_rows
 from spin_lightning.rows.tells import find_tells
@@ -47,10 +47,10 @@ def load_tells(run_dir: str | Path, t: int | str) -> tuple[pd.DataFrame, pd.Data
     Returns:
         The single cues and the telling tokens, both empty without generated responses.
         Cues have their `accuracy` (balanced, on examples that the rule was not learned from; 0.5 is
-        a coin), whether it is `clear`ly above chance, and the `rule` in words. Tokens, and pairs of
-        neighboring ones, have the `side` that has them more often, their `text`, how many `real`
-        and `generated` responses contain them, the `log_odds` of real over generated in nats, and
-        `z`, its significance in standard errors.
+        a coin), whether it is `clear`ly above chance, and then its `rule` in words. Tokens, and
+        pairs of neighboring ones, have the `side` that has them more often, their `text`, how many
+        `real` and `generated` responses contain them, the `log_odds` of real over generated in
+        nats, and `z`, its significance in standard errors.
 
     Raises:
         SettingError: There is no such name.
@@ -62,10 +62,11 @@ def load_tells(run_dir: str | Path, t: int | str) -> tuple[pd.DataFrame, pd.Data
     tokenizer = load_tokenizer(run.root)
     tells = find_tells(read_rows(run.rows(run.index_of(t))), special_ids(tokenizer))
     cues = [] if tells is None else tells.cues
+    rules = {} if tells is None else clear_cues(tells, tokenizer)
     tokens = [] if tells is None else [*tells.tokens, *tells.pairs]
     return (
         pd.DataFrame(
-            [(cue.name, cue.accuracy, cue.clear, cue_words(cue, tokenizer)) for cue in cues],
+            [(cue.name, cue.accuracy, cue.clear, rules.get(cue.name, "")) for cue in cues],
             columns=["cue", "accuracy", "clear", "rule"],
         ),
         pd.DataFrame(

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spin_lightning.callbacks.console import console
 from spin_lightning.errors import SettingError
 from spin_lightning.logps import response_token_logps
 from spin_lightning.packing import pack_padded
@@ -249,4 +250,5 @@ def _training_bar() -> Progress:
         TextColumn("{task.fields[rate]:.1f} steps/s"),
         TextColumn("left"),
         TimeRemainingColumn(),
+        console=console,
     )

@@ -32,6 +32,7 @@ def test_tells_count_the_responses_that_contain_a_token(finished_run):
     names = ["finished", "special_token", "first_token", "last_token", "length"]
     assert cues["cue"].tolist() == names
     assert cues["accuracy"].between(0, 1).all()
+    assert ((cues["rule"] != "") == cues["clear"]).all()
     # Real responses of the toy data are words w0 to w9, the random model's any of w0 to w19.
     single = tokens[~tokens["text"].str.contains(" ")].set_index("text")
     assert set(single.index[single["side"] == "generated"]) & {f"w{i}" for i in range(10, 20)}
