@@ -10,6 +10,8 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+# By the clock, for a busy machine.
+pytestmark = pytest.mark.timeout(900)
 # Smaller values of the cells tagged `parameters`, for the default tests.
 REDUCED = {
     "01_quickstart": {"iterates": 2, "examples": 640},
@@ -80,7 +82,7 @@ def execute(path, folder, monkeypatch, parameters):
         cell.source += f"\n{name} = {value!r}"
     work = folder / "work"
     work.mkdir()
-    client = NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(work)}})
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(work)}})
     client.execute(env=dict(os.environ))
     # What a notebook writes goes to temporary folders.
     assert list(work.iterdir()) == []
