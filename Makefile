@@ -26,7 +26,7 @@ AUDIT := $(VENV)/audit
 PACKAGE := $(VENV)/package
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo test test-slow check lint types audit fmt package coverage mutation notebook notebooks bench vllm-test
+.PHONY: help quickstart demo test test-slow check lint types audit fmt package coverage mutation notebook notebooks docs bench vllm-test
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -153,6 +153,11 @@ notebooks: $(INSTALLED_DEV) ## Execute the notebooks, in full (minutes).
 
 vllm-test: $(INSTALLED_DEV) $(INSTALLED_VLLM) ## Install vLLM for CPUs and test generation on real servers (10 minutes).
 	$(PYTEST) -s tests/vllm
+
+# (Material announces its successor at every build.)
+docs: $(INSTALLED_DEV) ## Build the site into site/; any warning fails.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	@echo "Open site/index.html"
 
 bench: $(INSTALLED_BENCH) ## Run the benchmarks, against TRL and the floor (20 minutes).
 	$(BIN)/python -m benchmarks

@@ -35,6 +35,7 @@ TARGETS = [
     "mutation",
     "notebook",
     "notebooks",
+    "docs",
     "bench",
     "vllm-test",
     "package",
