@@ -292,9 +292,9 @@ def time_table() -> str:
             [one.hours for one in spin],
             [one.hours for one in four],
         )
-        rows.append([layout.name, *map(_range, columns)])
+        rows.append([layout.name, *map(value_range, columns)])
     head = "layout|generation|of 4|scoring|of 4|training|iterate of SPIN|of a mixture of 4"
-    return _table(head, rows)
+    return table_of(head, rows)
 
 
 def bound_table() -> str:
@@ -304,13 +304,13 @@ def bound_table() -> str:
         if layout.servers or not fits(layout):
             continue
         steps = [step_of(layout, 1, fast=fast) for fast in _BOTH]
-        parts = [_range([1e3 * part for part in both]) for both in zip(*steps, strict=True)]
+        parts = [value_range([1e3 * part for part in both]) for both in zip(*steps, strict=True)]
         phases = zip(*(Iterate.of(layout, 1, fast=fast) for fast in _BOTH), strict=True)
         bounds = [" or ".join(dict.fromkeys(phase.bound for phase in both)) for both in phases]
-        speed = _range([decoded_per_second(layout, fast=fast) for fast in _BOTH])
+        speed = value_range([decoded_per_second(layout, fast=fast) for fast in _BOTH])
         rows.append([layout.name, str(layout.slots), *parts, speed, *bounds])
     head = "layout|rows|launches|weights|products|keys, values|network|tokens/s"
-    return _table(f"{head}|generation|scoring|training", rows)
+    return table_of(f"{head}|generation|scoring|training", rows)
 
 
 def decoded_per_second(layout: Layout, *, fast: bool) -> float:
@@ -329,7 +329,7 @@ def memory_table() -> str:
         name = layout.name.replace(A100.name, "80 GB")
         rows.append([name, *(f"{size / GIB:.1f}" for size in numbers)])
     head = "layout|weights|adapter, optimizer|4 iterates|training pass|scoring pass|keys, values"
-    return _table(f"{head}|peak|card", rows)
+    return table_of(f"{head}|peak|card", rows)
 
 
 def server_table() -> str:
@@ -346,20 +346,20 @@ def server_table() -> str:
         fewer = layout.cards / (layout.cards + cards)
         rates = requests_per_second(layout.model, layout.card, ROW.prompt, CAP)
         busy = sorted(round(100 * one.generation.hours / one.hours) for one in with_servers)
-        all_train = "–" if layout.sharded else _range([one.hours * fewer for one in alone])
+        all_train = "–" if layout.sharded else value_range([one.hours * fewer for one in alone])
         rows.append(
             [
                 layout.name,
                 str(cards),
-                _range(rates),
+                value_range(rates),
                 f"{busy[0]}–{busy[1]} %",
-                _range([one.hours for one in with_servers]),
-                _range([one.hours for one in alone]),
+                value_range([one.hours for one in with_servers]),
+                value_range([one.hours for one in alone]),
                 all_train,
             ]
         )
     head = "layout|cards of servers|requests per second and server|servers busy"
-    return _table(f"{head}|iterate|without servers|all cards train", rows)
+    return table_of(f"{head}|iterate|without servers|all cards train", rows)
 
 
 def run_table() -> str:
@@ -373,18 +373,18 @@ def run_table() -> str:
         ]
         for run in RUNS
     ]
-    return _table("published|seconds|share reached|assumed here", rows)
+    return table_of("published|seconds|share reached|assumed here", rows)
 
 
 def notes() -> str:
     """Numbers beside published ones, as a list."""
     a100, h100 = Layout("7B", A100, 8), Layout("7B", H100, 8)
     ours = [
-        _range([decoded_per_second(layout, fast=fast) for fast in _BOTH]) for layout in (a100, h100)
+        value_range([decoded_per_second(layout, fast=fast) for fast in _BOTH]) for layout in (a100, h100)
     ]
     vllm = [_rounded(LLAMA_2_7B.written), _rounded(H100_8B)]
-    shard = _range([800 / rate for rate in requests_per_second("7B", H100, ROW.prompt, CAP)])
-    lengths = _range([dpo_length(a100.base.shape, A100, fast=fast) for fast in _BOTH])
+    shard = value_range([800 / rate for rate in requests_per_second("7B", H100, ROW.prompt, CAP)])
+    lengths = value_range([dpo_length(a100.base.shape, A100, fast=fast) for fast in _BOTH])
     rows, scored = [ROW] * a100.pairs, a100.pairs * sum(ROW.responses)
     kept, again = (
         training_flops(a100.base, rows, scored, recomputed=recomputed)
@@ -402,7 +402,7 @@ def notes() -> str:
   {kept / again:.2f} of the operations of a training pass."""
 
 
-def _table(head: str, rows: Iterable[Sequence[str]]) -> str:
+def table_of(head: str, rows: Iterable[Sequence[str]]) -> str:
     names = head.split("|")
     lines = [" | ".join(row) for row in (names, *rows)]
     return "\n".join(
@@ -410,7 +410,7 @@ def _table(head: str, rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _range(values: Sequence[float]) -> str:
+def value_range(values: Sequence[float]) -> str:
     shown = [_rounded(value) for value in sorted(values)]
     return shown[0] if shown[0] == shown[-1] else f"{shown[0]}–{shown[-1]}"
 

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Final
 
 from spin_lightning.cli.commands import COMMANDS
+from spin_lightning.cli.fit_help import FIT_HELP_PAGE
 from spin_lightning.cli.mistakes import end, mistake_behind
 from spin_lightning.errors import SettingError
 from spin_lightning.run.packages import ignore_renamed
@@ -21,6 +22,8 @@ _LIGHTNING: Final = {
     "fit": "Train a model by self-play, or resume a run.",
     "validate": "Compute the held-out metrics of a run's current iterate.",
 }
+# What users of other libraries type.
+_ELSEWHERE: Final = {"train": "fit", "eval": "evaluate", "merge": "export", "generate": "chat"}
 # 128 + SIGINT, as shells report it.
 _INTERRUPTED: Final = 130
 _HELP: Final = """\
@@ -63,6 +66,10 @@ def main(args: Sequence[str] | None = None) -> None:
             print(help_page(), end="")
         elif command in COMMANDS:
             COMMANDS[command](arguments[1:])
+        elif command in _LIGHTNING and arguments[1:] in (["-h"], ["--help"]):
+            print(FIT_HELP_PAGE.format(command=command, summary=_LIGHTNING[command]), end="")
+        elif command in _LIGHTNING and arguments[1:] == ["--help", "all"]:
+            _run_lightning([command, "--help"])
         elif command in _LIGHTNING or command.startswith("-"):
             _run_lightning(args)
         else:
@@ -113,7 +120,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _unknown(command: str) -> SettingError:
     names = [*_LIGHTNING, *COMMANDS]
-    near = get_close_matches(command, names, n=1)
+    near = [_ELSEWHERE[command]] if command in _ELSEWHERE else get_close_matches(command, names, n=1)
     return SettingError(
         "command",
         command,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib import import_module
 from typing import Final, NoReturn
 
 from rich.console import Console
@@ -17,6 +20,21 @@ FIT_HELP: Final = "see spin-lightning fit --help"
 # Extras that install a package, and how Lightning's messages name one.
 _EXTRAS: Final = {"wandb": "wandb", "lm_eval": "eval"}
 _REQUIREMENT: Final = re.compile(r"Requirement '([\w.-]+)")
+# An option that a class does not take, and the class, in jsonargparse's words.
+_NOT_ACCEPTED: Final = re.compile(r"class_path '([\w.]+)'.*Option '(\w+)' is not accepted")
+# Names of settings in other libraries.
+_ELSEWHERE: Final = {
+    "lr": "learning_rate",
+    "r": "lora_r",
+    "rank": "lora_r",
+    "lambda": "beta",
+    "model_name_or_path": "model",
+    "per_device_train_batch_size": "batch_size",
+    "max_length": "max_response_tokens",
+    "dataset": "data",
+    "gradient_checkpointing": "activation_checkpointing",
+    "num_train_epochs": "epochs_per_iterate",
+}
 # Lines in which jsonargparse lists every type that it tried.
 _PARSER_NOISE = (
     "Does not validate",
@@ -86,7 +104,24 @@ def _unread(error: ArgumentError, command: str) -> SpinError:
     """What could not be parsed, without jsonargparse's list of every type that it tried."""
     lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
     problem = [line for line in lines if line and not line.startswith(_PARSER_NOISE)]
+    text = "; ".join(problem).replace(":; ", ": ")
     fix = f"see spin-lightning {command} --help"
     if command in ("fit", "validate"):
         fix += ", and --model.help or --data.help with a class name"
-    return SpinError("; ".join(problem).replace(":; ", ": "), fix=fix)
+    meant = _meant(text)
+    return SpinError(text, fix=fix if meant is None else f"did you mean {meant}? Or {fix}")
+
+
+def _meant(problem: str) -> str | None:
+    """The setting that a mistyped one resembles, or that has another name elsewhere."""
+    named = _NOT_ACCEPTED.search(problem)
+    if named is None:
+        return None
+    module, _, name = named[1].rpartition(".")
+    cls = getattr(import_module(module), name)
+    inits = (base.__init__ for base in cls.__mro__ if "__init__" in vars(base))
+    taken = {name for init in inits for name in inspect.signature(init).parameters}
+    taken -= {"self", "kwargs", *getattr(cls, "without", ())}
+    elsewhere = _ELSEWHERE.get(named[2])
+    near = [elsewhere] if elsewhere in taken else get_close_matches(named[2], sorted(taken), n=1)
+    return near[0] if near else None
