@@ -10,7 +10,7 @@ usage: spin-lightning {command} --config FILE [--model.SETTING VALUE] [--data.SE
 {summary}
 
 Every setting, by topic:
-  --model.help SPIN                a variant's: also MixtureSPIN, FictitiousSPIN, AlphaSPIN, SPACE, SFT
+  --model.help SPIN                a variant's, such as FictitiousSPIN, AlphaSPIN or SFT
   --data.help SelfPlayDataModule   the data's
   --help all                       all of them, with Lightning's trainer (500 lines)
 

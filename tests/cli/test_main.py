@@ -181,3 +181,40 @@ def test_ctrl_c_ends_with_130(spin, monkeypatch, capsys):
             spin("export")
         assert end.value.code == 130
     assert capsys.readouterr().err.strip() == "Stopped."
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_help_of_fit_is_short_and_names_where_the_rest_is(command, spin, capsys):
+    spin(command, "--help")
+    page = capsys.readouterr().out
+    assert page.startswith(f"usage: spin-lightning {command} ")
+    assert len(page.splitlines()) < 40
+    assert "--model.help SPIN" in page
+    assert "--help all" in page
+
+
+def test_help_of_fit_needs_no_heavy_import():
+    assert "--model.beta" in python(LIGHT_CALL, "fit", "--help")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("model.betta", "beta"), ("model.lr", "learning_rate"), ("data.batchsize", "batch_size")],
+)
+def test_mistyped_setting_is_answered_with_the_one_that_is_meant(given, meant, spin, capsys):
+    with pytest.raises(SystemExit) as end:
+        spin("fit", "--config", "configs/quickstart.yaml", f"--{given}", "1")
+    assert end.value.code == 2
+    assert f"Fix: did you mean {meant}?" in " ".join(capsys.readouterr().err.split())
+
+
+def test_setting_that_resembles_none_gets_no_suggestion(spin, capsys):
+    with pytest.raises(SystemExit):
+        spin("fit", "--config", "configs/quickstart.yaml", "--model.zzz", "1")
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_command_of_another_library_is_answered_with_ours(spin, capsys):
+    with pytest.raises(SystemExit):
+        spin("train")
+    assert "run spin-lightning fit" in " ".join(capsys.readouterr().err.split())
