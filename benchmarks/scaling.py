@@ -380,7 +380,8 @@ def notes() -> str:
     """Numbers beside published ones, as a list."""
     a100, h100 = Layout("7B", A100, 8), Layout("7B", H100, 8)
     ours = [
-        value_range([decoded_per_second(layout, fast=fast) for fast in _BOTH]) for layout in (a100, h100)
+        value_range([decoded_per_second(layout, fast=fast) for fast in _BOTH])
+        for layout in (a100, h100)
     ]
     vllm = [_rounded(LLAMA_2_7B.written), _rounded(H100_8B)]
     shard = value_range([800 / rate for rate in requests_per_second("7B", H100, ROW.prompt, CAP)])
@@ -403,6 +404,7 @@ def notes() -> str:
 
 
 def table_of(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the names of its columns are separated by `|`."""
     names = head.split("|")
     lines = [" | ".join(row) for row in (names, *rows)]
     return "\n".join(
@@ -411,6 +413,7 @@ def table_of(head: str, rows: Iterable[Sequence[str]]) -> str:
 
 
 def value_range(values: Sequence[float]) -> str:
+    """The smallest to the largest value, in two significant digits."""
     shown = [_rounded(value) for value in sorted(values)]
     return shown[0] if shown[0] == shown[-1] else f"{shown[0]}–{shown[-1]}"
 

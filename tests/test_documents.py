@@ -1,7 +1,7 @@
 """Every fenced block of the documents: python runs, commands and configs are parsed.
 
 A block that needs what a test lacks has a comment above it, such as `<!-- needs a GPU -->`. Blocks
-of `text` are output. The tutorial's commands are run by `tests/test_tutorial.py`.
+of `text` are output. `tests/test_tutorial.py` runs the tutorial from its first command to its last.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ def taken_by(cls: type) -> set[str]:
         if "__init__" not in vars(base):
             continue
         given = inspect.signature(base.__init__).parameters.values()
-        names |= {p.name for p in given if p.kind is not p.VAR_KEYWORD and p.name != "self"}
-        if all(p.kind is not p.VAR_KEYWORD for p in given):
+        starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names |= {p.name for p in given if p.kind not in starred and p.name != "self"}
+        if all(p.kind not in starred for p in given):
             break
     if cls is spin_lightning.EvaluateIterates:  # its **harness are those of a dataclass
         names |= {field.name for field in fields(HarnessSettings)}
@@ -82,7 +83,14 @@ def test_table_shows_a_shared_setting_once_and_its_default():
 def test_short_help_of_fit_names_settings_that_exist(rows):
     known = {row.path for row in rows} | {row.path.removeprefix("fit --") for row in rows}
     named = re.findall(r"^  --([a-z_.]+) ", FIT_HELP_PAGE, flags=re.MULTILINE)
-    of_lightning = ("trainer.", "seed_everything", "print_config", "help", "model.help", "data.help")
+    of_lightning = (
+        "trainer.",
+        "seed_everything",
+        "print_config",
+        "help",
+        "model.help",
+        "data.help",
+    )
     own = [name for name in named if not name.startswith(of_lightning) and name != "model"]
     assert len(own) >= 10
     assert set(own) <= known

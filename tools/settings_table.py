@@ -78,7 +78,9 @@ def exported() -> Iterator[type]:
 def variants() -> list[type]:
     """The exported modules, SPIN first and SFT last."""
     found = [cls for cls in exported() if issubclass(cls, spin_lightning.SelfPlayModule)]
-    return sorted(found, key=lambda cls: (cls is not spin_lightning.SPIN, cls is spin_lightning.SFT))
+    return sorted(
+        found, key=lambda cls: (cls is not spin_lightning.SPIN, cls is spin_lightning.SFT)
+    )
 
 
 def callbacks() -> list[type]:
@@ -166,7 +168,9 @@ def _name_of(kind: Any) -> str:
         return " | ".join(map(str, parts))
     if origin in (Union, UnionType):
         return " | ".join(dict.fromkeys(_name_of(part) for part in parts))
-    name = {NoneType: "null", Any: "any"}.get(kind) or getattr(origin or kind, "__name__", str(kind))
+    name = {NoneType: "null", Any: "any"}.get(kind) or getattr(
+        origin or kind, "__name__", str(kind)
+    )
     return f"{name}[{', '.join(map(_name_of, parts))}]" if parts else name
 
 

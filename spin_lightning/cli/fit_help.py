@@ -1,4 +1,4 @@
-"""The help page of `fit` and `validate`: the settings that most runs change, and where the rest is."""
+"""The help page of `fit` and `validate`: what most runs change, and where the rest is."""
 
 from __future__ import annotations
 

@@ -120,7 +120,9 @@ def _collector_paused() -> Iterator[None]:
 
 def _unknown(command: str) -> SettingError:
     names = [*_LIGHTNING, *COMMANDS]
-    near = [_ELSEWHERE[command]] if command in _ELSEWHERE else get_close_matches(command, names, n=1)
+    near = (
+        [_ELSEWHERE[command]] if command in _ELSEWHERE else get_close_matches(command, names, n=1)
+    )
     return SettingError(
         "command",
         command,

@@ -15,7 +15,7 @@ from spin_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 # A block that cannot run here says why in a comment above it, which readers of the page do not see.
-_MARK = re.compile(r"<!-- needs (a GPU|a network|a server|another program) -->\s*$")
+_MARK = re.compile(r"<!-- needs (a GPU|a network|a server|the run above) -->\s*$")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", flags=re.MULTILINE | re.DOTALL)
 
 
