@@ -1,4 +1,4 @@
-"""The tutorial, word for word: its blocks run one after the other, from a file to exported weights."""
+"""The tutorial, word for word: its blocks run one after the other."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Hooks of MkDocs: pages that are made from other files of the repository, and links to these.
 
 The home page is the README and `settings.md` the table of `tools.settings_table`; the other files
-that pages link to are copied. A page's links work in the repository, and are rewritten for the site.
+that pages link to are copied. A page's links work in the repository; the site gets its own.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _FENCE: Final = re.compile(r"(^```.*?^```$)", flags=re.MULTILINE | re.DOTALL)
 SETTINGS: Final = """\
 # Settings
 
-Every setting with its default and its type, made from the signatures and docstrings when this page was
-built. In a config, `model.beta` is `beta` under `model.init_args`; on the command line it is
-`--model.beta 0.5`. Those of a callback go under its `init_args` in `trainer.callbacks`. The `trainer.`
-settings are those of [Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html).
+Every setting with its default and its type, made from the signatures and docstrings when this page
+was built. In a config, `model.beta` is `beta` under `model.init_args`; on the command line it is
+`--model.beta 0.5`. Those of a callback go under its `init_args` in `trainer.callbacks`. Others of
+`trainer` are those of
+[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html).
 
 ```bash
 spin-lightning fit --model.help SPIN                # the same in the terminal, for one class

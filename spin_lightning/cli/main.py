@@ -120,9 +120,8 @@ def _collector_paused() -> Iterator[None]:
 
 def _unknown(command: str) -> SettingError:
     names = [*_LIGHTNING, *COMMANDS]
-    near = (
-        [_ELSEWHERE[command]] if command in _ELSEWHERE else get_close_matches(command, names, n=1)
-    )
+    elsewhere = _ELSEWHERE.get(command)
+    near = [elsewhere] if elsewhere else get_close_matches(command, names, n=1)
     return SettingError(
         "command",
         command,
