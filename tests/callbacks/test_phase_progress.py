@@ -29,7 +29,14 @@ def phases(monkeypatch):
 def test_every_phase_counts_all_of_its_work(phases, tiny_model_dir, tmp_path):
     data = write_examples(tmp_path / "examples.jsonl", count=120)
     settings = {"val_examples": 20, "batch_size": 32}
-    play(tmp_path / "run", tiny_model_dir, data, epochs=2, data_settings=settings)
+    play(
+        tmp_path / "run",
+        tiny_model_dir,
+        data,
+        epochs=2,
+        data_settings=settings,
+        trainer_settings={"num_sanity_val_steps": 0},
+    )
     # 100 rows in batches of 32, and 20 held-out rows in one.
     rows, batches = {"generated": 100, "scored": 100}, {"": 4}
     held_out = {"generated": 20, "scored": 20}
