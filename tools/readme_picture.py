@@ -28,7 +28,8 @@ def medians(page: str) -> dict[str, list[float]]:
 def main() -> None:
     """Draw and save."""
     found = medians(PAGE.read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(figsize=(9, 3.2), dpi=130)
+    plt.rcParams["font.size"] = 11  # legible on a phone
+    figure, axes = plt.subplots(figsize=(7, 3), dpi=170)
     for variant, (label, color, style) in _LINES.items():
         values = found[variant]
         axes.plot(range(len(values)), values, style, color=color, label=label, marker="o", ms=4)

@@ -64,7 +64,8 @@ def _line(row: Setting, owners: list[str]) -> str:
     of = "every variant" if everywhere else ", ".join(f"`{name}`" for name in owners)
     meaning = f"{row.meaning} `{row.kind}`" if row.kind else row.meaning
     cells = (f"`{row.path}`", f"`{row.default}`", meaning, of)
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    # A bar would end the cell, and an escaped one keeps its backslash inside code.
+    return "| " + " | ".join(cell.replace(" | ", " or ") for cell in cells) + " |\n"
 
 
 def exported() -> Iterator[type]:
