@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sizes
 from benchmarks.costs import (
     Base,
     Card,
@@ -150,3 +151,17 @@ def test_share_reached_by_a_published_run():
 def test_page_has_the_tables_of_the_script():
     page = Path(__file__).parents[1] / PAGE
     assert filled(page.read_text()) == page.read_text()
+
+
+def test_page_of_model_sizes_holds_what_the_script_prints():
+    page = sizes.PAGE.read_text(encoding="utf-8")
+    assert sizes.filled(page) == page
+
+
+def test_model_that_needs_more_than_a_card_is_not_said_to_fit():
+    # 36.8 GiB of weights in NF4 alone, and 131 GiB in bfloat16.
+    assert [sizes.card_of("Llama-3-70B", card) for card in sizes.CARDS.values()] == [
+        "no",
+        "no",
+        "NF4",
+    ]
