@@ -28,7 +28,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 # Names in the documents that stand for a reader's own.
 RUNS = ("mine", "other", "quickstart", "my_data", "demo", "spin_qlora")
 # Their python blocks have tests that check what the blocks do.
-OWN_TESTS = ("docs/extending.md",)
+OWN_TESTS = ("docs/extending.md", "docs/handing_over.md")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def world(tmp_path_factory, tiny_model_dir, finished_run) -> Path:
     (variant,) = (f.text for f in FENCES if f.page == "README.md" and "class Decaying" in f.text)
     (folder / "my_variants.py").write_text(variant)
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "my_run.yaml").symlink_to(ROOT / "configs" / "quickstart.yaml")
     return folder
 
 

@@ -51,7 +51,7 @@ def serve(args: list[str]) -> None:
         default=False,
         help="Let it free its card while the run trains (generation.sleep: true).",
     )
-    parser.add_argument("--options", default="", help="Further options of `vllm serve`, in quotes.")
+    parser.add_argument("--options", help="Further options of `vllm serve`, in quotes.")
     parser.add_argument(
         "--exec",
         nargs="?",
@@ -78,7 +78,7 @@ def serve(args: list[str]) -> None:
     if given.sleep:
         command.options.append("--enable-sleep-mode")
         command.variables["VLLM_SERVER_DEV_MODE"] = "1"
-    command.options += shlex.split(given.options)
+    command.options += shlex.split(given.options or "")
     console.print(command.text, markup=False)
     if module.policy_spec.base.quantization != "none":
         Console(stderr=True, soft_wrap=True, highlight=False).print(
