@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(900)
 # Smaller values of the cells tagged `parameters`, for the default tests.
 REDUCED = {
     "01_quickstart": {"iterates": 2, "examples": 640},
-    "02_regularisation": {"iterates": 2, "pairs": 128, "played": ["SPIN", "FictitiousSPIN"]},
+    "02_regularisation": {"iterates": 2, "pairs": 128, "played": ["SPIN"]},
     "03_write_your_own_variant": {"iterates": 2, "pairs": 128},
     "04_read_the_rows": {"iterates": 2, "pairs": 512},
     "05_bring_your_data_and_model": {"model": "tiny", "examples": 64, "base_steps": 20},
