@@ -25,7 +25,8 @@ class PhaseProgress(Callback):
 
     def __init__(self) -> None:
         """Say nothing yet."""
-        self.log = ProgressLog(None)
+        # (Lightning puts its own `log` on every callback.)
+        self.progress = ProgressLog(None)
         self._open = ExitStack()
         self._training: ExitStack = ExitStack()
         self._validation: ExitStack = ExitStack()
@@ -40,7 +41,7 @@ class PhaseProgress(Callback):
         is_fit = trainer.state.fn == TrainerFn.FITTING
         shows_bars = console.is_terminal or console.is_jupyter or console.quiet
         path = run_folder_of(trainer).progress if is_fit else None
-        self.log = self._open.enter_context(ProgressLog(None if shows_bars else _say, path))
+        self.progress = self._open.enter_context(ProgressLog(None if shows_bars else _say, path))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin a phase of training."""
@@ -49,7 +50,7 @@ class PhaseProgress(Callback):
         which = f", epoch {trainer.current_epoch % epochs + 1} of {epochs}" if epochs > 1 else ""
         self._training.close()
         self._batches = self._training.enter_context(
-            self.log.phase(
+            self.progress.phase(
                 f"iterate {t} training{which}", _whole(trainer.num_training_batches), "batches"
             )
         )
@@ -65,13 +66,13 @@ class PhaseProgress(Callback):
         """Count a batch."""
         if self._batches is None:
             return
-        if self.log.is_due:
+        if self.progress.is_due:
             loss = trainer.callback_metrics.get("train/loss")
             self._batches.note = "" if loss is None else f"loss {float(loss):.4f}"
         done = sum(self._batches.counts.values())
         # A resumed epoch begins in the middle.
-        self.log.advance(self._batches, batch_idx - done, found=True)
-        self.log.advance(self._batches, 1)
+        self.progress.advance(self._batches, batch_idx - done, found=True)
+        self.progress.advance(self._batches, 1)
         if batch_idx + 1 >= self._batches.total > 0:
             # What follows in this epoch, validation and the next rows, are phases of their own.
             self._end_training()
@@ -87,7 +88,7 @@ class PhaseProgress(Callback):
         total = sum(map(_whole, batches if isinstance(batches, list) else [batches]))
         self._validation.close()
         self._held_out = self._validation.enter_context(
-            self.log.phase(f"iterate {pl_module.iterate + 1} validation", total, "batches")
+            self.progress.phase(f"iterate {pl_module.iterate + 1} validation", total, "batches")
         )
 
     def on_validation_batch_end(
@@ -101,7 +102,7 @@ class PhaseProgress(Callback):
     ) -> None:
         """Count a batch."""
         if self._held_out is not None:
-            self.log.advance(self._held_out, 1)
+            self.progress.advance(self._held_out, 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the phase."""
@@ -110,14 +111,14 @@ class PhaseProgress(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The run has ended."""
-        self.log.end("finished")
+        self.progress.end("finished")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """The run was stopped, or failed."""
         stopped = isinstance(exception, KeyboardInterrupt | SystemExit)
-        self.log.end("stopped" if stopped else "failed")
+        self.progress.end("stopped" if stopped else "failed")
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -133,13 +134,13 @@ class PhaseProgress(Callback):
         self._validation.close()
         self._held_out = None
         self._open.close()
-        self.log = ProgressLog(None)
+        self.progress = ProgressLog(None)
 
 
 def progress_log(trainer: L.Trainer) -> ProgressLog:
     """The log of a trainer's `PhaseProgress`; one that says nothing without such a callback."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-    found = (one.log for one in callbacks if isinstance(one, PhaseProgress))
+    found = (one.progress for one in callbacks if isinstance(one, PhaseProgress))
     return next(found, ProgressLog(None))
 
 
