@@ -18,7 +18,7 @@ from spin_lightning.callbacks.memory_table import LongestRow, memory_rows, predi
 from spin_lightning.callbacks.phase_progress import progress_log
 from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
-from spin_lightning.errors import SpinError
+from spin_lightning.errors import SettingError, SpinError
 from spin_lightning.mixtures import latest
 from spin_lightning.packing import pack_prompts
 from spin_lightning.rows.making import Reporter, Synthesis, Timing, finish, is_finished
@@ -42,10 +42,18 @@ class ScratchRun:
         self._folder: TemporaryDirectory[str] | None = None
 
     def open(self, trainer: L.Trainer, run: RunFolder) -> RunFolder:
-        """Create the folder on rank 0, for all ranks.
+        """Create the folder on rank 0, for all ranks, near the run folder: servers can see it there.
 
-        It is near the run folder, where other machines of the run, and servers, can see it.
+        Raises:
+            SettingError: Some ranks are on other machines.
         """
+        if trainer.num_nodes > 1:
+            raise SettingError(
+                "dry_run",
+                True,
+                "its temporary folder is for one machine",
+                fix="make the dry run on one machine, with --trainer.num_nodes 1",
+            )
         name = ""
         if trainer.is_global_zero:
             near = next(path for path in run.root.resolve().parents if path.is_dir())
