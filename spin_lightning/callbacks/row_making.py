@@ -42,7 +42,7 @@ class ScratchRun:
         self._folder: TemporaryDirectory[str] | None = None
 
     def open(self, trainer: L.Trainer, run: RunFolder) -> RunFolder:
-        """Create the folder on rank 0, for all ranks, near the run folder: servers can see it there.
+        """Create the folder on rank 0 for all ranks, near the run folder, where servers see it.
 
         Raises:
             SettingError: Some ranks are on other machines.
