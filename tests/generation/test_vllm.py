@@ -241,12 +241,12 @@ def test_without_a_server_the_error_names_urls_and_the_fix(policy):
 
 
 def test_ctrl_c_ends_at_once(server, policy):
-    server.faults.extend([late(4)] * 8)
+    server.faults.extend([late(12)] * 8)
     start = time.monotonic()
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         engine(server.url, request_timeout=60.0).generate(policy, some_requests(8))
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 8  # by the clock, for a busy machine
 
 
 # ------------------------------------------------------------------------------ another server
