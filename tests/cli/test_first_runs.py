@@ -47,7 +47,7 @@ def test_quickstart_cut_short_leaves_both_runs_and_a_report(spin, tmp_path, monk
         whole = recipe(name)
         config = yaml.safe_load(whole.text)
         config["data"]["init_args"]["max_examples"] = 1024
-        config["trainer"] |= {"max_epochs": 1, "enable_progress_bar": False}
+        config["trainer"] |= {"max_epochs": 1, "log_every_n_steps": 1}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         return Recipe(path, whole.summary, whole.needs)
@@ -56,5 +56,5 @@ def test_quickstart_cut_short_leaves_both_runs_and_a_report(spin, tmp_path, monk
     spin("quickstart", "--out", tmp_path / "runs")
     runs = [RunFolder(tmp_path / "runs" / name) for name in ("quickstart", "quickstart_sft")]
     assert [run.known_iterates() for run in runs] == [[0, 1], [0, 1]]
-    assert (runs[0].report / "index.html").is_file()
+    assert (runs[0].report / "report.html").is_file()
     assert "exact/kl" in capsys.readouterr().out
