@@ -38,7 +38,10 @@ class PhaseProgress(Callback):
         self._close()
         if not trainer.is_global_zero:
             return
-        is_fit = trainer.state.fn == TrainerFn.FITTING
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        # A dry run leaves no trace. (`SelfPlay` has the setting, and imports this module.)
+        is_dry = any(getattr(one, "dry_run", False) for one in callbacks)
+        is_fit = trainer.state.fn == TrainerFn.FITTING and not is_dry
         shows_bars = console.is_terminal or console.is_jupyter or console.quiet
         path = run_folder_of(trainer).progress if is_fit else None
         self.progress = self._open.enter_context(ProgressLog(None if shows_bars else _say, path))

@@ -24,9 +24,11 @@ def test_fit_leaves_config_logs_and_checkpoint_in_the_run_folder(finished):
     assert names == {
         "checkpoints",
         "config.yaml",
+        "conversations.json",
         "data.json",
         "iterates",
         "metrics.csv",
+        "progress.json",
         "report",
         "rows",
         "tensorboard",
