@@ -26,7 +26,7 @@ PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCES = [fence for page in PAGES for fence in fences(page)]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Names in the documents that stand for a reader's own.
-RUNS = ("mine", "other", "quickstart", "my_data", "demo", "spin_qlora")
+RUNS = ("mine", "other", "quickstart", "my_data", "my_sft", "my_spin", "demo", "spin_qlora")
 # Their python blocks have tests that check what the blocks do.
 OWN_TESTS = ("docs/extending.md", "docs/handing_over.md")
 
