@@ -96,7 +96,7 @@ demo: $(INSTALLED_DEMO) ## Play SPIN from a real chat model, SmolLM2, on real qu
 	$(BIN)/spin-lightning demo
 
 test: $(INSTALLED_DEV) ## Run the tests, except those that are slow or need a GPU.
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not vllm"
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not vllm"
 
 test-slow: $(INSTALLED_DEV) ## Run the slow tests.
 	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"

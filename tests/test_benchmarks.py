@@ -141,6 +141,7 @@ def test_generate_of_the_peer_ends_each_row_at_its_length(setup):
     assert [len(ids) for ids in written] == [4, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the pretend device with")
 def test_launches_are_counted_without_a_gpu_in_a_process_of_its_own(tmp_path):
     """What the checks on the pretend device allow ours: 170 launches and no cast per layer."""

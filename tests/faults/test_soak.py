@@ -77,7 +77,9 @@ def show(variant: tuple[str, ...], at: list[dict[str, int]]) -> None:
 @pytest.mark.parametrize(
     ("variant", "iterates"),
     [
-        pytest.param(("--model", "FictitiousSPIN"), 9, id="FictitiousSPIN-9"),
+        pytest.param(
+            ("--model", "FictitiousSPIN"), 9, id="FictitiousSPIN-9", marks=pytest.mark.slow
+        ),
         *(
             pytest.param(
                 variant,

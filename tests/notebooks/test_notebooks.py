@@ -35,7 +35,15 @@ def test_notebook_has_no_outputs(path):
         assert cell.execution_count is None
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # The shortest and the longest way through the library; the others are as long together.
+    [
+        pytest.param(path, marks=() if path.stem[:2] in ("01", "05") else pytest.mark.slow)
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_notebook_of_reduced_size_executes(path, tmp_path, testbed_seed_0, monkeypatch):
     notebook = execute(path, tmp_path, monkeypatch, REDUCED[path.stem])
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]

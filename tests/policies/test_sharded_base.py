@@ -41,7 +41,8 @@ def model(tmp_path_factory):
     return write_model(config, tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_passes_of_unequal_number_are_those_of_a_whole_base(quantization, model):
     whole = make_policy(str(model), quantization, shard_base=False)
     outcomes = in_two_processes(model, quantization)
