@@ -240,6 +240,15 @@ def test_without_a_server_the_error_names_urls_and_the_fix(policy):
         engine(CLOSED, patience=0.1).generate(policy, some_requests(1))
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """A process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_at_once(server, policy):
     server.faults.extend([late(12)] * 8)
     start = time.monotonic()
