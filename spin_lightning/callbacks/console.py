@@ -25,7 +25,6 @@ from spin_lightning.callbacks.speed import speed_line
 from spin_lightning.report.verdicts import Verdict
 from spin_lightning.run.packages import ignore_renamed
 from spin_lightning.run.progress import Phase, ProgressLog
-from spin_lightning.run.progress import duration as duration
 from spin_lightning.run.records import IterateRecord, TrainingRecord
 
 _LINES_SHOWN = 8
@@ -203,7 +202,7 @@ class RowProgress:
         title: What the rows are.
         rows: Their number.
         visible: Whether this process shows bars.
-        log: Is told the same, for those who do not see the bars.
+        log: Receives the same progress, for log files and `spin-lightning watch`.
     """
 
     def __init__(

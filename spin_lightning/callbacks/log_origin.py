@@ -13,6 +13,7 @@ import yaml
 import spin_lightning
 from spin_lightning.callbacks.log_samples import log_table
 from spin_lightning.callbacks.run_files import ConfigFile
+from spin_lightning.modules.trainer_access import callbacks_of
 from spin_lightning.redaction import masked
 from spin_lightning.run.folder import RunFolder
 
@@ -30,8 +31,7 @@ def log_origin(trainer: L.Trainer, run: RunFolder) -> None:
         logger.log_hyperparams({f"run/{name}": value for name, value in origin.items()})
     step = trainer.global_step
     log_table(trainer.loggers, "run/origin", ["what", "value"], list(origin.items()), step)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ConfigFile):
             rows = list(_flat(yaml.safe_load(callback.text)))
             log_table(trainer.loggers, "run/config", ["setting", "value"], rows, step)

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from spin_lightning.callbacks.console import console
 from spin_lightning.callbacks.session import run_folder_of
 from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.modules.trainer_access import callbacks_of
 from spin_lightning.run.progress import Phase, ProgressLog
 
 
@@ -38,9 +39,8 @@ class PhaseProgress(Callback):
         self._close()
         if not trainer.is_global_zero:
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
         # A dry run leaves no trace. (`SelfPlay` has the setting, and imports this module.)
-        is_dry = any(getattr(one, "dry_run", False) for one in callbacks)
+        is_dry = any(getattr(one, "dry_run", False) for one in callbacks_of(trainer))
         is_fit = trainer.state.fn == TrainerFn.FITTING and not is_dry
         shows_bars = console.is_terminal or console.is_jupyter or console.quiet
         path = run_folder_of(trainer).progress if is_fit else None
@@ -142,8 +142,7 @@ class PhaseProgress(Callback):
 
 def progress_log(trainer: L.Trainer) -> ProgressLog:
     """The log of a trainer's `PhaseProgress`; one that says nothing without such a callback."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-    found = (one.progress for one in callbacks if isinstance(one, PhaseProgress))
+    found = (one.progress for one in callbacks_of(trainer) if isinstance(one, PhaseProgress))
     return next(found, ProgressLog(None))
 
 

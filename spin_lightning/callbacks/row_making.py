@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 
-from spin_lightning.callbacks.console import RowProgress, console, duration, show_table
+from spin_lightning.callbacks.console import RowProgress, console, show_table
 from spin_lightning.callbacks.guard import RunGuard
 from spin_lightning.callbacks.memory_table import LongestRow, memory_rows, predicted_phases
 from spin_lightning.callbacks.phase_progress import progress_log
@@ -26,6 +26,7 @@ from spin_lightning.rows.manifest import read_manifest
 from spin_lightning.rows.plan import NO_ROWS, EarlierRows, RowPlan, RowSettings, plan_rows
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
+from spin_lightning.run.progress import duration
 from spin_lightning.run.row_folder import manifest_path
 from spin_lightning.types import Example, PromptBatch
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_lightning.callbacks.console import duration
 from spin_lightning.callbacks.memory_table import (
     LongestRow,
     largest_batches,
@@ -39,6 +38,7 @@ from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.paths import attention_path, bitsandbytes_build, fused_layers
 from spin_lightning.policies.probes import Finding, probe_kernels
 from spin_lightning.policies.self_check import judge_passes
+from spin_lightning.run.progress import duration
 
 _SLOTS: Mapping[type[Slots], str] = {
     VarlenSlots: "refilled slots, each read up to its length",

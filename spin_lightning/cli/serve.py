@@ -171,8 +171,10 @@ def serve_command(module: SelfPlayModule, data: SelfPlayDataModule, adapters: in
 
 def _rank(r: int, initial_adapter: str | None) -> int:
     """The smallest rank that vLLM takes and that holds the run's adapters."""
+    from spin_lightning.policies.adapter_check import ADAPTER_CONFIG
+
     if initial_adapter is not None:
-        r = int(json.loads((Path(initial_adapter) / "adapter_config.json").read_text())["r"])
+        r = int(json.loads((Path(initial_adapter) / ADAPTER_CONFIG).read_text())["r"])
     fitting = [rank for rank in _RANKS if rank >= r]
     if not fitting:
         raise SettingError(

@@ -219,10 +219,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def _head(glance: Glance, width: int) -> Iterator[RenderableType]:
-    variant = ""
-    if glance.records:
-        name = str(glance.records[0].fingerprint_fields.get("variant", ""))
-        variant = f"  {name.rsplit('.', 1)[-1]}"
+    variant = f"  {glance.records[0].variant}" if glance.records else ""
     yield Text(f"{glance.name}{variant}", style="bold cyan", overflow="ellipsis", no_wrap=True)
     progress = glance.progress
     if progress is None or glance.has_ended:

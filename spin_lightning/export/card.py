@@ -108,7 +108,7 @@ def model_card(run: RunFolder, saved: SavedIterate, merged: bool, found: Verific
     """
     record, t = run.record(saved.index), saved.index
     fields = record.fingerprint_fields
-    variant = str(fields.get("variant", "unknown variant")).rsplit(".", 1)[-1]
+    variant = record.variant or "unknown variant"
     name = base_name(saved.base)
     kind = (
         f"A full model: the adapter is merged into `{name}`."

@@ -173,14 +173,14 @@ def check_rows(
             raise ExportError(
                 f"the export was not kept: TRL would read other ids for the prompt of {name} than "
                 "those of the run",
-                fix=_spelled_out,
+                fix=_SPELLED_OUT,
             )
         real = (*prompt, *table.real_ids[i].tolist())
         if _ids(rows[i], "chosen", text_format)[: len(real)] != real and table.real_finished[i]:
             raise ExportError(
                 f"the export was not kept: TRL would read other ids for the chosen response of "
                 f"{name} than those of the run",
-                fix=_spelled_out,
+                fix=_SPELLED_OUT,
             )
         generated = (*prompt, *table.generated_ids[i].tolist())
         same += _ids(rows[i], "rejected", text_format)[: len(generated)] == generated
@@ -192,7 +192,7 @@ def check_rows(
     )
 
 
-_spelled_out: Final = (
+_SPELLED_OUT: Final = (
     "train on the rows' ids with spin_lightning.load_rows: texts that spell out special tokens, "
     "and tokenizers that join prompt and response, cannot be handed over as text"
 )
@@ -276,7 +276,6 @@ def _card(
 ) -> str:
     manifest = read_manifest(run.rows(t))
     assert manifest is not None
-    variant = str(run.record(t).fingerprint_fields.get("variant", "")).rsplit(".", 1)[-1]
     form = (
         "Texts are plain: the tokenizer has no chat template."
         if text_format.template is None
@@ -285,7 +284,7 @@ def _card(
     return _CARD.format(
         files="\n".join(f"  - split: {s}\n    path: {s}.parquet" for s in splits),
         t=t,
-        variant=variant,
+        variant=run.record(t).variant,
         form=form,
         cap=manifest.cap,
         name=name,

@@ -19,11 +19,12 @@ from spin_lightning.generation.journal import Journal
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.generation.vllm_fleet import Fleet, Job, Post, no_answer, run_apart
 from spin_lightning.generation.vllm_server import Completion, Served, ServerAway, VllmServer
+from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spin_lightning.policies.base import Policy
 from spin_lightning.run.fingerprint import fingerprint, folder_hashes
 
 # Not iterate.json, to which metrics are added.
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _SEEDS = (1 << 63) - 1
 # Servers that this process has logged; an engine is made for each iterate.
 _TOLD: set[tuple[str, Served]] = set()

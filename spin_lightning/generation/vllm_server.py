@@ -103,7 +103,7 @@ class VllmServer:
 
         Raises:
             ServerAway: There is no answer, or it is not vLLM's.
-            ServerRefused: It wants another key, or is no such server.
+            ServerRefused: It wants another key, or is not a vLLM server.
         """
         # A server whose engine has died still lists its models for a moment.
         health = await self._send("GET", "/health")
@@ -293,7 +293,7 @@ class VllmServer:
             raise ServerAway(first_line(error)) from error
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ServerRefused(
-                f"generation.servers: {self.url} is not an URL ({first_line(error)})",
+                f"generation.servers: {self.url} is not a URL ({first_line(error)})",
                 fix="give URLs such as http://localhost:8000",
             ) from error
 

@@ -25,7 +25,12 @@ from spin_lightning.modules import checkpointing, checks, pass_by_pass, skipping
 from spin_lightning.modules.epoch_loss import EpochLoss
 from spin_lightning.modules.settings import at_iterate, check_choices, check_ranges, values_before
 from spin_lightning.modules.step_log import log_first_margin, log_step
-from spin_lightning.modules.trainer_access import rank_share, step_share, steps_per_epoch
+from spin_lightning.modules.trainer_access import (
+    callbacks_of,
+    rank_share,
+    step_share,
+    steps_per_epoch,
+)
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.optimizers import (
@@ -281,7 +286,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         from spin_lightning.callbacks.phase_progress import PhaseProgress
         from spin_lightning.callbacks.self_play import SelfPlay
 
-        present = self.trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        present = callbacks_of(self.trainer)
         # The loop first: it chooses the run folder.
         kinds: tuple[type[Callback], ...] = (SelfPlay, PhaseProgress)
         return [kind() for kind in kinds if not any(isinstance(one, kind) for one in present)]

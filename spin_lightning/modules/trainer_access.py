@@ -6,6 +6,7 @@ import math
 from typing import cast
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 
 from spin_lightning.policies.base import Policy
 from spin_lightning.types import DataForModule
@@ -15,6 +16,12 @@ def datamodule_of(trainer: L.Trainer) -> DataForModule:
     """The data module of the run; `SelfPlay.setup` has checked that there is one."""
     # A connector sets the attribute, where mypy does not see it.
     return cast(DataForModule, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def callbacks_of(trainer: L.Trainer) -> list[Callback]:
+    """The trainer's callbacks, in their order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    return callbacks
 
 
 def serve_others(trainer: L.Trainer) -> None:

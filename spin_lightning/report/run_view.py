@@ -58,7 +58,7 @@ class RunView:
     @property
     def variant(self) -> str:
         """Name of the module's class."""
-        return str(self.records[0].fingerprint_fields.get("variant", "")).rsplit(".", 1)[-1]
+        return self.records[0].variant
 
     def samples(self, count: int) -> list[PromptSamples]:
         """The iterates' responses to the same prompts."""

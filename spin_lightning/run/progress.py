@@ -228,11 +228,9 @@ class ProgressLog:
         self._file()
 
     @property
-    def progress(self) -> Progress | None:
-        """How far the current phase is; None outside all phases."""
-        if not self._phases:
-            return None
-        phase, now = self._phases[-1], self._clock()
+    def progress(self) -> Progress:
+        """How far the current phase is."""
+        phase, now = self._phases[-1] if self._phases else _IDLE, self._clock()
         return Progress(
             state=self._state,
             title=phase.title,
@@ -259,20 +257,17 @@ class ProgressLog:
                 return
             self._said_at = self._clock()
             if self._write is not None:
-                self._write(f"{time.strftime('%H:%M:%S')} {self.progress or _IDLE}")
+                self._write(f"{time.strftime('%H:%M:%S')} {self.progress}")
 
     def _file(self) -> None:
-        progress = self.progress or _IDLE
         self._written_at = self._clock()
         if self._path is None:
             return
         # A full disk must not end a run because of this file.
         with self._lock, suppress(OSError):
             self._beat += 1
-            content = {**asdict(progress), "state": self._state, "beat": self._beat}
-            content |= {"process": os.getpid(), "host": socket.gethostname()}
             temporary = self._path.with_name(f".{self._path.name}.tmp")
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+            temporary.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
             temporary.replace(self._path)
 
 
@@ -284,7 +279,7 @@ def duration(seconds: float) -> str:
 
 
 # Between two phases: weights are loaded, an iterate is measured or saved.
-_IDLE: Final = Progress("running", "preparing", 0, "", {"": 0}, "", None, None, 0, "", 0)
+_IDLE: Final = Phase("preparing", 0, "", {"": 0})
 _RULES: Final[Mapping[str, Any]] = {
     "state": TEXT,
     "title": TEXT,

@@ -119,6 +119,11 @@ class IterateRecord:
     cues: Mapping[str, str] | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def variant(self) -> str:
+        """Name of the module's class; empty where it was not recorded."""
+        return str(self.fingerprint_fields.get("variant", "")).rsplit(".", 1)[-1]
+
     @classmethod
     def of(cls, content: object, t: int) -> IterateRecord:
         """Read the record of iterate t from JSON.
