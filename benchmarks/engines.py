@@ -17,17 +17,16 @@ from dataclasses import replace
 import torch
 
 from benchmarks import ours, peer
+from benchmarks.generation import unit
 from benchmarks.setup import Setup, parser, quiet, setup_of
 from benchmarks.timing import machine, median_ratio
 from benchmarks.workload import STOP
 from spin_lightning.generation.base import Request
 from spin_lightning.generation.settings import GenerationSettings
 from spin_lightning.generation.vllm import VllmGenerator
-from spin_lightning.keyed import row_key
 from tests.toys.vllm_process import VllmProcess
 
 _ROWS = 64
-_OPPONENTS = range(1, ours.ADAPTERS + 1)
 _CORES = 2
 
 
@@ -65,50 +64,28 @@ def _compare(setup: Setup, server: VllmProcess, rounds: int) -> None:
     local = ours.decoder(module)
     vllm = VllmGenerator((STOP,), GenerationSettings(engine="vllm", servers=[server.url]))
 
-    def theirs(unit: Sequence[Request]) -> int:
-        """`generate`, one adapter after the other."""
-        tokens = 0
-        for opponent in _OPPONENTS:
-            batch = [request for request in unit if request.opponent == opponent]
-            prompts, caps = [r.prompt_ids for r in batch], [r.cap for r in batch]
-            with peer.acting_as(model, opponent):
-                answers = peer.generate(model, prompts, caps, _ROWS)
-            tokens += sum(_length(ids) for ids in answers)
-        return tokens
+    def theirs(asked: Sequence[Request]) -> int:
+        return sum(_length(ids) for ids in peer.generate_in_turn(model, asked, _ROWS))
 
     def answered(generator: ours.Generator) -> Callable[[Sequence[Request]], int]:
-        return lambda unit: sum(len(r.ids) for r in generator.generate(module.policy, unit))
+        return lambda asked: sum(len(r.ids) for r in generator.generate(module.policy, asked))
 
     sides = {"ours": answered(local), "vLLM": answered(vllm), "generate": theirs}
-    short = [replace(request, cap=2) for request in _unit(setup, 0)]
+    short = [replace(request, cap=2) for request in unit(setup, 0, _ROWS // ours.ADAPTERS)]
     for side in sides.values():
         side(short)
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds):
-        unit = _unit(setup, i)
+        asked = unit(setup, i, _ROWS // ours.ADAPTERS)
         for name, side in sides.items():
             start = time.perf_counter()
-            tokens = side(unit)
+            tokens = side(asked)
             speeds[name].append(tokens / (time.perf_counter() - start))
             print(f"round {i}: {name} {speeds[name][-1]:.1f} tokens/s, {tokens} tokens", flush=True)
     for name in ("vLLM", "generate"):
         print(f"ours / {name}: {median_ratio(speeds['ours'], speeds[name]):.2f}")
     print(f"vLLM / generate: {median_ratio(speeds['vLLM'], speeds['generate']):.2f}")
     print(f"{setup.size}, {setup.dtype_name}, {_ROWS} prompts: {machine(setup.device)}")
-
-
-def _unit(setup: Setup, number: int) -> list[Request]:
-    """64 prompts of the workload, each for one of the iterates, with the length of its response."""
-    pairs = setup.workload("A").pairs(setup.count(_ROWS), setup.vocabulary, seed=number)
-    return [
-        Request(
-            prompt_ids=tuple(pair.prompt_ids.tolist()),
-            opponent=_OPPONENTS[i % len(_OPPONENTS)],
-            key=row_key(0, number, i, 0),
-            cap=len(pair.real_ids),
-        )
-        for i, pair in enumerate(pairs)
-    ]
 
 
 def _length(ids: Sequence[int]) -> int:

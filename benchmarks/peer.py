@@ -249,19 +249,23 @@ def generate(
     return responses
 
 
-def generate_in_turn(model: PeftModel, requests: Sequence[Request], batch_size: int) -> None:
-    """Answer requests by `generate`, one iterate after the other.
+def generate_in_turn(
+    model: PeftModel, requests: Sequence[Request], batch_size: int
+) -> list[list[int]]:
+    """Responses to requests by `generate`, one iterate after the other, in that order.
 
     Args:
         model: The model.
         requests: Prompts, each with its iterate and the length of its response.
         batch_size: Prompts of a batch.
     """
+    responses: list[list[int]] = []
     for opponent in dict.fromkeys(request.opponent for request in requests):
         asked = [request for request in requests if request.opponent == opponent]
         prompts, caps = [r.prompt_ids for r in asked], [r.cap for r in asked]
         with acting_as(model, opponent):
-            generate(model, prompts, caps, batch_size)
+            responses += generate(model, prompts, caps, batch_size)
+    return responses
 
 
 class _Ends(StoppingCriteria):

@@ -7,14 +7,11 @@ Prints the tables of docs/scaling_on_paper.md. Nothing is measured: counts of ou
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-
-from transformers import LlamaConfig, PretrainedConfig
 
 from benchmarks.costs import (
     GPU,
@@ -27,6 +24,7 @@ from benchmarks.costs import (
     training_flops,
     training_pass,
 )
+from benchmarks.page import Page
 from benchmarks.published import (
     A100,
     GIB,
@@ -40,7 +38,7 @@ from benchmarks.published import (
     efficiency,
     requests_per_second,
 )
-from benchmarks.workload import SIZES
+from benchmarks.shapes import CONFIGS
 from spin_lightning.callbacks.memory_table import LongestRow
 from spin_lightning.generation.local import tokens_in_cache
 from spin_lightning.policies.lora_settings import LoraSettings
@@ -48,9 +46,7 @@ from spin_lightning.policies.memory import Adapter, ModelShape
 from spin_lightning.policies.pretrained import Quantization
 from spin_lightning.rows.making import SHARED_TOKENS
 
-PAGE = Path("docs/scaling_on_paper.md")
 # A block follows its mark and ends at an empty line.
-MARK = "<!-- {}: python -m benchmarks.scaling -->"
 _BOTH = (True, False)  # fast and slow
 
 # The question: 50,000 prompts, every length at its cap in configs/spin_qlora.yaml.
@@ -65,18 +61,6 @@ _MEMBERS = 4
 _CONTEXT = GIB // 2
 _REFILLED = 0.95  # slots in use while requests wait, at least (docs/performance.md)
 _LORA = LoraSettings(r=64)
-# Shapes of Mistral-7B and of Llama-3-70B.
-CONFIGS: dict[str, PretrainedConfig] = {
-    "7B": LlamaConfig(**SIZES["7b"]),
-    "70B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -426,35 +410,18 @@ def _rounded(value: float) -> str:
     return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "time": time_table,
-    "bounds": bound_table,
-    "memory": memory_table,
-    "servers": server_table,
-    "runs": run_table,
-    "notes": notes,
-}
-
-
-def filled(page: str) -> str:
-    """A page with these tables after their marks."""
-    for name, block in BLOCKS.items():
-        mark = MARK.format(name)
-        before, rest = page.split(mark)
-        _, after = rest.split("\n\n", 1)
-        page = f"{before}{mark}\n{block()}\n\n{after}"
-    return page
-
-
-def main() -> None:
-    """Run from the command line."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--write", action="store_true", help=f"write the tables into {PAGE}")
-    if options.parse_args().write:
-        PAGE.write_text(filled(PAGE.read_text()))
-    else:
-        print("\n\n".join(block() for block in BLOCKS.values()))
-
+PAGE = Page(
+    Path("docs/scaling_on_paper.md"),
+    "python -m benchmarks.scaling",
+    {
+        "time": time_table,
+        "bounds": bound_table,
+        "memory": memory_table,
+        "servers": server_table,
+        "runs": run_table,
+        "notes": notes,
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    PAGE.main(__doc__)

@@ -6,64 +6,17 @@ the page.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
-
 from benchmarks.costs import Card
+from benchmarks.page import Page
 from benchmarks.published import GIB, H100, RTX_4090
-from benchmarks.scaling import CONFIGS, PAIRS, Iterate, Layout, sizes_of, table_of, value_range
-from benchmarks.workload import SIZES
+from benchmarks.scaling import PAIRS, Iterate, Layout, sizes_of, table_of, value_range
+from benchmarks.shapes import MODELS
 from spin_lightning.generation.local import tokens_in_cache
 from spin_lightning.policies.pretrained import Quantization
 
-PAGE = Path("docs/model_sizes.md")
-MARK = "<!-- {}: python -m benchmarks.sizes -->"
-# The shapes in the models' own config.json.
-MODELS: dict[str, PretrainedConfig] = {
-    "SmolLM2-135M": LlamaConfig(**SIZES["smollm2"]),
-    "Qwen2.5-0.5B": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "Llama-3.2-1B": LlamaConfig(**SIZES["1b"]),
-    "Llama-3.2-3B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "Mistral-7B": CONFIGS["7B"],
-    "Llama-2-13B": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-    ),
-    "Qwen2.5-32B": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-    ),
-    "Llama-3-70B": CONFIGS["70B"],
-}
-CONFIGS.update(MODELS)  # so that a `Layout` can name them
 # Only the memory of the first one counts.
 CARDS = {8: replace(RTX_4090, memory=8 * GIB), 24: RTX_4090, 80: H100}
 _STORED: dict[Quantization, str] = {"none": "bf16", "nf4": "NF4"}
@@ -119,28 +72,11 @@ def time_table() -> str:
     return table_of("model|RTX 4090|minutes|H100|minutes", rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"memory": memory_table, "time": time_table}
-
-
-def filled(page: str) -> str:
-    """A page with these tables after their marks."""
-    for name, block in BLOCKS.items():
-        mark = MARK.format(name)
-        before, rest = page.split(mark)
-        _, after = rest.split("\n\n", 1)
-        page = f"{before}{mark}\n{block()}\n\n{after}"
-    return page
-
-
-def main() -> None:
-    """Run from the command line."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--write", action="store_true", help=f"write the tables into {PAGE}")
-    if options.parse_args().write:
-        PAGE.write_text(filled(PAGE.read_text()))
-    else:
-        print("\n\n".join(block() for block in BLOCKS.values()))
-
+PAGE = Page(
+    Path("docs/model_sizes.md"),
+    "python -m benchmarks.sizes",
+    {"memory": memory_table, "time": time_table},
+)
 
 if __name__ == "__main__":
-    main()
+    PAGE.main(__doc__)

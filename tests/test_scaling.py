@@ -22,7 +22,6 @@ from benchmarks.scaling import (
     PAGE,
     Iterate,
     Layout,
-    filled,
     fits,
     generation,
     scoring,
@@ -149,13 +148,13 @@ def test_share_reached_by_a_published_run():
 
 
 def test_page_has_the_tables_of_the_script():
-    page = Path(__file__).parents[1] / PAGE
-    assert filled(page.read_text()) == page.read_text()
+    page = (Path(__file__).parents[1] / PAGE.path).read_text(encoding="utf-8")
+    assert PAGE.filled(page) == page
 
 
 def test_page_of_model_sizes_holds_what_the_script_prints():
-    page = sizes.PAGE.read_text(encoding="utf-8")
-    assert sizes.filled(page) == page
+    page = sizes.PAGE.path.read_text(encoding="utf-8")
+    assert sizes.PAGE.filled(page) == page
 
 
 def test_model_that_needs_more_than_a_card_is_not_said_to_fit():
