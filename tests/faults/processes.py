@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.cli.test_fit import fit_arguments
@@ -28,6 +29,19 @@ def environment(**more: str) -> dict[str, str]:
 def fit_command(root: Path, model: Path, data: Path, *more: str) -> list[str]:
     arguments = map(str, fit_arguments(root, model, data))
     return [sys.executable, "-m", "tests.faults.killed_fit", *arguments, *SETTINGS, *more]
+
+
+def kill_once_there(command: list[str], path: Path) -> None:
+    """Start a command in processes of its own, and kill the first as soon as a path is there.
+
+    Rank 0 alone: the processes that it started have to notice by themselves.
+    """
+    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def fit(

@@ -1,7 +1,6 @@
 """Two real processes through the command line, compared with one."""
 
 import csv
-import signal
 import subprocess
 import time
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from spin_lightning.rows.store import read_rows
 from spin_lightning.run.folder import RunFolder
 from tests.faults.points import BROKEN, RANK, VARIABLE, Point
-from tests.faults.processes import environment, fit, fit_command
+from tests.faults.processes import environment, fit, fit_command, kill_once_there
 from tests.toys.runs import contents, write_examples
 
 pytestmark = pytest.mark.slow
@@ -88,13 +87,7 @@ def test_two_processes_killed_and_started_again_end_with_the_same_bytes(
 ):
     # (The first last.ckpt is that of the first of two steps.)
     command = fit_command(tmp_path, tiny_model_dir, data, *TWO, "--checkpoint_steps", "1")
-    process = subprocess.Popen(command, env=environment(), start_new_session=True)
-    while not (tmp_path / wait_for).exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    # Rank 0 alone: the processes that it started have to notice by themselves.
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once_there(command, tmp_path / wait_for)
     fit(tmp_path, tiny_model_dir, data, *TWO)
     assert contents(tmp_path) == contents(two)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 
 from spin_lightning.run.folder import RunFolder
 from tests.faults.points import BROKEN, RANK, VARIABLE, Point
-from tests.faults.processes import environment, fit, fit_command
+from tests.faults.processes import environment, fit, fit_command, kill_once_there
 from tests.toys.models import family_config, write_model
 from tests.toys.runs import contents, write_examples
 
@@ -78,12 +77,7 @@ def test_in_4_bits_with_several_passes_per_batch(model, data, tmp_path):
 def test_killed_and_started_again_even_with_a_whole_base(wait_for, whole, model, data, tmp_path):
     settings = (*TWO, *ANSWERS, "--checkpoint_steps", "1")
     command = fit_command(tmp_path, model, data, *settings, *SHARDED)
-    process = subprocess.Popen(command, env=environment(), start_new_session=True)
-    while not (tmp_path / wait_for).exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_once_there(command, tmp_path / wait_for)
     fit(tmp_path, model, data, *settings)
     assert contents(tmp_path) == contents(whole)
 
