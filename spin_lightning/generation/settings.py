@@ -32,7 +32,7 @@ class GenerationSettings:
         engine: local: generate in the training processes; vllm: on vLLM servers (docs/vllm.md).
         servers: URLs of the vLLM servers, such as http://localhost:8000.
         concurrency: Requests that each process has in flight at one server.
-        request_timeout: Seconds until a request that has no answer is sent again.
+        request_timeout: Seconds to wait for an answer before a request is sent again.
         patience: Seconds to wait for a server that does not answer any more.
         largest_gap: Largest difference between a server's log-probs and ours under the base, mean
             over tokens, nats, that is accepted before the first rows.
