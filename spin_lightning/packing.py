@@ -42,14 +42,26 @@ _TOKENS_OF_A_PASS = {"cpu": 1024}
 _TOKENS_ELSEWHERE = 8192
 
 
-def split_for(device: torch.device, batch: PromptBatch) -> list[PromptBatch]:
+def pass_tokens(device: torch.device) -> int:
+    """Tokens of a forward pass that suits a device."""
+    return _TOKENS_OF_A_PASS.get(device.type, _TOKENS_ELSEWHERE)
+
+
+def split_for(
+    device: torch.device, batch: PromptBatch, most: int | None = None
+) -> list[PromptBatch]:
     """Split a batch between prompts into forward passes that suit a device.
 
     A batch that is such a pass already stays whole.
+
+    Args:
+        device: Where the passes are computed.
+        batch: n prompts and their responses.
+        most: Tokens of a pass, as in `split_prompts`; by default, what suits the device.
     """
     if batch.is_one_pass:
         return [batch]
-    return split_prompts(batch, _TOKENS_OF_A_PASS.get(device.type, _TOKENS_ELSEWHERE))
+    return split_prompts(batch, most or pass_tokens(device))
 
 
 def split_prompts(batch: PromptBatch, most: int) -> list[PromptBatch]:

@@ -11,8 +11,10 @@ import torch
 
 from spin_lightning.generation.local import default_batch_tokens
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.packing import pack_prompts, split_for
+from spin_lightning.packing import pack_prompts, pass_tokens, split_prompts
 from spin_lightning.policies.memory import Memory, PassSize
+from spin_lightning.policies.pass_size import training_tokens
+from spin_lightning.policies.pretrained import load_config
 from spin_lightning.rows.making import SHARED_TOKENS
 
 _GIB = 1 << 30
@@ -46,15 +48,15 @@ class LongestRow:
         generated = () if self.generated is None else (self.generated,) * self.samples
         return self.prompt, (self.real, *generated)
 
-    def training_pass(self, pairs: int, device: torch.device) -> PassSize:
-        """The largest pass of a training batch of such pairs."""
-        return _largest_pass(*self.pair, pairs, device)
+    def training_pass(self, pairs: int, most: int) -> PassSize:
+        """The largest pass of a training batch of such pairs, split after `most` tokens."""
+        return _largest_pass(*self.pair, pairs, most)
 
     def scoring_pass(self, device: torch.device) -> PassSize:
         """The largest pass that scores such rows."""
         prompt, responses = self.group
         count = max(1, SHARED_TOKENS // (prompt + sum(responses)))
-        return _largest_pass(prompt, responses, count, device)
+        return _largest_pass(prompt, responses, count, pass_tokens(device))
 
 
 class Phase(NamedTuple):
@@ -85,8 +87,12 @@ def predicted_phases(
     Raises:
         SpinError: The memory of the policy's passes is not predicted.
     """
-    memory = Memory.of(module.policy_spec, device)
-    training, scoring = row.training_pass(pairs, device), row.scoring_pass(device)
+    spec = module.policy_spec
+    memory = Memory.of(spec, device)
+    most = training_tokens(
+        load_config(spec.base), memory.dtype, device, spec.activation_checkpointing
+    )
+    training, scoring = row.training_pass(pairs, most), row.scoring_pass(device)
     tokens = module.generation.batch_tokens or default_batch_tokens(module.policy.model)
     trained = memory.trained(module.optimizer_name)
     held = memory.weights + trained
@@ -156,11 +162,9 @@ def memory_rows(phases: Sequence[Phase]) -> list[list[str]]:
     ]
 
 
-def _largest_pass(
-    prompt: int, responses: Sequence[int], count: int, device: torch.device
-) -> PassSize:
+def _largest_pass(prompt: int, responses: Sequence[int], count: int, most: int) -> PassSize:
     ids = [[0] * prompt] * count, [[[0] * n for n in responses]] * count
-    passes = split_for(device, pack_prompts(*ids))
+    passes = split_prompts(pack_prompts(*ids), most)
     largest = max(passes, key=lambda one: len(one.input_ids))
     return PassSize.of(list(zip(largest.prompt_lengths, largest.response_lengths, strict=True)))
 

@@ -101,7 +101,8 @@ class _Pass:
 def _passes(module: SelfPlayModule, batch: PairBatch) -> list[PairBatch]:
     if module.needs_whole_batches:
         return [batch]
-    return batch.split(split_for(module.policy.device, batch.pairs))
+    policy = module.policy
+    return batch.split(split_for(policy.device, batch.pairs, policy.training_tokens))
 
 
 def _halves(part: PairBatch) -> list[PairBatch]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spin_lightning.out_of_memory import TokenLimit, in_parts
-from spin_lightning.packing import halve_responses, pad_prompts
+from spin_lightning.packing import halve_responses, pad_prompts, pass_tokens
 from spin_lightning.types import PolicyId, PromptBatch, SequenceBatch
 
 
@@ -64,6 +64,11 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Device that inputs have to be on."""
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens of a training pass; one can be longer by up to one pair."""
+        return pass_tokens(self.device)
 
     @abstractmethod
     def logps(self, batch: SequenceBatch) -> Tensor:

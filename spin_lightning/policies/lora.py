@@ -31,6 +31,7 @@ from spin_lightning.policies.many_adapters import (
     keeps_rows_apart,
     many_adapters,
 )
+from spin_lightning.policies.pass_size import training_tokens
 from spin_lightning.policies.pretrained import FrozenBase
 from spin_lightning.policies.self_check import check_passes
 from spin_lightning.policies.shared_prefix import Packing, recomputing_alike
@@ -93,6 +94,7 @@ class LoraPolicy(Policy):
         self._routing: tuple[AdapterRouting, PolicyId] | None = None
         self._rows_stay_apart: bool | None = None
         self._sharded: ShardedBase | None = None
+        self.is_checkpointed = activation_checkpointing
         model = load_base(base, device)
         if activation_checkpointing:
             model.activation_checkpointing_enable(
@@ -158,6 +160,13 @@ class LoraPolicy(Policy):
     def device(self) -> torch.device:
         """Device of the base."""
         return next(self.model.parameters()).device
+
+    @property
+    def training_tokens(self) -> int:
+        """See `Policy.training_tokens`."""
+        return training_tokens(
+            self.model.config, self.base.dtype, self.device, self.is_checkpointed
+        )
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the trained adapter."""

@@ -17,10 +17,11 @@ from spin_lightning.errors import RunFolderError, first_line
 from spin_lightning.policies.loading import load_with_adapter, quiet_peft, read_base
 from spin_lightning.policies.pretrained import FrozenBase, load_config
 
-# Largest accepted difference of a logit, as a share of the largest logit. Merging rounds the sum of
-# weight and adapter to the base's type; int8 layers also quantize activations, merged ones do not.
-_SHARE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_SHARE_OF_INT8 = 1e-1
+# Accepted difference of the logits, relative to the iterate's, both as root mean squares: the
+# largest of many differences depends on the processor's rounding. Merging rounds the sum of weight
+# and adapter to the base's type; int8 layers also quantize activations, merged ones do not.
+_BOUND = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_BOUND_OF_INT8 = 1e-1
 _SEQUENCES, _TOKENS = 4, 12
 
 
@@ -29,7 +30,8 @@ class Comparison:
     """How far a merged model is from the iterate that it was made of.
 
     Attributes:
-        difference: Largest difference of a logit.
+        difference: Root mean square of the difference between their logits, relative to that of
+            the iterate's logits.
         bound: The largest that is accepted.
     """
 
@@ -39,8 +41,8 @@ class Comparison:
     def __str__(self) -> str:
         """For the user."""
         return (
-            f"Largest difference from the iterate's own logits: {self.difference:.2g} (accepted: "
-            f"up to {self.bound:.2g})."
+            f"Difference from the iterate's own logits, relative root mean square: "
+            f"{self.difference:.2g} (accepted: up to {self.bound:.2g})."
         )
 
 
@@ -107,10 +109,9 @@ def write_merged(
     model.save_pretrained(folder)
     del model
     merged = _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype).eval(), ids)
-    share = _SHARE_OF_INT8 if base.quantization == "int8" else _SHARE[base.dtype]
     comparison = Comparison(
-        difference=float((own - merged).abs().max()),
-        bound=share * max(1.0, float(own.abs().max())),
+        difference=float((own - merged).square().mean().sqrt() / own.square().mean().sqrt()),
+        bound=_BOUND_OF_INT8 if base.quantization == "int8" else _BOUND[base.dtype],
     )
     if not comparison.difference <= comparison.bound:
         raise RunFolderError(

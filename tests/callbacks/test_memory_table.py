@@ -9,12 +9,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_the_largest_training_pass_is_that_of_the_longest_pairs():
-    """Pairs of 600 + 300 + 100. On a CPU a pass has 1,024 tokens; on a GPU 8,192: 8 in 1 pass."""
+    """Pairs of 600 + 300 + 100. A pass of 1,024 tokens has one, one of 8,192 has 8."""
     row = LongestRow(600, 300, 100)
-    assert row.training_pass(1, CPU) == PassSize(1000, 400, repeated=700, further=100)
-    assert row.training_pass(4, CPU) == row.training_pass(1, CPU)
-    assert row.training_pass(8, GPU) == PassSize(8000, 3200, repeated=5600, further=800)
-    assert LongestRow(600, 300, None).training_pass(1, CPU) == PassSize(900, 300)
+    assert row.training_pass(1, 1024) == PassSize(1000, 400, repeated=700, further=100)
+    assert row.training_pass(4, 1024) == row.training_pass(1, 1024)
+    assert row.training_pass(8, 8192) == PassSize(8000, 3200, repeated=5600, further=800)
+    assert LongestRow(600, 300, None).training_pass(1, 1024) == PassSize(900, 300)
 
 
 def test_the_largest_scoring_pass_has_all_samples_of_a_prompt():
