@@ -1,8 +1,8 @@
 """Tokens per second of the generation engines: ours, a vLLM server, transformers' `generate`.
 
 64 prompts, each answered by one of four iterates, float32 on two cores. It needs vLLM in
-`.venv-vllm` (`make vllm-test` installs it) and starts the server itself; `--eager` switches off
-vLLM's compiler.
+`.venv-vllm` (`make vllm-test` installs it) and starts the server itself, which is paused while the
+others compute; `--eager` switches off vLLM's compiler.
 
     python -m benchmarks.engines --size smollm2
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -78,8 +79,9 @@ def _compare(setup: Setup, server: VllmProcess, rounds: int) -> None:
     for i in range(rounds):
         asked = unit(setup, i, _ROWS // ours.ADAPTERS)
         for name, side in sides.items():
-            start = time.perf_counter()
-            tokens = side(asked)
+            with nullcontext() if name == "vLLM" else server.paused():
+                start = time.perf_counter()
+                tokens = side(asked)
             speeds[name].append(tokens / (time.perf_counter() - start))
             print(f"round {i}: {name} {speeds[name][-1]:.1f} tokens/s, {tokens} tokens", flush=True)
     for name in ("vLLM", "generate"):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from spin_lightning.modules.sft import SFT
     from spin_lightning.modules.space import SPACE
     from spin_lightning.modules.spin import SPIN
+    from spin_lightning.modules.tpaw import TPAW
+    from spin_lightning.modules.tspin import TSPIN
     from spin_lightning.policies.saved import load_iterate, load_mixture
     from spin_lightning.report.frames import load_metrics, load_tells
     from spin_lightning.rows.frame import load_rows
@@ -36,6 +38,8 @@ __all__ = [
     "SFT",
     "SPACE",
     "SPIN",
+    "TPAW",
+    "TSPIN",
     "AlphaSPIN",
     "AnswerMatch",
     "BestIterate",
@@ -66,6 +70,8 @@ _DEFINED_IN = {
     "SFT": "modules.sft",
     "SPACE": "modules.space",
     "SPIN": "modules.spin",
+    "TPAW": "modules.tpaw",
+    "TSPIN": "modules.tspin",
     "AlphaSPIN": "modules.alpha_spin",
     "AnswerMatch": "callbacks.answer_match",
     "BestIterate": "callbacks.best_iterate",

@@ -1,10 +1,11 @@
 """Losses, one pure function each; most are functions of the margin.
 
-These take the margin m of a batch of pairs, in nats and before beta,
+These take the margin m = r - r' of a batch of pairs, in nats and before beta, with
 
-    m = [log p_theta(y|x) - R(y|x)] - [log p_theta(y'|x) - R(y'|x)],
+    r = log p_theta(y|x) - log R(y|x),    r' = log p_theta(y'|x) - log R(y'|x),
 
-with y the real and y' the generated response and R the reference, and return one loss per pair.
+y the real and y' the generated response and R the reference, and return one loss per pair. Others
+take r and r' apart: they need a normalized reference.
 Equations: SPIN (https://arxiv.org/abs/2401.01335, eq. 4.7), DPO (https://arxiv.org/abs/2305.18290),
 IPO (https://arxiv.org/abs/2310.12036, eq. 17).
 """
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LossName = Literal["logistic", "hinge", "exponential", "ipo"]
+LossName = Literal["logistic", "hinge", "exponential", "ipo", "sppo"]
 MarginLoss = Callable[[Tensor, float], Tensor]
+PairLoss = Callable[[Tensor, Tensor, float], Tensor]
 
 # e^40 = 2.4e17, and the squared gradient in an optimizer 5.5e34; float32 overflows at 3.4e38.
 _MOST_EXPONENT = 40.0
@@ -99,6 +101,25 @@ def ipo(margin: Tensor, beta: float) -> Tensor:
     return (margin - 1.0 / (2.0 * beta)) ** 2
 
 
+def sppo(real_log_ratio: Tensor, generated_log_ratio: Tensor, beta: float) -> Tensor:
+    """SPPO's squared loss for won and lost responses: (r - 1/(2 beta))^2 + (r' + 1/(2 beta))^2.
+
+    SPPO (https://arxiv.org/abs/2405.00675) regresses log-ratios on (P - 1/2) / beta, with P the
+    probability that a response is preferred. Here, as in TRL's `sppo_hard`, the real response has
+    P = 1 and the generated one P = 0; beta is the paper's 1 / eta.
+
+    Args:
+        real_log_ratio: r, nats, shape [batch].
+        generated_log_ratio: r', likewise.
+        beta: Temperature of the implicit reward, > 0.
+
+    Returns:
+        Loss per pair, shape [batch]; 1 / (2 beta^2) at r = r' = 0.
+    """
+    goal = 1.0 / (2.0 * beta)
+    return (real_log_ratio - goal) ** 2 + (generated_log_ratio + goal) ** 2
+
+
 def space(real_log_ratio: Tensor, generated_log_ratio: Tensor, ratio: float) -> Tensor:
     """SPACE's noise-contrastive loss: tell real from generated responses, each on its own.
 
@@ -129,15 +150,24 @@ def real_nll(real_logps: Tensor, real_lengths: Tensor) -> Tensor:
     return -(real_logps / real_lengths).mean()
 
 
-_LOSSES: dict[str, MarginLoss] = {
+_OF_MARGIN: dict[str, MarginLoss] = {
     "logistic": logistic,
     "hinge": hinge,
     "exponential": exponential,
     "ipo": ipo,
 }
-assert tuple(_LOSSES) == get_args(LossName)
+_OF_BOTH: dict[str, PairLoss] = {"sppo": sppo}
+assert (*_OF_MARGIN, *_OF_BOTH) == get_args(LossName)
 
 
-def by_name(name: LossName) -> MarginLoss:
-    """Return the loss function of this name."""
-    return _LOSSES[name]
+def depends_on_margin(name: LossName) -> bool:
+    """Whether a loss is a function of the margin alone."""
+    return name in _OF_MARGIN
+
+
+def of_pairs(name: LossName) -> PairLoss:
+    """The loss of this name as a function of r, r' and beta."""
+    if name in _OF_BOTH:
+        return _OF_BOTH[name]
+    of_margin = _OF_MARGIN[name]
+    return lambda real, generated, beta: of_margin(real - generated, beta)

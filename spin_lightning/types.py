@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
@@ -207,42 +208,48 @@ class PairBatch:
 
     Attributes:
         pairs: n prompts, each with its real response, then the generated one if the method uses
-            one.
+            one, then the one of iterate 0 if it uses that.
         reference_real: log R(y|x), nats, float64, shape [n].
         reference_generated: log R(y'|x), likewise; None without generated responses.
         row_ids: Example and sample of each pair; empty if unknown.
+        further_real: log R_j(y|x) of k further references, shape [n, k]; None without any.
+        further_generated: log R_j(y'|x), likewise.
     """
 
     pairs: PromptBatch
     reference_real: Tensor
     reference_generated: Tensor | None
     row_ids: tuple[tuple[int, int], ...] = ()
+    further_real: Tensor | None = None
+    further_generated: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Return a copy on `device`."""
-        reference = self.reference_generated
-        return replace(
-            self,
-            pairs=self.pairs.to(device),
-            reference_real=self.reference_real.to(device),
-            reference_generated=None if reference is None else reference.to(device),
-        )
+        return self._with(self.pairs.to(device), lambda values: values.to(device))
 
     def split(self, passes: Sequence[PromptBatch]) -> list[PairBatch]:
         """The pairs of each of some consecutive parts of `pairs`."""
         batches, start = [], 0
         for part in passes:
             own = slice(start, start := start + len(part.prompt_lengths))
-            reference = self.reference_generated
-            batches.append(
-                PairBatch(
-                    pairs=part,
-                    reference_real=self.reference_real[own],
-                    reference_generated=None if reference is None else reference[own],
-                    row_ids=self.row_ids[own],
-                )
-            )
+            batch = self._with(part, itemgetter(own))
+            batches.append(replace(batch, row_ids=self.row_ids[own]))
         return batches
+
+    def _with(self, pairs: PromptBatch, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        """Other pairs, and a change of all log-probs."""
+
+        def changed(column: Tensor | None) -> Tensor | None:
+            return None if column is None else change(column)
+
+        return replace(
+            self,
+            pairs=pairs,
+            reference_real=change(self.reference_real),
+            reference_generated=changed(self.reference_generated),
+            further_real=changed(self.further_real),
+            further_generated=changed(self.further_generated),
+        )
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -260,6 +267,9 @@ class PairLogps:
         reference_generated: log R(y'|x).
         real_lengths: Number of response tokens of y.
         generated_lengths: Number of response tokens of y'.
+        policy_first: log p_theta(y0|x), with gradient, of the response y0 of iterate 0.
+        further_real: log R_j(y|x) of k further references, shape [n, k].
+        further_generated: log R_j(y'|x), likewise.
     """
 
     policy_real: Tensor
@@ -268,6 +278,9 @@ class PairLogps:
     reference_generated: Tensor | None
     real_lengths: Tensor
     generated_lengths: Tensor | None
+    policy_first: Tensor | None = None
+    further_real: Tensor | None = None
+    further_generated: Tensor | None = None
 
     @classmethod
     def of(cls, batch: PairBatch, logps: Tensor) -> PairLogps:
@@ -278,7 +291,7 @@ class PairLogps:
             logps: log p_theta of every response, in the order of `batch.pairs`, nats, shape
                 [responses].
         """
-        # One column for the real responses, and a second if there are generated ones.
+        # A column for the real responses, one if there are generated ones, one for iterate 0's.
         by_side = logps.view(len(batch), -1).unbind(dim=-1)
         lengths = logps.new_tensor(batch.pairs.response_lengths).long().unbind(dim=-1)
         paired = len(by_side) > 1
@@ -289,6 +302,9 @@ class PairLogps:
             reference_generated=batch.reference_generated,
             real_lengths=lengths[0],
             generated_lengths=lengths[1] if paired else None,
+            policy_first=by_side[2] if len(by_side) > 2 else None,
+            further_real=batch.further_real,
+            further_generated=batch.further_generated,
         )
 
     @property
@@ -360,11 +376,18 @@ class ModuleForData(Protocol):
     def check_model(self) -> None:
         """Check model and adapter before weights are read."""
 
+    @property
+    def uses_first_responses(self) -> bool:
+        """Whether the response that iterate 0 gave is part of every pair."""
+
     def rows_per_sample(self, t: int) -> int:
         """Rows per sample of an example while p_{t+1} is trained."""
 
     def reference(self, t: int) -> Density:
         """The denominator of log-ratios while p_{t+1} is trained."""
+
+    def further_references(self, t: int) -> Sequence[Density]:
+        """Further densities whose log-probs the objective gets."""
 
 
 class DataForModule(Protocol):

@@ -43,7 +43,7 @@ BY_HAND = [
 @pytest.mark.parametrize(("name", "beta", "margin", "loss", "slope"), BY_HAND)
 def test_loss_and_its_slope_equal_the_hand_values(name, beta, margin, loss, slope):
     m = torch.tensor([margin], dtype=torch.float64, requires_grad=True)
-    value = losses.by_name(name)(m, beta)
+    value = getattr(losses, name)(m, beta)
     value.sum().backward()
     assert value.item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
     assert m.grad.item() == pytest.approx(slope, rel=1e-12, abs=1e-12)
@@ -51,22 +51,66 @@ def test_loss_and_its_slope_equal_the_hand_values(name, beta, margin, loss, slop
 
 @pytest.mark.parametrize("name", get_args(losses.LossName))
 def test_loss_of_a_batch_is_one_value_per_pair_in_its_dtype(name):
-    margins = torch.tensor([-1.5, 0.0, 2.0])
-    loss = losses.by_name(name)
-    assert loss(margins, 0.5).dtype == torch.float32
-    assert loss(margins, 0.5).tolist() == [loss(m, 0.5).item() for m in margins]
+    real, generated = torch.tensor([-1.5, 0.0, 2.0]), torch.tensor([0.5, -1.0, 3.0])
+    loss = losses.of_pairs(name)
+    whole = loss(real, generated, 0.5)
+    assert whole.dtype == torch.float32
+    singly = [loss(r, g, 0.5).item() for r, g in zip(real, generated, strict=True)]
+    assert whole.tolist() == singly
 
 
 @pytest.mark.parametrize("name", get_args(losses.LossName))
-def test_by_name_of_every_name_is_the_public_function(name):
-    assert losses.by_name(name) is getattr(losses, name)
+def test_losses_of_the_margin_are_those_that_a_shift_of_both_log_ratios_leaves_as_they_are(name):
+    """A factor of the reference that depends on the prompt shifts both."""
+    real, generated = torch.tensor([-1.5, 0.0, 2.0]), torch.tensor([0.5, -1.0, 3.0])
+    loss = losses.of_pairs(name)
+    shifted = loss(real + 8, generated + 8, 0.5)
+    assert torch.equal(shifted, loss(real, generated, 0.5)) == losses.depends_on_margin(name)
+    if losses.depends_on_margin(name):
+        assert torch.equal(shifted, getattr(losses, name)(real - generated, 0.5))
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 @pytest.mark.parametrize("name", get_args(losses.LossName))
 def test_gradient_of_a_loss_is_that_of_finite_differences(name, beta):
-    margins = torch.tensor([-1.3, 0.2, 1.7], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda m: losses.by_name(name)(m, beta), margins)
+    real = torch.tensor([-1.3, 0.2, 1.7], dtype=torch.float64, requires_grad=True)
+    generated = torch.tensor([0.4, -1.1, 0.9], dtype=torch.float64, requires_grad=True)
+    loss = losses.of_pairs(name)
+    assert torch.autograd.gradcheck(lambda r, g: loss(r, g, beta), (real, generated))
+
+
+# -------------------------------------------------------------------------------------------- SPPO
+
+# beta, r of the real response, r' of the generated one, loss, slope in r, slope in r'.
+SPPO_BY_HAND = [
+    # The goals are 1 / (2 * 0.25) = 2 and -2; the slopes are 2 (r - 2) and 2 (r' + 2).
+    (0.25, 2.0, -2.0, 0.0, 0.0, 0.0),
+    (0.25, 0.0, 0.0, 8.0, -4.0, 4.0),
+    (0.25, 3.0, 1.0, 10.0, 2.0, 6.0),
+    (0.1, 0.0, 0.0, 50.0, -10.0, 10.0),
+]
+
+
+@pytest.mark.parametrize(("beta", "real", "generated", "loss", "slope", "other"), SPPO_BY_HAND)
+def test_sppo_and_its_slopes_equal_the_hand_values(beta, real, generated, loss, slope, other):
+    r = torch.tensor([real], dtype=torch.float64, requires_grad=True)
+    r_generated = torch.tensor([generated], dtype=torch.float64, requires_grad=True)
+    value = losses.sppo(r, r_generated, beta)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss, rel=1e-12)
+    assert r.grad.item() == pytest.approx(slope, rel=1e-12)
+    assert r_generated.grad.item() == pytest.approx(other, rel=1e-12)
+
+
+def test_sppo_over_a_language_is_least_at_the_difference_of_the_two_shares():
+    """With y ~ data and y' ~ reference, r = (data - reference) / (data + reference) / (2 beta)."""
+    data = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    reference = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    best = ((data - reference) / (data + reference) / (2 * 0.1)).requires_grad_()
+    zero = torch.zeros(3, dtype=torch.float64)
+    total = data * losses.sppo(best, zero, 0.1) + reference * losses.sppo(zero, best, 0.1)
+    (slope,) = torch.autograd.grad(total.sum(), best)
+    assert slope.abs().max() < 1e-12
 
 
 # ------------------------------------------------------------------------------------------- SPACE

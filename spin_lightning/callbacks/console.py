@@ -106,17 +106,19 @@ def quiet() -> Iterator[None]:
         ...     pass  # Trainer(max_epochs=4).fit(module, data)
     """
     quiet_libraries()
-    log = logging.getLogger("lightning.pytorch")
-    shown, level = console.quiet, log.level
+    logs = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    shown, levels = console.quiet, [log.level for log in logs]
     console.quiet = True
-    log.setLevel(logging.WARNING)
+    for log in logs:
+        log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             ignore_renamed()
             yield
     finally:
         console.quiet = shown
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def quiet_libraries() -> None:

@@ -30,17 +30,20 @@ class LongestRow:
         real: Real response.
         generated: Generated response; None without one.
         samples: Generated responses per prompt.
+        uses_first: Whether a training pair also holds the response of iterate 0.
     """
 
     prompt: int
     real: int
     generated: int | None
     samples: int = 1
+    uses_first: bool = False
 
     @property
     def pair(self) -> tuple[int, tuple[int, ...]]:
         """Tokens of the prompt, and of each response of a training pair."""
-        return self.prompt, (self.real, *(() if self.generated is None else (self.generated,)))
+        generated = () if self.generated is None else (self.generated,)
+        return self.prompt, (self.real, *generated * (2 if self.uses_first else 1))
 
     @property
     def group(self) -> tuple[int, tuple[int, ...]]:

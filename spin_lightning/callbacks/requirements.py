@@ -172,6 +172,8 @@ def check_objective(module: SelfPlayModule) -> None:
     """
     real = torch.tensor([-2.0, -3.0], dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([2, 3])
+    columns = len(module.further_references(0))
+    further = real.detach()[:, None].expand(2, columns) if columns else None
     paired = module.opponent(0) is not None
     logps = PairLogps(
         policy_real=real,
@@ -180,6 +182,9 @@ def check_objective(module: SelfPlayModule) -> None:
         reference_generated=real.detach() - 1 if paired else None,
         real_lengths=lengths,
         generated_lengths=lengths if paired else None,
+        policy_first=real - 2 if module.uses_first_responses else None,
+        further_real=further,
+        further_generated=further,
     )
     try:
         loss: object = module.objective(logps)

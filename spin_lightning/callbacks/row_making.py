@@ -20,6 +20,7 @@ from spin_lightning.callbacks.run_times import RunTimes
 from spin_lightning.callbacks.session import Session
 from spin_lightning.errors import SettingError, SpinError
 from spin_lightning.mixtures import latest
+from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.packing import pack_prompts
 from spin_lightning.rows.making import Reporter, Synthesis, Timing, finish, is_finished
 from spin_lightning.rows.manifest import read_manifest
@@ -113,7 +114,7 @@ class RowMaker:
             latest(t),
             session.module.reference(t),
             self._settings(),
-            also_scored_by={t, max(t - 1, 0), 0},
+            also_scored_by={t, max(t - 1, 0), 0} | _further_members(session.module),
             source="" if session.data.val_data is None else "val_data",
         )
         self._make(plan, session.data.val, session.run.val_rows, fields, "held-out rows")
@@ -140,6 +141,7 @@ class RowMaker:
             samples=data.samples_per_prompt,
             union=module.rows == "union",
             keep_from=module.opponent(t - 1) if t and module.refresh == "reservoir" else None,
+            also_scored_by=_further_members(module),
         )
         examples = data.iterate_examples(t)
         self._make(plan, examples, self.session.run.rows, fields, "rows", estimate=True)
@@ -257,12 +259,19 @@ class RowMaker:
             len(longest.real_ids),
             generated if paired else None,
             data.samples_per_prompt * module.rows_per_sample(module.iterate),
+            uses_first=module.uses_first_responses,
         )
         device = self.session.trainer.strategy.root_device
         try:
             show_table(memory_rows(predicted_phases(module, row, data.batch_size, device)))
         except SpinError as error:
             console.print(f"No table of memory: {error.problem}.")
+
+
+def _further_members(module: SelfPlayModule) -> set[int]:
+    """Iterates whose log-probs the further references of the iterate in training need."""
+    further = module.further_references(module.iterate)
+    return {member for density in further for member in density.plain_members}
 
 
 def trial_batch(examples: Sequence[Example], context: int) -> PromptBatch:

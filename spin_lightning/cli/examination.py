@@ -202,6 +202,7 @@ def _longest_row(module: SelfPlayModule, data: SelfPlayDataModule) -> LongestRow
         real=cap,
         generated=None if module.opponent(0) is None else cap,
         samples=data.samples_per_prompt * module.rows_per_sample(0),
+        uses_first=module.uses_first_responses,
     )
 
 

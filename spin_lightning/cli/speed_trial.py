@@ -61,7 +61,20 @@ def measure(module: SelfPlayModule, folder: Path) -> Speed:
     ids = source.integers(module.vocabulary, size=(rows, _PROMPT + 2 * length), dtype=np.int32)
     parts = [np.split(one, [_PROMPT, _PROMPT + length]) for one in ids]
     paired = module.opponent(0) is not None
-    pairs = [Pair(x, y, generated if paired else y[:0], 0.0, 0.0) for x, y, generated in parts]
+    further = (0.0,) * len(module.further_references(0))
+    pairs = [
+        Pair(
+            x,
+            y,
+            generated if paired else y[:0],
+            reference_real=0.0,
+            reference_generated=0.0,
+            first_ids=generated if module.uses_first_responses else y[:0],
+            further_real=further,
+            further_generated=further,
+        )
+        for x, y, generated in parts
+    ]
     batch = collate(pairs).to(device)
     tokens = len(batch.pairs.input_ids)
     generator = LocalGenerator((), 0, module.generation)

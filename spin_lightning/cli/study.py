@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spin_lightning.cli.parsing import command_parser
-from spin_lightning.errors import SettingError
+from spin_lightning.errors import SettingError, SpinError
 from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -24,13 +23,40 @@ def study(args: list[str]) -> None:
 
     Runs that are complete are not played again, and one that was cut off continues. With --tasks
     the last iterate of every run is scored on benchmarks, and so is what --start played.
+
+    With --grid, a file names the runs: variants, settings and seeds. Several are played at a time,
+    and study.parquet has one row per run and iterate.
     """
     from spin_lightning.evaluation.settings import HarnessSettings
     from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
 
     parser = command_parser("study", study)
     parser.add_argument(
-        "--config", required=True, help="A config of `fit`; each variant replaces its model class."
+        "--config", help="A config of `fit`; each variant replaces its model class."
+    )
+    parser.add_argument(
+        "--grid",
+        type=Path | None,
+        help="A file that names the runs, such as configs/study/smoke.yaml, in place of --config "
+        "and all that follows it but --out.",
+    )
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        type=bool,
+        const=True,
+        default=False,
+        help="With --grid: print the number of runs and the hours, and play nothing.",
+    )
+    parser.add_argument("--cell", help="With --grid: play this run alone, by its name.")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="With --grid: runs at a time, a core for each."
+    )
+    parser.add_argument(
+        "--keep_runs",
+        type=bool,
+        default=False,
+        help="With --grid: keep the run folders once they are measured.",
     )
     parser.add_argument(
         "--variants",
@@ -65,6 +91,20 @@ def study(args: list[str]) -> None:
     )
     parser.add_class_arguments(HarnessSettings, "benchmark", skip={"tasks"})
     given = parser.parse_args(args)
+    if (given.config is None) == (given.grid is None):
+        raise SpinError("nothing to play", fix="give --config with a config, or --grid with a grid")
+    if given.grid is not None:
+        from spin_lightning.cli.study_grid import play_grid
+
+        play_grid(
+            given.grid,
+            None if given.out is None else Path(given.out),
+            given.processes,
+            given.cell,
+            plan_only=given.plan,
+            keep_runs=given.keep_runs,
+        )
+        return
     # By seed, so that a study that is cut off has whole seeds.
     plays = [Play.of(variant, seed) for seed in given.seeds for variant in given.variants]
     control = given.control or ("SFT" if "SFT" in given.variants else None)
@@ -120,15 +160,11 @@ def _run(
     play: Play, number: str, config: str, out: Path, started: RunFolder | None = None
 ) -> RunFolder:
     """Play one run, from the best iterate of another one if there is one; return its folder."""
-    from spin_lightning.callbacks.console import console, quiet
-    from spin_lightning.cli.fit import SpinCLI
+    from spin_lightning.callbacks.console import console
+    from spin_lightning.cli.study_grid import play_quietly
 
     console.print(f"[{number}] {play.stage}{play.variant}, seed {play.seed}", markup=False)
-    start = None if started is None else started.iterate(started.best()).resolve()
-    with quiet(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        SpinCLI(play.arguments(config, out, start))
-    return RunFolder(play.folder(out))
+    return play_quietly(play, config, out, started)
 
 
 def _evaluate(scored: Scored, settings: HarnessSettings) -> None:

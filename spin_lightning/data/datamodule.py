@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, cast
 
@@ -135,13 +135,7 @@ class SelfPlayDataModule(L.LightningDataModule):
         module = self._module
         if stage == "fit":
             module.check_trainer()
-        if module.refresh == "reservoir" and self.prompts_per_iterate is not None:
-            raise SettingError(
-                "data.prompts_per_iterate",
-                self.prompts_per_iterate,
-                "every iterate has other prompts, so refresh: reservoir cannot keep rows",
-                fix="set model.refresh: all, or play on all prompts",
-            )
+        self._check_prompts(module)
         module.check_model()
         date = self._date()
         read_for = (
@@ -204,6 +198,29 @@ class SelfPlayDataModule(L.LightningDataModule):
         self.val, overview = reader.read(self.val_data, "val_data", limit)
         self.overviews.append(overview)
         return f"{len(self.val)} examples of {source_name(self.val_data)}"
+
+    def _check_prompts(self, module: ModuleForData) -> None:
+        """Refuse other prompts at every iterate where rows of an earlier one are needed."""
+        if self.prompts_per_iterate is None:
+            return
+        needs = {
+            "refresh: reservoir cannot keep rows": (
+                module.refresh == "reservoir",
+                "set model.refresh: all, or play on all prompts",
+            ),
+            f"{type(module).__name__} has no responses of iterate 0 to them": (
+                module.uses_first_responses,
+                "play on all prompts: leave data.prompts_per_iterate out",
+            ),
+        }
+        for problem, (is_needed, fix) in needs.items():
+            if is_needed:
+                raise SettingError(
+                    "data.prompts_per_iterate",
+                    self.prompts_per_iterate,
+                    f"every iterate has other prompts, so {problem}",
+                    fix=fix,
+                )
 
     def records(self) -> list[dict[str, Any]]:
         """What was read from each source, with three examples, as plain values for the report."""
@@ -280,24 +297,25 @@ class SelfPlayDataModule(L.LightningDataModule):
         Raises:
             RunFolderError: Rows are missing.
         """
-        return self._loader(self.rows_folder(self._module.iterate), self._trainer.current_epoch)
+        return self._loader(self.rows_folder, self._trainer.current_epoch)
 
     def val_dataloader(self) -> RowLoader | list[RowLoader]:
         """A loader over the held-out rows of the current iterate; no loader if there are none."""
         if not self.val:
             return []
-        return self._loader(self._run.val_rows(self._module.iterate), epoch=None)
+        return self._loader(self._run.val_rows, epoch=None)
 
     def rows_folder(self, t: int) -> Path:
         """Folder of the training rows of iterate t."""
         return self._run.rows(t)
 
-    def _loader(self, folder: Path, epoch: int | None) -> RowLoader:
+    def _loader(self, folder: Callable[[int], Path], epoch: int | None) -> RowLoader:
         assert self.format is not None
         module, trainer = self._module, self._trainer
-        table = read_rows(folder)
+        t, table = module.iterate, read_rows(folder(module.iterate))
+        first = read_rows(folder(0)) if module.uses_first_responses else None
         return RowLoader(
-            PairDataset(table, module.reference(module.iterate)),
+            PairDataset(table, module.reference(t), module.further_references(t), first),
             EpochBatches(
                 rows=len(table),
                 batch_size=self.batch_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spin_lightning import keyed
+from spin_lightning.errors import RunFolderError
 from spin_lightning.rows.store import RowTable
 from spin_lightning.types import Density, PairBatch
 
 
 class Pair(NamedTuple):
-    """One row as training uses it."""
+    """One row as training uses it; what a method does not use is empty."""
 
     prompt_ids: NDArray[np.int32]
     real_ids: NDArray[np.int32]
@@ -28,27 +29,40 @@ class Pair(NamedTuple):
     reference_generated: float
     example_id: int = -1
     sample: int = -1
+    first_ids: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+    further_real: tuple[float, ...] = ()
+    further_generated: tuple[float, ...] = ()
 
 
 class PairDataset(Dataset[Pair]):
-    """Rows with the reference's log-probs, computed once from those of its members.
+    """Rows with the references' log-probs, computed once from those of their members.
 
     Args:
         table: The rows.
         reference: The denominator of log-ratios. Its log-probs are NaN for rows that store none.
+        further: Further references.
+        first: The rows of iterate 0, whose responses become part of the pairs of the same example
+            and sample; None for a method that does not use them.
+
+    Raises:
+        RunFolderError: Iterate 0 has no row of an example and sample.
     """
 
-    def __init__(self, table: RowTable, reference: Density) -> None:
+    def __init__(
+        self,
+        table: RowTable,
+        reference: Density,
+        further: Sequence[Density] = (),
+        first: RowTable | None = None,
+    ) -> None:
         """Compute log R of every row."""
         self._table = table
-        self._real: Tensor
-        self._generated: Tensor
-        if table.members:
-            self._real = reference.logps(table.real_logps, table.token_real_logps)
-            self._generated = reference.logps(table.generated_logps, table.token_generated_logps)
-        else:
-            self._real = torch.full((len(table),), math.nan, dtype=torch.float64)
-            self._generated = self._real
+        self._real, self._generated = _both_sides(table, reference)
+        sides = [_both_sides(table, density) for density in further]
+        self._further_real = [real for real, _ in sides]
+        self._further_generated = [generated for _, generated in sides]
+        self._first = None if first is None else first.generated_ids
+        self._first_rows = [] if first is None else _rows_of(first, table)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -64,7 +78,37 @@ class PairDataset(Dataset[Pair]):
             float(self._generated[index]),
             int(self._table.example_id[index]),
             int(self._table.sample[index]),
+            self._table.generated_ids[index][:0]
+            if self._first is None
+            else self._first[self._first_rows[index]],
+            tuple(float(logps[index]) for logps in self._further_real),
+            tuple(float(logps[index]) for logps in self._further_generated),
         )
+
+
+def _both_sides(table: RowTable, density: Density) -> tuple[Tensor, Tensor]:
+    """Log-density of the real and the generated response of each row; NaN where none is stored."""
+    if not table.members:
+        unknown = torch.full((len(table),), math.nan, dtype=torch.float64)
+        return unknown, unknown
+    real = density.logps(table.real_logps, table.token_real_logps)
+    return real, density.logps(table.generated_logps, table.token_generated_logps)
+
+
+def _rows_of(first: RowTable, table: RowTable) -> list[int]:
+    """The row of iterate 0 with the example and sample of each row of a table."""
+    ids = zip(first.example_id.tolist(), first.sample.tolist(), strict=True)
+    known = {pair: row for row, pair in enumerate(ids)}
+    wanted = list(zip(table.example_id.tolist(), table.sample.tolist(), strict=True))
+    missing = [pair for pair in wanted if pair not in known]
+    if missing:
+        example, sample = missing[0]
+        raise RunFolderError(
+            f"the rows of iterate 0 lack {len(missing)} of {len(wanted)} responses, such as "
+            f"example {example}, sample {sample}",
+            fix="restore the folder rows/iterate_000 of this run from a copy, or start a new run",
+        )
+    return [known[pair] for pair in wanted]
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
@@ -51,7 +51,7 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     A variant returns three things: the mixture that generates (`opponent`), the denominator of
     log-ratios (`reference`), and the scalar to minimize (`objective`, default the mean of `loss`
-    over the margins of the batch). The `SelfPlay` callback runs the loop around it.
+    over the pairs of the batch). The `SelfPlay` callback runs the loop around it.
 
     Args:
         model: Hub id, folder or GGUF file of a causal language model, or smollm2; it stays frozen.
@@ -66,7 +66,7 @@ class SelfPlayModule(L.LightningModule, ABC):
         initial_adapter: Folder of a LoRA adapter to start from, such as the result of SFT. It
             becomes iterate 0, and its config replaces every lora_* setting.
         beta: Temperature of the implicit reward (SPIN's lambda); one value or one per iterate.
-        loss: Loss of the margin.
+        loss: Loss of a pair: of the margin, or sppo, of both log-ratios.
         learning_rate: Peak learning rate; one value or one per iterate.
         optimizer: adamw, rmsprop (as in SPIN's scripts), or adamw_8bit.
         weight_decay: Weight decay of the adapter.
@@ -98,8 +98,8 @@ class SelfPlayModule(L.LightningModule, ABC):
 
     # Settings that may be a list with one value per iterate.
     per_iterate: ClassVar[tuple[str, ...]] = ("beta", "learning_rate")
-    # Whether the objective depends on the margin alone, in which a reference's normalizer cancels.
-    normalizer_cancels: ClassVar[bool] = True
+    # Whether each pair also holds the response that iterate 0 gave (`PairLogps.policy_first`).
+    uses_first_responses: ClassVar[bool] = False
     # Settings that a variant does not have; it passes None for them.
     without: ClassVar[frozenset[str]] = frozenset()
 
@@ -191,10 +191,20 @@ class SelfPlayModule(L.LightningModule, ABC):
     def reference(self, t: int) -> Reference:
         """The denominator of log-ratios while p_{t+1} is trained."""
 
+    def further_references(self, t: int) -> Sequence[Mixture]:
+        """Densities whose log-probs the objective also gets (`PairLogps.further_real`)."""
+        return ()
+
+    @property
+    def normalizer_cancels(self) -> bool:
+        """Whether the objective depends on the margin alone, where a normalizer of R cancels."""
+        return self.loss is None or losses.depends_on_margin(self.loss)
+
     def objective(self, logps: PairLogps) -> Tensor:
-        """The scalar to minimize: the mean of `loss` over the margins of the batch."""
+        """The scalar to minimize: the mean of `loss` over the pairs of the batch."""
         assert self.loss is not None
-        return losses.by_name(self.loss)(logps.margin, self.reward_scale).mean()
+        loss = losses.of_pairs(self.loss)
+        return loss(logps.real_log_ratio, logps.generated_log_ratio, self.reward_scale).mean()
 
     # ------------------------------------------------------------------ policy and generator
 

@@ -130,6 +130,10 @@ def check_variant(module: SelfPlayModule, iterates: int) -> None:
     """
     opponents = [module.opponent(t) for t in range(iterates)]
     references = [module.reference(t) for t in range(iterates)]
+    for t in range(iterates):
+        for further in module.further_references(t):
+            _check_answer("further_references", t, further, Mixture)
+            _check_plain(t, further)
     check_opponents(
         type(module).__name__,
         opponents,
@@ -175,7 +179,8 @@ def check_opponents(
             "sequence",
             f"{variant} scores each response on its own, and the geometric mixture {unknown[0]} of "
             "whole responses is known only up to a factor per prompt",
-            fix="set mixture: token, which is normalized, or alpha: 0",
+            fix="set mixture: token, which is normalized, or alpha: 0; or, where there is one, a "
+            "loss of the margin, such as logistic",
         )
     alphas = {opponent.token_alpha for opponent in opponents[1:] if opponent is not None}
     if keeps_rows and len(alphas) > 1:
@@ -185,6 +190,16 @@ def check_opponents(
             "the token-level alpha changes, so the rows of earlier iterates come from another "
             "opponent",
             fix="set refresh: all, or give one alpha",
+        )
+
+
+def _check_plain(t: int, further: Mixture) -> None:
+    if further.token_alpha:
+        raise SettingError(
+            f"further_references({t})",
+            str(further),
+            "its members are mixed with the base, token by token, which only `reference` may be",
+            fix="return mixtures of the iterates themselves, without token_alpha",
         )
 
 

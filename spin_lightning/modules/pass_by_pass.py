@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Largest difference between the derivatives of one pass and of the whole batch, relative to the
 # largest one, that rounding in float64 explains.
 _ROUNDING = 1e-9
+# The policy's log-probs in `PairLogps`; where one is missing, so are those after it.
+_SIDES = ("policy_real", "policy_generated", "policy_first")
 _SMALLER_PAIRS = (
     "set a smaller data.max_prompt_tokens or data.max_response_tokens, "
     "model.activation_checkpointing: true, or model.quantization: nf4"
@@ -110,14 +112,12 @@ def _halves(part: PairBatch) -> list[PairBatch]:
 
 
 def _sides(logps: PairLogps) -> list[Tensor]:
-    """The policy's log-probs: of the real responses, and of the generated ones if there are any."""
-    sides = (logps.policy_real, logps.policy_generated)
-    return [side for side in sides if side is not None]
+    """The policy's log-probs: of the real responses, and of the others that there are."""
+    return [side for name in _SIDES if (side := getattr(logps, name)) is not None]
 
 
 def _with_sides(logps: PairLogps, sides: Sequence[Tensor]) -> PairLogps:
-    real, *generated = sides
-    return replace(logps, policy_real=real, policy_generated=generated[0] if generated else None)
+    return replace(logps, **dict(zip(_SIDES, sides, strict=False)))
 
 
 def _detached(logps: PairLogps) -> PairLogps:

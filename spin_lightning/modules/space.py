@@ -45,7 +45,6 @@ class SPACE(SelfPlayModule):
     """
 
     per_iterate: ClassVar[tuple[str, ...]] = (*SelfPlayModule.per_iterate, "alpha")
-    normalizer_cancels: ClassVar[bool] = False
     without: ClassVar[frozenset[str]] = frozenset({"beta", "loss"})
 
     def __init__(
@@ -63,6 +62,11 @@ class SPACE(SelfPlayModule):
         self.mixture = mixture
         for value in all_values(alpha):
             check_alpha(value)
+
+    @property
+    def normalizer_cancels(self) -> bool:
+        """Responses are scored each on its own."""
+        return False
 
     def opponent(self, t: int) -> Mixture:
         """Iterate t, mixed with the base at every token."""

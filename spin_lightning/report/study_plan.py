@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,8 @@ STABILITY_VARIANTS: Final = (
     "AlphaSPIN(alpha=0.3)",
     "SFT",
 )
+# File systems take 255 bytes, and runs write names of their own beside their folder.
+_LONGEST_NAME: Final = 200
 _LORA_SETTINGS: Final = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
@@ -33,6 +37,7 @@ class Play:
         seed: Seed of the run, and of its testbed if it has one.
         epochs: Its number of epochs; None for the config's.
         stage: Beginning of its folder's name.
+        overrides: Further settings of `fit` by full name, such as `model.beta`.
     """
 
     variant: str
@@ -41,6 +46,7 @@ class Play:
     seed: int
     epochs: int | None = None
     stage: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, variant: str, seed: int) -> Play:
@@ -59,10 +65,23 @@ class Play:
             raise _unreadable(variant)
         return cls(variant, ast.unparse(call.func), settings, seed)
 
+    @property
+    def name(self) -> str:
+        """What it plays, as the name of a folder."""
+        parts = [
+            f"{self.stage}{self.variant}",
+            *(f"{name}={value}" for name, value in self.overrides.items()),
+        ]
+        names = [re.sub(r"[^\w.=-]+", "_", part).strip("_") for part in parts]
+        name = "-".join([*names, f"seed{self.seed}"])
+        if len(name) <= _LONGEST_NAME:
+            return name
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+        return f"{name[: _LONGEST_NAME - 30]}-{digest}-seed{self.seed}"
+
     def folder(self, out: Path) -> Path:
         """The run's folder below `out`."""
-        name = re.sub(r"[^\w.=-]+", "_", self.variant).strip("_")
-        return out / f"{self.stage}{name}-seed{self.seed}"
+        return out / self.name
 
     def arguments(self, config: str, out: Path, start: Path | None = None) -> list[str]:
         """The command line that plays the run, from `fit` on.
@@ -72,7 +91,8 @@ class Play:
             out: The study's folder.
             start: Adapter to start from, whose settings replace the config's lora_*.
         """
-        own = [f"--model.{name}={value}" for name, value in self.settings.items()]
+        own = [f"--model.{name}={_text(value)}" for name, value in self.settings.items()]
+        own += [f"--{name}={_text(value)}" for name, value in self.overrides.items()]
         if start is not None:
             own += [f"--model.{name}=null" for name in _LORA_SETTINGS]
             own += [f"--model.initial_adapter={start}"]
@@ -83,6 +103,11 @@ class Play:
             *(f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder(out)}"),
             *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
         ]
+
+
+def _text(value: object) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _unreadable(variant: str) -> SettingError:

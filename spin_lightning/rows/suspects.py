@@ -158,15 +158,17 @@ def _sides(logps: PairLogps) -> dict[str, Tensor]:
             "reference_real": logps.reference_real,
             "reference_generated": logps.reference_generated,
         }
+    if logps.policy_first is not None:
+        sides["policy_first"] = logps.policy_first
     return {name: side.detach().double() for name, side in sides.items()}
 
 
 def _ids(batch: PromptBatch) -> Iterator[dict[str, list[int]]]:
-    """Ids of the prompt, the real and the generated response of each pair."""
+    """Ids of the prompt and of each response of each pair."""
     ids, position = batch.input_ids.tolist(), 0
     for prompt, responses in zip(batch.prompt_lengths, batch.response_lengths, strict=True):
         parts = {}
-        names = ("prompt", "real", "generated")
+        names = ("prompt", "real", "generated", "first")
         for name, length in zip(names, (prompt, *responses), strict=False):
             parts[name] = ids[position : position + length]
             position += length

@@ -38,11 +38,14 @@ def build(variant: type[SelfPlayModule], model: object, **settings: Any) -> Self
 
 def a_batch(module: SelfPlayModule) -> PairBatch:
     prompts, real, generated = [(1, 5), (1, 6, 7)], [(8, 9, 2), (4, 2)], [(11, 2), (12, 13, 14)]
-    pairs = pack_prompts(prompts, list(zip(real, generated, strict=True)))
+    first = [[(5, 2), (9, 8, 2)]] if module.uses_first_responses else []
+    pairs = pack_prompts(prompts, list(zip(real, generated, *first, strict=True)))
     batch = PairBatch(pairs, *torch.zeros(2, 2, dtype=torch.float64))
     with torch.no_grad():
         here = module.pair_logps(batch)
-    return PairBatch(pairs, here.policy_real, here.policy_generated)
+    references = here.policy_real, here.policy_generated
+    further = [None if not module.further_references(0) else r[:, None] for r in references]
+    return PairBatch(pairs, *references, (), *further)
 
 
 def test_exported_modules_are_found():
@@ -52,6 +55,8 @@ def test_exported_modules_are_found():
         "FictitiousSPIN",
         "AlphaSPIN",
         "SPACE",
+        "TPAW",
+        "TSPIN",
         "SFT",
     }
 

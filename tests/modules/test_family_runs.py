@@ -24,6 +24,8 @@ from torch import Tensor
 from spin_lightning import (
     SPACE,
     SPIN,
+    TPAW,
+    TSPIN,
     AlphaSPIN,
     FictitiousSPIN,
     MixtureSPIN,
@@ -63,6 +65,10 @@ class Case:
 
 def last_two(t: int) -> list[int]:
     return [max(0, t - 1), t] if t else [0]
+
+
+def last_three(t: int) -> list[int]:
+    return list(range(max(0, t - 2), t + 1))
 
 
 def everything(t: int) -> list[int]:
@@ -116,6 +122,21 @@ CASES = {
         lambda t: [t],
         lambda t, p, g: g(t),
         token_alphas=[0.3] * ITERATES,
+    ),
+    "sppo": Case(
+        MixtureSPIN,
+        {"history": 2, "loss": "sppo", "beta": BETAS},
+        last_two,
+        lambda t, p, g: mean(last_two(t), p),
+        betas=BETAS,
+    ),
+    "tpaw": Case(TPAW, {"beta": BETAS}, last_three, lambda t, p, g: p(t), betas=BETAS),
+    "tspin": Case(
+        TSPIN,
+        {"beta": BETAS, "first_weight": 0.5},
+        lambda t: [t],
+        lambda t, p, g: p(t),
+        betas=BETAS,
     ),
     "release": Case(
         MixtureSPIN,
@@ -320,10 +341,9 @@ def test_iterates_differ_enough_for_a_mistaken_one_to_show(run):
 def test_first_batch_of_every_iterate_has_the_reference_and_the_loss_worked_out_again(run):
     assert len(run.watch.first) == ITERATES
     for t, (batch, loss) in enumerate(run.watch.first):
-        pairs = {
-            "real": tuple(sequences(pad_prompts(batch.pairs))[::2]),
-            "generated": tuple(sequences(pad_prompts(batch.pairs))[1::2]),
-        }
+        responses = sequences(pad_prompts(batch.pairs))
+        count = 3 if run.name == "tspin" else 2
+        pairs = {"real": tuple(responses[::count]), "generated": tuple(responses[1::count])}
         rows = Counter(zip(*sides(run.rows(t)).values(), strict=True))
         assert not Counter(zip(*pairs.values(), strict=True)) - rows, "from this iterate's rows"
         stored = {"real": batch.reference_real, "generated": batch.reference_generated}
@@ -333,8 +353,13 @@ def test_first_batch_of_every_iterate_has_the_reference_and_the_loss_worked_out_
             torch.testing.assert_close(stored[side], reference, rtol=0, atol=1e-3)
             # The policy starts the iterate as p_t.
             ratios[side] = (run.recomputed.plain(t, responses) - reference).tolist()
-        by_pair = zip(ratios["real"], ratios["generated"], strict=True)
-        wanted = [loss_by_hand(run, t, *pair) for pair in by_pair]
+        if run.name == "tpaw":
+            wanted = tpaw_by_hand(run, t, pairs)
+        elif run.name == "tspin":
+            wanted = tspin_by_hand(run, t, pairs, tuple(responses[2::count]))
+        else:
+            by_pair = zip(ratios["real"], ratios["generated"], strict=True)
+            wanted = [loss_by_hand(run, t, *pair) for pair in by_pair]
         anchor = run.recomputed.plain(t, pairs["real"]) / torch.tensor(
             [len(y) for _, y in pairs["real"]]
         )
@@ -349,7 +374,51 @@ def loss_by_hand(run: Finished, t: int, real: float, generated: float) -> float:
         right = 1 / (1 + RATIO * exp(-real))
         wrong = 1 / (1 + RATIO * exp(-generated))
         return -log(right) - RATIO * log(1 - wrong)
+    if run.case.settings.get("loss") == "sppo":
+        goal = 1 / (2 * run.case.betas[t])
+        return (real - goal) ** 2 + (generated + goal) ** 2
     return log(1 + exp(-run.case.betas[t] * (real - generated)))
+
+
+def tpaw_by_hand(run: Finished, t: int, pairs: dict[str, tuple[Sequence, ...]]) -> list[float]:
+    """sum_j softmax_j(-m_j / 2) log(1 + e^-(a_j P_j(y) - P_j(y'))), P_j = beta log p_t / p_j."""
+    logps = {
+        side: {j: run.recomputed.plain(j, responses).tolist() for j in last_three(t)}
+        for side, responses in pairs.items()
+    }
+    losses = []
+    for n in range(len(pairs["real"])):
+        real, generated = (
+            [run.case.betas[t] * (of_side[t][n] - of_side[j][n]) for j in last_three(t)]
+            for of_side in (logps["real"], logps["generated"])
+        )
+        weights = [exp(-0.5 * (r - g)) for r, g in zip(real, generated, strict=True)]
+        each = [
+            log(1 + exp(-((6 if r <= 0 else 1) * r - g)))
+            for r, g in zip(real, generated, strict=True)
+        ]
+        losses.append(sum(w * e for w, e in zip(weights, each, strict=True)) / sum(weights))
+    return losses
+
+
+def tspin_by_hand(
+    run: Finished, t: int, pairs: dict[str, tuple[Sequence, ...]], first: tuple[Sequence, ...]
+) -> list[float]:
+    """Both comparisons by p_t, with the responses in the rows of iterate 0."""
+    of_first = {(r["tuple"], r["real"]): r["generated"] for r in map(_as_tuples, run.rows(0))}
+    real = [(x, y) for x, y in pairs["real"]]
+    assert [y for _, y in first] == [of_first[pair] for pair in real]
+    scores = [run.recomputed.plain(t, r).tolist() for r in (*pairs.values(), first)]
+    beta = run.case.betas[t]
+    return [
+        log(1 + exp(-beta * (r - g))) + 0.5 * log(1 + exp(-beta * (g - f)))
+        for r, g, f in zip(*scores, strict=True)
+    ]
+
+
+def _as_tuples(row: Row) -> dict[str, tuple[int, ...]]:
+    names = {"tuple": "prompt_ids", "real": "real_ids", "generated": "generated_ids"}
+    return {name: tuple(row[column]) for name, column in names.items()}
 
 
 def test_first_loss_against_the_last_iterate_is_log_two_and_against_a_mixture_is_not(runs):

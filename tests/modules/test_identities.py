@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from spin_lightning import SPACE, SPIN, AlphaSPIN, FictitiousSPIN, MixtureSPIN, SelfPlayModule
+from spin_lightning import (
+    SPACE,
+    SPIN,
+    TPAW,
+    TSPIN,
+    AlphaSPIN,
+    FictitiousSPIN,
+    MixtureSPIN,
+    SelfPlayModule,
+)
 from spin_lightning.types import PairBatch, PairLogps
 from tests.toys.policy import (
     EXAMPLES,
@@ -407,9 +416,110 @@ def test_ipo_is_least_at_a_margin_of_one_over_two_beta(beta):
         assert at(1 / (2 * beta) + step) == pytest.approx((0.25, 2 * step), abs=1e-9)
 
 
+def test_inpo_is_alpha_spin_with_the_ipo_loss_at_alpha_tau_over_eta_and_beta_eta(tmp_path):
+    """INPO with the data's response as the winner, word for word from log-probs by brute force."""
+    tau, eta = 0.05, 0.2
+    module = built(AlphaSPIN, alpha=tau / eta, beta=eta, loss="ipo")
+    policy, base, last = (
+        enumerated(lambda x, y, table=table: probability(table, x, y)).tolist()
+        for table in (some_table(9), ITERATES[0], ITERATES[T])
+    )
+    terms = []
+    for example, generated in zip(EXAMPLES, itertools.cycle(RESPONSES), strict=False):
+        x = PROMPTS.index(example.prompt_ids)
+        y, other = RESPONSES.index(example.real_ids), RESPONSES.index(generated)
+        h = policy[x][y] - policy[x][other]
+        h -= tau / eta * (base[x][y] - base[x][other])
+        h -= (eta - tau) / eta * (last[x][y] - last[x][other])
+        terms.append((h - 1 / (2 * eta)) ** 2)
+    value, _ = value_and_gradient(module, tmp_path)
+    assert value.item() == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
+def test_tpaw_against_one_iterate_without_a_weight_of_the_player_is_spin(loss, tmp_path):
+    module = built(TPAW, history=1, player_weight=1.0, loss=loss)
+    assert_same(module, built(SPIN, loss=loss), tmp_path)
+
+
+def test_tpaw_against_equal_iterates_is_spin_whatever_the_opponents_weights(tmp_path):
+    same = [ITERATES[T]] * (T + 1)
+    for sharpness in (0.0, 0.5, 3.0):
+        module = built(TPAW, same, player_weight=1.0, opponent_weight=sharpness)
+        assert_same(module, built(SPIN, same), tmp_path / str(sharpness))
+
+
+def test_tpaw_without_weights_is_the_mean_of_its_losses_against_each_iterate(tmp_path):
+    module = built(TPAW, history=2, player_weight=1.0, opponent_weight=0.0)
+    value, gradient = value_and_gradient(module, tmp_path / "team")
+    singly = [
+        # An iterate T - 1 in the last place is SPIN's opponent and reference.
+        value_and_gradient(built(SPIN, [*ITERATES[:T], ITERATES[j]]), tmp_path / str(j))
+        for j in (T - 1, T)
+    ]
+    assert_close(value, sum(v for v, _ in singly) / 2, **close)
+    assert_close(gradient, sum(g for _, g in singly) / 2, **close)
+
+
+def pair_of(real: float, generated: float, **further: Any) -> PairLogps:
+    """One pair of two-token responses without a reference."""
+    sides = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (real, generated))
+    zero, two = torch.zeros(1, dtype=torch.float64), torch.tensor([2])
+    return PairLogps(*sides, zero, zero, two, two, **further)
+
+
+def test_tpaw_of_two_iterates_and_its_slopes_equal_the_hand_values():
+    """r = (-1, 2), r' = (1, 1), beta 1: a = (6, 1), m = (-2, 1), weights e and e^-1/2 over both."""
+    module = built(TPAW, beta=1.0)
+    logps = pair_of(
+        -3.0,
+        -4.0,
+        further_real=torch.tensor([[-2.0, -5.0]], dtype=torch.float64),
+        further_generated=torch.tensor([[-5.0, -5.0]], dtype=torch.float64),
+    )
+    total = exp(1) + exp(-0.5)
+    first, second = exp(1) / total, exp(-0.5) / total
+    loss = module.objective(logps)
+    # -6 - 1 = -7 and 2 - 1 = 1.
+    wanted = first * log(1 + exp(7)) + second * log(1 + exp(-1))
+    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    real, generated = torch.autograd.grad(loss, (logps.policy_real, logps.policy_generated))
+    slopes = first / (1 + exp(-7)), second / (1 + exp(1))
+    assert real.item() == pytest.approx(-6 * slopes[0] - slopes[1], rel=1e-12)
+    assert generated.item() == pytest.approx(sum(slopes), rel=1e-12)
+
+
+def test_tspin_without_its_second_term_is_spin_without_a_reference():
+    logps = pair_of(-3.0, -4.0, policy_first=torch.tensor([-9.0], dtype=torch.float64))
+    module = built(TSPIN, first_weight=0.0, beta=2.0)
+    assert module.objective(logps).item() == pytest.approx(log(1 + exp(-2)), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_tspin_has_finite_difference_gradients_in_all_three_log_probs(loss):
+    module = built(TSPIN, first_weight=0.7, loss=loss)
+
+    def objective(real: Tensor, generated: Tensor, first: Tensor) -> Tensor:
+        zero, two = torch.zeros(3, dtype=torch.float64), torch.tensor([2, 2, 2])
+        logps = PairLogps(real, generated, zero, zero, two, two, policy_first=first)
+        return module.objective(logps)
+
+    sides = [-3 * torch.rand(3, dtype=torch.float64) for _ in range(3)]
+    assert torch.autograd.gradcheck(objective, [side.requires_grad_() for side in sides])
+
+
+def test_tspin_of_a_triplet_equals_the_hand_value():
+    """log p = (-1, -1 - log 3, -1 - 2 log 3), beta 1: both comparisons are won by log 3."""
+    first = torch.tensor([-1 - 2 * log(3)], dtype=torch.float64)
+    logps = pair_of(-1.0, -1 - log(3), policy_first=first)
+    module = built(TSPIN, beta=1.0)
+    assert module.objective(logps).item() == pytest.approx(2 * log(4 / 3), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "sppo"])
 @pytest.mark.parametrize(
-    ("variant", "settings"), [(SPIN, {}), (AlphaSPIN, {"alpha": 0.3, "history": 2})]
+    ("variant", "settings"),
+    [(SPIN, {}), (AlphaSPIN, {"alpha": 0.3, "history": 2}), (TPAW, {"history": 2})],
 )
 def test_gradient_is_that_of_finite_differences_of_the_objective(variant, settings, loss, tmp_path):
     policy = 0.1 * some_table(9) + 0.9 * ITERATES[T]  # near the reference: no kink of the hinge

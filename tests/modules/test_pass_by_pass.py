@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spin_lightning import SFT, SPACE, SPIN, SelfPlayModule, packing
+from spin_lightning import SFT, SPACE, SPIN, TPAW, TSPIN, SelfPlayModule, packing
 from spin_lightning.errors import SpinError
 from spin_lightning.modules import pass_by_pass
 from spin_lightning.packing import pack_prompts, split_for
@@ -52,22 +52,28 @@ def build(model: Path, variant: type[SelfPlayModule] = SPIN, **settings: Any) ->
     return module
 
 
-def a_batch(pairs: int, *, paired: bool = True) -> PairBatch:
-    """Pairs of random ids whose references leave margins of some nats."""
+def a_batch(pairs: int, count: int = 2) -> PairBatch:
+    """Prompts with `count` responses of random ids; references leave margins of some nats."""
     draw = random.Random(3)
 
     def ids(most: int) -> tuple[int, ...]:
         return tuple(draw.randrange(3, 15) for _ in range(draw.randrange(1, most)))
 
     prompts = [ids(6) for _ in range(pairs)]
-    responses = [[ids(6) for _ in range(2 if paired else 1)] for _ in range(pairs)]
+    responses = [[ids(6) for _ in range(count)] for _ in range(pairs)]
     reference = -10 * torch.rand(2, pairs, dtype=torch.float64)
+    further = -10 * torch.rand(2, pairs, 3, dtype=torch.float64)
     return PairBatch(
         pack_prompts(prompts, responses),
         reference[0],
-        reference[1] if paired else None,
+        reference[1] if count > 1 else None,
         tuple((i, 0) for i in range(pairs)),
+        *further,
     )
+
+
+# Responses of a pair, where they are not two.
+RESPONSES = {SFT: 1, TSPIN: 3}
 
 
 def gradients(module: SelfPlayModule) -> list[Tensor]:
@@ -92,6 +98,9 @@ SETTINGS = [
     (SPIN, {"loss": "exponential", "packing": "padded"}),
     (SPIN, {"activation_checkpointing": True}),
     (SPACE, {"ratio": 2.0}),
+    (SPIN, {"loss": "sppo"}),
+    (TPAW, {}),
+    (TSPIN, {}),
     (SFT, {}),
 ]
 
@@ -114,7 +123,7 @@ def test_step_by_passes_has_the_loss_and_gradients_of_the_plain_step(
 ):
     module, batch = (
         build(tiny_model_dir, variant, **settings),
-        a_batch(pairs, paired=variant != SFT),
+        a_batch(pairs, RESPONSES.get(variant, 2)),
     )
     assert_same_step(module, batch)
 
@@ -222,7 +231,7 @@ def test_a_pass_that_memory_does_not_suffice_for_is_split_with_equal_gradients(
 ):
     """8 pairs are one pass of more than 30 tokens; gradients from an earlier batch stay."""
     module = build(tiny_model_dir, variant, **settings)
-    batch, earlier = a_batch(8, paired=variant != SFT), a_batch(2, paired=variant != SFT)
+    batch, earlier = (a_batch(pairs, RESPONSES.get(variant, 2)) for pairs in (8, 2))
     plain, loss = whole(module, batch)
     (0.5 * loss + whole(module, earlier)[1]).backward()
     expected = gradients(module)

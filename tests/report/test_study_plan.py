@@ -29,6 +29,13 @@ def test_variant_with_settings_becomes_arguments_of_fit(variant, model, settings
     assert "--seed_everything=3" in arguments
 
 
+def test_values_of_python_become_those_of_the_command_line():
+    play = Play.of("AlphaSPIN(alpha=1e-05, history=None, fused_lora=False)", 0)
+    arguments = play.arguments("some.yaml", Path("out"))
+    wanted = {"--model.alpha=1e-05", "--model.history=null", "--model.fused_lora=false"}
+    assert wanted <= set(arguments)
+
+
 def test_runs_of_a_study_have_folders_of_their_own():
     plays = [Play.of(variant, seed) for variant in STABILITY_VARIANTS for seed in range(3)]
     folders = {play.folder(Path("out")) for play in plays}

@@ -167,8 +167,10 @@ def make_rows(module: SelfPlayModule, folder: Path) -> RowTable:
 
 
 def make_batch(module: SelfPlayModule, folder: Path) -> PairBatch:
-    """All those rows as one batch with the module's reference."""
-    pairs = PairDataset(make_rows(module, folder), module.reference(module.iterate))
+    """All those rows as one batch with the module's references."""
+    t = module.iterate
+    further = module.further_references(t)
+    pairs = PairDataset(make_rows(module, folder), module.reference(t), further)
     return collate([pairs[i] for i in range(len(pairs))])
 
 

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 VLLM = Path(os.environ.get("VLLM_BIN") or Path(__file__).parents[2] / ".venv-vllm" / "bin" / "vllm")
@@ -52,6 +53,8 @@ class VllmProcess:
             *(str(VLLM), "serve", str(self.model), "--host", "127.0.0.1"),
             *("--port", str(self.port), "--dtype", "float32"),
             *(("--enforce-eager",) if self.eager else ()),
+            # A seeded request whose prompt is read in parts ends vLLM's engine on a CPU.
+            "--no-enable-chunked-prefill",
             *("--generation-config", "vllm", "--max-model-len", "64", "--enable-lora"),
             *("--max-loras", "8", "--max-lora-rank", "16", *self.options),
         ]
@@ -89,6 +92,16 @@ class VllmProcess:
             except OSError:
                 time.sleep(0.5)
         raise RuntimeError(f"no server: {self.log.read_text(errors='replace')[-3000:]}")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop its processes inside the block: waiting for requests keeps a core busy."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """End it and the processes that it has started, at once."""

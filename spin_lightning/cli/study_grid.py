@@ -1,0 +1,210 @@
+"""`study --grid`: many runs from one file, several at a time, and one table of all iterates."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from spin_lightning.errors import RunFolderError, SpinError, first_line
+from spin_lightning.report.study_grid import Cell, Grid, Outcome, read_grid, write_table
+from spin_lightning.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from spin_lightning.report.study_plan import Play
+
+
+@dataclass(frozen=True)
+class GridStudy:
+    """A grid and the folder of its results.
+
+    Attributes:
+        grid: The cells.
+        out: The folder: `study.parquet`, `cells/` with a file per cell, `runs/`.
+        keep_runs: Whether the run folders stay once a cell is measured.
+    """
+
+    grid: Grid
+    out: Path
+    keep_runs: bool
+
+    def outcome(self, cell: Cell) -> Outcome | None:
+        """What a cell gave; None if it has not been played.
+
+        Raises:
+            RunFolderError: It was played with another config.
+        """
+        path = self.out / "cells" / f"{cell.name}.json"
+        outcome = Outcome.read(path)
+        if outcome is not None and outcome.content != self._content(cell):
+            raise RunFolderError(
+                f"{path} was made with another config or another meaning of this cell",
+                fix="give another --out, or remove the file to play the cell again",
+            )
+        return outcome
+
+    def finished(self) -> dict[str, Outcome]:
+        """The outcomes of the cells that are complete, by name."""
+        found = {cell.name: self.outcome(cell) for cell in self.grid.cells.values()}
+        return {name: one for name, one in found.items() if one is not None and one.error is None}
+
+    def play(self, cell: Cell) -> Outcome:
+        """Play one cell and write what it gave.
+
+        It has one thread, so that its bytes are the same however many cells are played beside it.
+        """
+        import torch
+
+        from spin_lightning.report.run_view import read_records
+
+        torch.set_num_threads(1)
+        runs, started, error = self.out / "runs", time.monotonic(), None
+        try:
+            start = None if cell.start is None else self._started(cell.start, runs)
+            run = play_quietly(cell.play, str(self.grid.config), runs, start)
+        except SpinError as raised:
+            run, error = RunFolder(cell.play.folder(runs)), first_line(raised)
+        records = read_records(run) if error is None else run.records()
+        outcome = Outcome(
+            content=self._content(cell),
+            seconds=time.monotonic() - started,
+            rows=[{**(record.rows or {}), **(record.metrics or {})} for record in records],
+            error=error,
+        )
+        outcome.write(self.out / "cells" / f"{cell.name}.json")
+        if error is None and not self.keep_runs:
+            shutil.rmtree(run.root, ignore_errors=True)
+        return outcome
+
+    def _started(self, play: Play, runs: Path) -> RunFolder:
+        """The run that cells start from, played once even if several ask for it at a time."""
+        import fcntl
+
+        runs.mkdir(parents=True, exist_ok=True)
+        with (runs / f".{play.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return play_quietly(play, str(self.grid.config), runs)
+
+    def _content(self, cell: Cell) -> dict[str, Any]:
+        config = hashlib.sha256(self.grid.config.read_bytes()).hexdigest()
+        return {**cell.content, "config": config}
+
+
+def play_quietly(play: Play, config: str, out: Path, started: RunFolder | None = None) -> RunFolder:
+    """Play one run, from the best iterate of another one if there is one; return its folder."""
+    import warnings
+
+    from spin_lightning.callbacks.console import quiet
+    from spin_lightning.cli.fit import SpinCLI
+
+    start = None if started is None else started.iterate(started.best()).resolve()
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        SpinCLI(play.arguments(config, out, start))
+    return RunFolder(play.folder(out))
+
+
+def play_grid(
+    path: Path,
+    out: Path | None,
+    processes: int,
+    cell: str | None,
+    *,
+    plan_only: bool,
+    keep_runs: bool,
+) -> None:
+    """Play the cells of a grid that have not been played, and write the table.
+
+    Args:
+        path: The grid.
+        out: Folder of the results; default: runs/<name of the grid>.
+        processes: Cells that are played at a time.
+        cell: Play this cell alone.
+        plan_only: Print the cells and the time that is left, and play none.
+        keep_runs: Whether run folders stay.
+
+    Raises:
+        SpinError: Cells ended early.
+    """
+    from spin_lightning.callbacks.console import console, show_table
+    from spin_lightning.run.progress import duration
+
+    grid = read_grid(path)
+    study = GridStudy(grid, out or Path("runs") / path.stem, keep_runs)
+    if plan_only:
+        show_table(plan_table(study, processes))
+        return
+    chosen = list(grid.cells.values()) if cell is None else [grid.cell(cell)]
+    known = study.finished()
+    missing = [one for one in chosen if one.name not in known]
+    console.print(f"{len(chosen)} cells, {len(chosen) - len(missing)} of them played before.")
+    failed: dict[str, str] = {}
+    took = [outcome.seconds for outcome in known.values()]
+    for number, (one, outcome) in enumerate(_played(study, missing, processes), start=1):
+        took.append(outcome.seconds)
+        left = fmean(took) * (len(missing) - number) / processes
+        state = "" if outcome.error is None else f" ENDED EARLY: {outcome.error}"
+        console.print(
+            f"[{number}/{len(missing)}] {one.name}: {duration(outcome.seconds)}, "
+            f"{duration(left)} left{state}",
+            markup=False,
+        )
+        if outcome.error is not None:
+            failed[one.name] = outcome.error
+    measured = [(one, study.outcome(one)) for one in grid.cells.values()]
+    rows = write_table(
+        [(one, outcome) for one, outcome in measured if outcome is not None],
+        study.out / "study.parquet",
+    )
+    console.print(f"{study.out / 'study.parquet'}: {rows:,} rows, one per cell and iterate.")
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise SpinError(
+            f"{len(failed)} of {len(missing)} cells ended early, such as {name} ({reason})",
+            fix="their finished iterates are in the table; run the same command to try them again",
+        )
+
+
+def _played(study: GridStudy, cells: list[Cell], processes: int) -> Iterator[tuple[Cell, Outcome]]:
+    """Play cells, several at a time, and yield each when it is measured."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(study.play, cell): cell for cell in cells}
+        try:
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def plan_table(study: GridStudy, processes: int) -> list[list[str]]:
+    """Cells and hours by part, as rows of text; the first is the header.
+
+    Hours are those of the cells that are left, at the mean time of the part's finished cells, or of
+    all finished ones.
+    """
+    known = study.finished()
+    of_all = [outcome.seconds for outcome in known.values()]
+    table = [["part", "cells", "played", "seconds per cell", f"hours left, {processes} at a time"]]
+    cells = study.grid.cells.values()
+    names = dict.fromkeys(part for cell in cells for part in cell.parts)
+    total = 0.0
+    for name in names:
+        # A cell of several parts counts with the first.
+        own = [cell for cell in cells if cell.parts[0] == name]
+        played = [known[cell.name].seconds for cell in own if cell.name in known]
+        seconds = fmean(played or of_all) if of_all else None
+        left = None if seconds is None else seconds * (len(own) - len(played)) / processes / 3600
+        total += left or 0.0
+        shown = ["unknown"] * 2 if left is None else [f"{seconds:.0f}", f"{left:.2f}"]
+        table.append([name, str(len(own)), str(len(played)), *shown])
+    hours = f"{total:.2f}" if of_all else "play one cell (--cell) to know"
+    table.append(["in all", str(len(cells)), str(len(known)), "", hours])
+    return table

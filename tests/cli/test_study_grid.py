@@ -1,0 +1,118 @@
+"""`study --grid`, played for real on the embedded testbed."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from spin_lightning.cli.main import main
+from spin_lightning.report.study_grid import Outcome, read_grid
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "testbed" / "stability.yaml"
+
+
+@pytest.fixture
+def grid(tmp_path: Path, testbed_seed_0: object) -> Path:
+    """Two runs of two iterates, and one that starts from supervised fine-tuning."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["data"]["init_args"] |= {"max_examples": 640, "val_examples": 64}
+    config["trainer"] |= {"max_epochs": 2, "log_every_n_steps": 1}
+    (tmp_path / "cut.yaml").write_text(yaml.safe_dump(config))
+    parts = {
+        "beta": {"variants": ["SPIN"], "settings": {"model.beta": [0.3, 1.0]}},
+        "after": {"variants": ["TPAW"], "start": "SFT(learning_rate=1e-3)"},
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        yaml.safe_dump({"config": "cut.yaml", "seeds": [0], "parts": parts}, sort_keys=False)
+    )
+    return path
+
+
+def study(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["spin-lightning", "study", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def measured(path: Path) -> dict[tuple[str, int], float]:
+    rows = pq.read_table(path / "study.parquet").to_pylist()
+    return {(row["cell"], row["iterate"]): row["exact/kl"] for row in rows}
+
+
+def test_grid_is_played_once_and_a_cell_alone_gives_the_same_numbers(
+    grid, tmp_path, monkeypatch, capsys
+):
+    assert study(monkeypatch, "--grid", grid, "--out", tmp_path / "out", "--plan") == 0
+    planned = capsys.readouterr().out
+    assert "play one cell (--cell) to know" in planned
+    assert not (tmp_path / "out").exists()
+
+    arguments = ("--grid", grid, "--out", tmp_path / "out")
+    assert study(monkeypatch, *arguments, "--processes", 2) == 0
+    output = capsys.readouterr().out
+    assert "3 cells, 0 of them played before." in output
+    assert "[3/3]" in output
+    assert "9 rows, one per cell and iterate" in output
+    values = measured(tmp_path / "out")
+    cells = list(dict.fromkeys(cell for cell, _ in values))
+    assert cells == ["SPIN-model.beta=0.3-seed0", "SPIN-model.beta=1.0-seed0", cells[2]]
+    assert cells[2].endswith("TPAW-seed0")
+    runs = sorted(p.name for p in (tmp_path / "out" / "runs").iterdir() if p.is_dir())
+    assert runs == ["start-SFT_learning_rate=1e-3-seed0"], "measured runs are removed"
+
+    assert study(monkeypatch, *arguments) == 0
+    assert "3 cells, 3 of them played before." in capsys.readouterr().out
+    assert measured(tmp_path / "out") == values
+    assert study(monkeypatch, *arguments, "--plan") == 0
+    assert "play one cell" not in capsys.readouterr().out
+
+    alone = ("--grid", grid, "--out", tmp_path / "alone", "--keep_runs", "true")
+    assert study(monkeypatch, *alone, "--cell", cells[1]) == 0
+    assert measured(tmp_path / "alone") == {k: v for k, v in values.items() if k[0] == cells[1]}
+    assert (tmp_path / "alone" / "runs" / cells[1] / "iterates").is_dir()
+
+
+def test_cell_that_ends_early_is_named_and_the_others_are_measured(
+    grid, tmp_path, monkeypatch, capsys
+):
+    config = yaml.safe_load((tmp_path / "cut.yaml").read_text())
+    config["trainer"]["max_epochs"] = 1
+    (tmp_path / "cut.yaml").write_text(yaml.safe_dump(config))
+    content = yaml.safe_load(grid.read_text())
+    content["parts"] = {
+        "rate": {"variants": ["SPIN"], "settings": {"model.learning_rate": [3e-3, 1e30]}}
+    }
+    grid.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert study(monkeypatch, "--grid", grid, "--out", tmp_path / "out") == 2
+    ended = capsys.readouterr()
+    assert "ENDED EARLY" in ended.out
+    assert "1 of 2 cells ended early, such as SPIN-model.learning_rate=1e_30-seed0" in ended.err
+    files = sorted((tmp_path / "out" / "cells").glob("*.json"))
+    errors = {path.name: json.loads(path.read_text())["error"] for path in files}
+    assert len(errors) == 2
+    assert errors["SPIN-model.learning_rate=0.003-seed0.json"] is None
+
+
+def test_grid_of_another_config_is_not_mixed_with_finished_cells(
+    grid, tmp_path, monkeypatch, capsys
+):
+    cell = next(iter(read_grid(grid).cells.values()))
+    made = Outcome({**cell.content, "config": "of another file"}, 1.0, [])
+    made.write(tmp_path / "out" / "cells" / f"{cell.name}.json")
+    assert study(monkeypatch, "--grid", grid, "--out", tmp_path / "out") == 2
+    assert "was made with another config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--grid", "x.yaml", "--config", "y.yaml")], ids=["neither", "both"]
+)
+def test_either_a_config_or_a_grid_is_played(arguments, monkeypatch, capsys):
+    assert study(monkeypatch, *arguments) == 2
+    assert "give --config with a config, or --grid with a grid" in capsys.readouterr().err
