@@ -12,6 +12,7 @@ from transformers import AutoConfig, MistralConfig, PretrainedConfig, Qwen2Confi
 from spin_lightning.callbacks.memory_table import LongestRow
 from spin_lightning.cli.fit import data_and_model
 from spin_lightning.generation.local import tokens_in_cache
+from spin_lightning.packing import pass_tokens
 from spin_lightning.policies.memory import Memory
 from spin_lightning.recipes import all_recipes, recipe
 from spin_lightning.rows.store import read_rows
@@ -70,7 +71,7 @@ def gpu_memory(name: str) -> int | None:
 
 
 def test_recipes_are_all_seen():
-    assert len(RECIPES) == 12
+    assert len(RECIPES) == 13
     assert all(one.text.startswith(f"# {one.summary}\n# Needs: ") for one in RECIPES.values())
     # Two spaces of margin in a terminal of 80 columns.
     assert all(len(f"    {one.summary}") <= 80 for one in RECIPES.values())
@@ -143,7 +144,7 @@ def test_recipe_fits_the_card_that_it_names_by_the_prediction(name, tmp_path):
         AutoConfig.from_pretrained(tmp_path), max(2 * GIB, card * 3 // 4 - memory.weights), 2
     )
     peak = max(
-        memory.training_pass(row.training_pass(data.batch_size, device)),
+        memory.training_pass(row.training_pass(data.batch_size, pass_tokens(device))),
         memory.scoring_pass(row.scoring_pass(device)),
         memory.decoding_batch(cache),
     )
@@ -178,6 +179,9 @@ def played(name: str, folder: Path, model: Path, spin) -> RunFolder:
         replaced["data.val_data"] = data
     if "val_examples" in parts["data"]:
         replaced["data.val_examples"] = 4
+    if parts["model"].get("generation", {}).get("engine") == "vllm":
+        # tests/vllm generates on real servers.
+        replaced |= {"model.generation.engine": "local", "model.generation.servers": "[]"}
     if parts["model"]["optimizer"] == "adamw_8bit":
         replaced["model.optimizer"] = "adamw"  # bitsandbytes' needs a GPU
     flags = [part for key, value in replaced.items() for part in (f"--{key}", value)]
