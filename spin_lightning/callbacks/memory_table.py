@@ -102,8 +102,9 @@ def predicted_phases(
     passes = {
         f"training pass of {training.tokens:,} tokens": memory.training_pass(training),
         f"scoring pass of {scoring.tokens:,} tokens": memory.scoring_pass(scoring),
-        f"decoding {tokens:,} tokens": memory.decoding_batch(tokens),
     }
+    if module.generation.engine == "local":
+        passes[f"decoding {tokens:,} tokens"] = memory.decoding_batch(tokens)
     return [
         Phase("weights", memory.weights, memory.weights),
         Phase("adapter, gradients, optimizer", trained, held),
@@ -117,12 +118,13 @@ class LargestBatches(NamedTuple):
     Attributes:
         training: Pairs of a training pass.
         scoring: Prompts of a scoring pass, each with its responses.
-        decoding: Rows that are decoded at once; those that a unit has beyond them wait.
+        decoding: Rows that are decoded at once; those that a unit has beyond them wait. None where
+            servers generate.
     """
 
     training: int
     scoring: int
-    decoding: int
+    decoding: int | None
 
 
 def largest_batches(
@@ -148,7 +150,9 @@ def largest_batches(
         scoring=_most(lambda n: memory.scoring_pass(PassSize.of([row.group] * n)) <= room),
         decoding=_most(
             lambda n: n * columns <= tokens and memory.decoding_batch(n * columns) <= room
-        ),
+        )
+        if module.generation.engine == "local"
+        else None,
     )
 
 

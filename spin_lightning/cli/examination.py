@@ -220,7 +220,8 @@ def _memory(
     for phase in phases:
         text = f"{readable(phase.size)}, in all {readable(phase.in_all)}"
         yield Finding(phase.name, text, None if phase.in_all <= total else _SMALLER)
-    text = ", ".join(f"{phase} {rows:,}" for phase, rows in largest._asdict().items())
+    counts = {phase: rows for phase, rows in largest._asdict().items() if rows is not None}
+    text = ", ".join(f"{phase} {rows:,}" for phase, rows in counts.items())
     yield Finding("longest rows that fit at once", text)
 
 

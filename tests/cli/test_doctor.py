@@ -159,6 +159,20 @@ def test_a_run_that_does_not_fit_on_the_card_is_named(config, monkeypatch):
     assert last.text.endswith("decoding 3")
 
 
+def test_no_memory_is_predicted_for_decoding_where_servers_generate(config):
+    settings = yaml.safe_load(config.read_text())
+    servers = {"engine": "vllm", "servers": ["http://localhost:8000"]}
+    settings["model"]["init_args"].setdefault("generation", {}).update(servers)
+    config.write_text(yaml.safe_dump(settings))
+    data, module = data_and_model(str(config), {}, None)
+    module.configure_model()
+    found = list(
+        examination._memory(module, examination._longest_row(module, data), 32, torch.device("cpu"))
+    )
+    assert not [one for one in found if "decoding" in f"{one.name} {one.text}"]
+    assert found[-1].text.startswith("training ")
+
+
 def test_the_speed_of_each_phase_is_told(spin, capsys, config, monkeypatch):
     """Eight rows of 32 + 16 + 16 tokens, 2 s each; the longest rows have 20 + 10 + 10."""
     monkeypatch.setattr(speed_trial, "_clock", lambda work, device: work() or 2.0)

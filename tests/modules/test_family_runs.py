@@ -341,9 +341,9 @@ def test_iterates_differ_enough_for_a_mistaken_one_to_show(run):
 def test_first_batch_of_every_iterate_has_the_reference_and_the_loss_worked_out_again(run):
     assert len(run.watch.first) == ITERATES
     for t, (batch, loss) in enumerate(run.watch.first):
-        responses = sequences(pad_prompts(batch.pairs))
         count = 3 if run.name == "tspin" else 2
-        pairs = {"real": tuple(responses[::count]), "generated": tuple(responses[1::count])}
+        all_sides = [tuple(sequences(pad_prompts(batch.pairs))[i::count]) for i in range(count)]
+        pairs = {"real": all_sides[0], "generated": all_sides[1]}
         rows = Counter(zip(*sides(run.rows(t)).values(), strict=True))
         assert not Counter(zip(*pairs.values(), strict=True)) - rows, "from this iterate's rows"
         stored = {"real": batch.reference_real, "generated": batch.reference_generated}
@@ -356,7 +356,7 @@ def test_first_batch_of_every_iterate_has_the_reference_and_the_loss_worked_out_
         if run.name == "tpaw":
             wanted = tpaw_by_hand(run, t, pairs)
         elif run.name == "tspin":
-            wanted = tspin_by_hand(run, t, pairs, tuple(responses[2::count]))
+            wanted = tspin_by_hand(run, t, pairs, all_sides[2])
         else:
             by_pair = zip(ratios["real"], ratios["generated"], strict=True)
             wanted = [loss_by_hand(run, t, *pair) for pair in by_pair]
