@@ -13,7 +13,7 @@ import datasets
 import pandas as pd
 import pytest
 
-from spin_lightning import SPIN, SelfPlayDataModule
+from spin_lightning import SPIN, TSPIN, SelfPlayDataModule, SelfPlayModule
 from spin_lightning.data.dataset import EpochBatches
 from spin_lightning.errors import DataError, RunFolderError, SettingError
 from spin_lightning.run.folder import RunFolder
@@ -61,11 +61,16 @@ def set_up(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> SetUp:
     """A data module that has read its data, attached to a trainer with the tiny model."""
 
     def set_up_data(
-        data: object, *, seed: int = 0, trainer: dict[str, Any] | None = None, **settings: Any
+        data: object,
+        *,
+        seed: int = 0,
+        trainer: dict[str, Any] | None = None,
+        variant: type[SelfPlayModule] = SPIN,
+        **settings: Any,
     ) -> SelfPlayDataModule:
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
         module = SelfPlayDataModule(data, **settings)
-        module.trainer = attached(SPIN(model=str(tiny_model_dir)), **(trainer or {}))
+        module.trainer = attached(variant(model=str(tiny_model_dir)), **(trainer or {}))
         module.setup("validate")  # any stage reads the same; "fit" asks for a real trainer too
         return module
 
@@ -157,6 +162,14 @@ def test_prompts_per_iterate_draws_other_prompts_per_iterate_and_the_same_in_eac
     assert all(len(set(pick)) == 30 and set(pick) <= set(ids(data.train)) for pick in picks)
     other_seed = set_up(source, seed=1, prompts_per_iterate=30)
     assert ids(other_seed.iterate_examples(0)) != picks[0]
+
+
+def test_other_prompts_at_every_iterate_are_refused_where_iterate_0_has_to_answer_them(
+    set_up, write
+):
+    with pytest.raises(SettingError, match=r"TSPIN has no responses of iterate 0 to them"):
+        set_up(write(pairs(100)), variant=TSPIN, prompts_per_iterate=30)
+    set_up(write(pairs(100)), variant=TSPIN)
 
 
 @pytest.mark.parametrize("count", [None, 95, 1000])

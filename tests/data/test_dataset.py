@@ -9,6 +9,7 @@ import pytest
 
 from spin_lightning.data.collate import collate
 from spin_lightning.data.dataset import EpochBatches, PairDataset, RowLoader
+from spin_lightning.errors import RunFolderError
 from spin_lightning.mixtures import Mixture, latest
 from spin_lightning.rows.store import read_rows
 from spin_lightning.types import PairBatch
@@ -79,6 +80,42 @@ def test_pair_without_opponent_has_no_reference(tmp_path):
     assert len(data) == 2
     assert math.isnan(data[1].reference_real)
     assert math.isnan(data[1].reference_generated)
+
+
+def test_pair_has_its_log_probs_under_further_references_in_their_order(tmp_path):
+    table = read_rows(write_rows(tmp_path, [replace(ROW, example_id=i) for i in (4, 5)]))
+    data = PairDataset(table, latest(2), [latest(2), latest(0)])
+    assert data[1].further_real == (-2.5, -1.25)
+    assert data[1].further_generated == (-0.5, -3.0)
+    batch = collate([data[0], data[1]])
+    assert batch.further_real is not None
+    assert batch.further_real.tolist() == [[-2.5, -1.25]] * 2
+    (first, _) = batch.split([batch.pairs, batch.pairs])
+    assert first.further_generated is not None
+    assert first.further_generated.tolist() == [[-0.5, -3.0]] * 2
+
+
+def test_pair_joins_the_response_of_iterate_0_to_its_example_and_sample(tmp_path):
+    """The rows of iterate 0 in another order, and one that is not needed."""
+    spoken = {(1, 0): (9,), (0, 1): (10, 2), (0, 0): (11, 12, 2), (2, 0): (13,)}
+    made = [
+        replace(ROW, example_id=i, sample=n, generated_ids=ids) for (i, n), ids in spoken.items()
+    ]
+    first = read_rows(write_rows(tmp_path / "first", made))
+    wanted = [(0, 0), (0, 1), (1, 0)]
+    rows = [replace(ROW, example_id=i, sample=n) for i, n in wanted]
+    data = PairDataset(read_rows(write_rows(tmp_path / "rows", rows)), latest(2), first=first)
+    assert [tuple(data[i].first_ids.tolist()) for i in range(3)] == [spoken[key] for key in wanted]
+    batch = collate([data[i] for i in range(3)])
+    assert batch.pairs.response_lengths == ((3, 2, 3), (3, 2, 2), (3, 2, 1))
+
+
+def test_response_of_iterate_0_that_is_missing_is_named(tmp_path):
+    first = read_rows(write_rows(tmp_path / "first", [replace(ROW, example_id=1)]))
+    rows = [replace(ROW, example_id=i) for i in (1, 2, 3)]
+    table = read_rows(write_rows(tmp_path / "rows", rows))
+    with pytest.raises(RunFolderError, match=r"lack 2 of 3 responses, such as example 2, sample 0"):
+        PairDataset(table, latest(2), first=first)
 
 
 # ------------------------------------------------------------------------ EpochBatches

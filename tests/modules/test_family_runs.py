@@ -32,6 +32,7 @@ from spin_lightning import (
     SelfPlayModule,
 )
 from spin_lightning.errors import RunFolderError, SettingError
+from spin_lightning.mixtures import Mixture, latest, pulled_to_base
 from spin_lightning.packing import pad_prompts
 from spin_lightning.types import PairBatch
 from tests.toys.adapters import plain_model
@@ -586,6 +587,13 @@ def test_rows_of_another_alpha_are_not_used_after_a_resume(
 # --------------------------------------------------------------------------------- what is refused
 
 
+class FurtherTokens(SPIN):
+    """A variant whose further references are mixed with the base at every token."""
+
+    def further_references(self, t: int) -> list[Mixture]:
+        return [pulled_to_base(latest(t), 0.5)]
+
+
 @pytest.mark.parametrize(
     ("variant", "settings", "message"),
     [
@@ -609,6 +617,12 @@ def test_rows_of_another_alpha_are_not_used_after_a_resume(
             {"alpha": ALPHAS, "refresh": "reservoir"},
             r"^refresh='reservoir': .*alpha changes.* Fix: set refresh: all",
         ),
+        (
+            AlphaSPIN,
+            {"alpha": 0.3, "loss": "sppo"},
+            r"^mixture='sequence': AlphaSPIN scores each .* Fix: .*loss of the margin",
+        ),
+        (FurtherTokens, {}, r"^further_references\(1\)=.*only `reference` may be"),
         (AlphaSPIN, {"alpha": [0.1, 0.2]}, r"^alpha=.*2 values for 3 iterates.* Fix: "),
         (SPIN, {"beta": [0.1]}, r"^beta=.*1 values for 3 iterates.* Fix: "),
     ],
@@ -641,6 +655,12 @@ def test_run_that_would_minimize_something_else_is_refused_before_it_starts(
         (SPACE, {"ratio": float("nan")}, r"^ratio=nan: .* Fix: give a number > 0"),
         (SPACE, {"ratio": float("inf")}, r"^ratio=inf: .* Fix: give a number > 0"),
         (SPIN, {"real_nll_weight": -1.0}, r"^real_nll_weight=-1.0: .* Fix: give a number >= 0"),
+        (TPAW, {"history": 0}, r"^history=0: .* Fix: give 1 or more"),
+        (TPAW, {"player_weight": 0}, r"^player_weight=0: .* Fix: give a number > 0"),
+        (TPAW, {"opponent_weight": -1}, r"^opponent_weight=-1: .* Fix: give a number >= 0"),
+        (TSPIN, {"first_weight": -0.5}, r"^first_weight=-0.5: .* Fix: give a number >= 0"),
+        (TSPIN, {"rows": "union"}, r"^rows='union': TSPIN has one opponent.* Fix: leave rows out"),
+        (TSPIN, {"loss": "sppo"}, r"^loss='sppo': .*without a reference.* Fix: .* logistic"),
     ],
 )
 def test_invalid_setting_is_refused_by_name_with_the_fix(variant, settings, message):
