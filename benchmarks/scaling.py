@@ -41,6 +41,7 @@ from benchmarks.published import (
 from benchmarks.shapes import CONFIGS
 from spin_lightning.callbacks.memory_table import LongestRow
 from spin_lightning.generation.local import tokens_in_cache
+from spin_lightning.packing import pass_tokens
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.memory import Adapter, ModelShape
 from spin_lightning.policies.pretrained import Quantization
@@ -161,7 +162,7 @@ def sizes_of(layout: Layout, *, recomputed: bool = True) -> Sizes:
         weights=memory.weights // base.shards + gathered,
         adapter=memory.trained("adamw_8bit"),
         iterates=_MEMBERS * 2 * base.adapter_weights,
-        training=memory.training_pass(row.training_pass(layout.pairs, GPU)),
+        training=memory.training_pass(row.training_pass(layout.pairs, pass_tokens(GPU))),
         scoring=memory.scoring_pass(row.scoring_pass(GPU)),
         decoding=memory.decoding_batch(decoded),
     )
