@@ -23,6 +23,7 @@ from spin_lightning import (
     FictitiousSPIN,
     MixtureSPIN,
     SelfPlayModule,
+    losses,
 )
 from spin_lightning.types import PairBatch, PairLogps
 from tests.toys.policy import (
@@ -506,6 +507,17 @@ def test_tspin_has_finite_difference_gradients_in_all_three_log_probs(loss):
 
     sides = [-3 * torch.rand(3, dtype=torch.float64) for _ in range(3)]
     assert torch.autograd.gradcheck(objective, [side.requires_grad_() for side in sides])
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_tspin_without_its_second_term_is_least_where_the_data_are_divided_by_the_opponent(beta):
+    """log p = log(p_data / p_t) / beta + c: not the data, and uniform once the opponent is."""
+    data = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    for opponent in (torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64), data):
+        best = ((data / opponent).log() / beta).log_softmax(-1).requires_grad_()
+        total = data[:, None] * opponent * losses.logistic(best[:, None] - best, beta)
+        (slope,) = torch.autograd.grad(total.sum(), best)
+        assert slope.abs().max() < 1e-12
 
 
 def test_tspin_of_a_triplet_equals_the_hand_value():
