@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -45,20 +44,22 @@ class Policy(nn.Module, ABC):
     Attributes:
         model: The causal language model. It computes the active policy: the trained one, or inside
             `at` a frozen iterate.
-        deviations: What is computed otherwise than the settings say, and why; recorded with the
-            rows.
         scoring_limit: Tokens of a scoring pass, as far as memory suffices.
         training_limit: Tokens of a training pass, likewise.
     """
 
     model: nn.Module
-    deviations: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self) -> None:
         """Start without limits."""
         super().__init__()
         self.scoring_limit = TokenLimit("scoring")
         self.training_limit = TokenLimit("training")
+
+    @property
+    def deviations(self) -> Mapping[str, str]:
+        """What is computed otherwise than the settings say, and why; recorded with the rows."""
+        return {}
 
     @property
     @abstractmethod

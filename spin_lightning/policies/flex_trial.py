@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.flex_attention import BlockMask
 
+from spin_lightning.errors import first_line
+from spin_lightning.out_of_memory import is_out_of_memory
 from spin_lightning.policies.flex_attention import (
     Scores,
     Tiling,
@@ -114,12 +117,40 @@ def tiling_of(query: Tensor, key: Tensor, scores: Scores) -> Tiling | None:
     if kernel not in _tried:
         _tried[kernel] = found = _trial(kernel)
         if found.problem is not None:
-            warnings.warn(
-                f"torch's FlexAttention does not work on this machine ({found.problem}). Attention "
-                "goes prompt by prompt and response by response, which is slower.",
-                stacklevel=2,
-            )
+            _warn(found.problem)
     return _tried[kernel].tiling
+
+
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scores: Scores, tiling: Tiling
+) -> Tensor | None:
+    """`attend`; None if the kernel fails on this row though its trial passed, now and from now on.
+
+    Raises:
+        Exception: Memory ran out.
+
+    Warns:
+        UserWarning: It failed.
+    """
+    try:
+        return attend(query, key, value, mask, scores, tiling)
+    # Kernels and compilers raise errors of many classes.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"in a row of {query.shape[2]:,} tokens: {first_line(error)}"
+        heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
+        _tried[Kernel(query.device, query.dtype, heads, scores)] = Found(None, problem)
+        _warn(problem)
+        return None
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(
+        f"torch's FlexAttention does not work on this machine ({problem}). Attention goes prompt "
+        "by prompt and response by response, which is slower.",
+        stacklevel=3,
+    )
 
 
 def deviations() -> dict[str, str]:

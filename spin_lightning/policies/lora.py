@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin_lightning.errors import RunFolderError
 from spin_lightning.logps import response_logps
-from spin_lightning.policies import fused_lora, shared_prefix
+from spin_lightning.policies import flex_trial, fused_lora, shared_prefix
 from spin_lightning.policies.adapter_check import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from spin_lightning.policies.base import Policy, RowRouting
 from spin_lightning.policies.fused_norm import fuse_norms
@@ -94,6 +94,8 @@ class LoraPolicy(Policy):
         self._routing: tuple[AdapterRouting, PolicyId] | None = None
         self._rows_stay_apart: bool | None = None
         self._sharded: ShardedBase | None = None
+        # Why the self-check has switched the fast passes off.
+        self.plain_because: str | None = None
         self.is_checkpointed = activation_checkpointing
         model = load_base(base, device)
         if activation_checkpointing:
@@ -160,6 +162,13 @@ class LoraPolicy(Policy):
     def device(self) -> torch.device:
         """Device of the base."""
         return next(self.model.parameters()).device
+
+    @property
+    def deviations(self) -> dict[str, str]:
+        """See `Policy.deviations`."""
+        if self.plain_because is not None:
+            return {"passes": f"plain: {self.plain_because}"}
+        return flex_trial.deviations()
 
     @property
     def training_tokens(self) -> int:

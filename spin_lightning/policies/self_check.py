@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from spin_lightning.errors import first_line
 from spin_lightning.out_of_memory import is_out_of_memory
-from spin_lightning.policies import flex_trial
 from spin_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ def check_passes(policy: LoraPolicy, batch: PromptBatch) -> None:
     """
     verdict = judge_passes(policy, batch)
     if verdict.agrees:
-        policy.deviations = flex_trial.deviations()
         rank_zero_info(f"Self-check: {verdict.text}.")
     else:
         _give_up(policy, verdict.text)
@@ -125,7 +123,7 @@ def _tolerance(policy: LoraPolicy) -> Tolerance:
 
 def _give_up(policy: LoraPolicy, problem: str) -> None:
     take_plain_passes(policy)
-    policy.deviations = {"passes": f"plain: {problem}"}
+    policy.plain_because = problem
     warnings.warn(
         f"Self-check: {problem}. The run goes on with padded sequences and the layers of PEFT and "
         "transformers, which is slower.",

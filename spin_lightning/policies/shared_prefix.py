@@ -254,7 +254,9 @@ def _shared_prefix_attention(
         # A window as wide as every row needs no mask of its own.
         hides = sliding_window is not None and sliding_window < prompt_layout.longest
         mask = prompt_layout.block_mask(sliding_window if hides else None)
-        return flex_attention.attend(query, key, value, mask, scores, tiling).transpose(1, 2), None
+        whole = flex_trial.attended(query, key, value, mask, scores, tiling)
+        if whole is not None:
+            return whole.transpose(1, 2), None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = sliding_window if sliding_window and sliding_window < k.shape[2] else None

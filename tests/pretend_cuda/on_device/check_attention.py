@@ -137,6 +137,34 @@ def test_where_the_kernel_fails_attention_goes_piece_by_piece(
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_where_the_kernel_fails_after_its_trial_the_step_goes_on_piece_by_piece(
+    machine, folder_of, monkeypatch
+):
+    """A length that the trial did not have: one warning, the CPU's numbers, and a record."""
+    base = FrozenBase(folder_of("gemma2"), compute_dtype="float32")
+    _, expected, gradients = step(build(base), some_pairs(3))
+
+    def failing(*_, **__):
+        raise RuntimeError("no such shape")
+
+    with machine() as counts:
+        policy = build(base, device=DEVICE)
+        policy.check_passes(some_pairs(3))
+        assert policy.deviations == {}
+        monkeypatch.setattr(flex_attention, "_kernel", lambda: failing)
+        with pytest.warns(UserWarning, match=r"in a row of [\d,]+ tokens: no such shape") as told:
+            margins, found = step_on_device(policy, some_pairs(3))
+        assert len(told) == 1
+        assert "no such shape" in policy.deviations["attention"]
+        counts.reset()
+        with torch.no_grad():
+            policy.prompt_logps(some_pairs(3))
+        assert not counts.kernels[FLEX]
+    torch.testing.assert_close(margins, expected, atol=1e-4, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
+
 def test_where_it_works_nothing_deviates(machine, folder_of):
     base = FrozenBase(folder_of("gemma2"), compute_dtype="bfloat16")
     with machine():
