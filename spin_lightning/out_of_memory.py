@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -111,6 +112,27 @@ def in_parts(
         free_memory()
         limit.halve(tokens(part))
         waiting.append(part)
+
+
+@contextmanager
+def enough_memory(what: str, fix: str) -> Iterator[None]:
+    """Name what memory ran out for, where nothing smaller can be computed.
+
+    Args:
+        what: What is computed inside the block.
+        fix: What the user can do.
+
+    Raises:
+        SpinError: Memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SpinError(
+            f"there is not enough memory for {what} ({first_line(error)})", fix=fix
+        ) from error
 
 
 def free_memory() -> None:

@@ -31,6 +31,7 @@ from spin_lightning.modules.trainer_access import (
     step_share,
     steps_per_epoch,
 )
+from spin_lightning.out_of_memory import enough_memory
 from spin_lightning.policies.base import Policy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.optimizers import (
@@ -44,6 +45,10 @@ from spin_lightning.policies.shared_prefix import Packing
 from spin_lightning.policies.spec import PolicySpec
 from spin_lightning.rows.plan import rows_per_sample
 from spin_lightning.types import PairBatch, PairLogps
+
+_SMALLER_OPTIMIZER = (
+    "set model.optimizer: adamw_8bit, a smaller model.lora_r, or model.quantization: nf4"
+)
 
 
 class SelfPlayModule(L.LightningModule, ABC):
@@ -326,6 +331,15 @@ class SelfPlayModule(L.LightningModule, ABC):
         steps = steps_per_epoch(self.trainer, self.iterate) * self.schedule_epochs
         schedule = make_schedule(self.schedule, optimizer, steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step of the optimizer, whose state takes memory from the first one on.
+
+        Raises:
+            SpinError: There is not enough.
+        """
+        with enough_memory("the optimizer's step", _SMALLER_OPTIMIZER):
+            super().optimizer_step(*args, **kwargs)
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
         """Score a batch with the policy; the reference's scores are stored with the rows."""

@@ -338,3 +338,16 @@ def test_accumulated_gradients_are_those_of_the_plain_run_within_rounding(
         first.policy.trainable(), plain.policy.trainable(), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_optimizer_that_memory_does_not_suffice_for_is_an_error_with_the_fix(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    data = write_examples(tmp_path / "data.jsonl", 40)
+    wanted = r"not enough memory for the optimizer's step.*Fix: set model.optimizer: adamw_8bit"
+    with pytest.raises(SpinError, match=wanted):
+        play(tmp_path / "run", tiny_model_dir, data, epochs=1)
