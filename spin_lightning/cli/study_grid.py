@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -174,7 +176,10 @@ def play_grid(
 
 def _played(study: GridStudy, cells: list[Cell], processes: int) -> Iterator[tuple[Cell, Outcome]]:
     """Play cells, several at a time, and yield each when it is measured."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(
+        processes, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+    )
+    with pool:
         waiting = {pool.submit(study.play, cell): cell for cell in cells}
         try:
             for done in as_completed(waiting):
@@ -182,6 +187,17 @@ def _played(study: GridStudy, cells: list[Cell], processes: int) -> Iterator[tup
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, killed or not: a cell takes minutes."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def plan_table(study: GridStudy, processes: int) -> list[list[str]]:

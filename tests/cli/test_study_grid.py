@@ -1,6 +1,11 @@
 """`study --grid`, played for real on the embedded testbed."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -98,6 +103,33 @@ def test_cell_that_ends_early_is_named_and_the_others_are_measured(
     errors = {path.name: json.loads(path.read_text())["error"] for path in files}
     assert len(errors) == 2
     assert errors["SPIN-model.learning_rate=0.003-seed0.json"] is None
+
+
+def test_processes_of_a_grid_end_with_the_command_that_is_killed(grid, tmp_path):
+    command = [sys.executable, "-m", "spin_lightning", "study", "--grid", str(grid)]
+    started = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out"), "--processes", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    children: set[int] = set()
+    try:
+        wait_until(lambda: len(list((tmp_path / "out" / "runs").glob("*/rows"))) > 0)
+        listed = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text()
+        children = {int(pid) for pid in listed.split()}
+        assert len(children) >= 2
+    finally:
+        started.kill()
+        started.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_grid_of_another_config_is_not_mixed_with_finished_cells(
