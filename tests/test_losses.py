@@ -79,6 +79,15 @@ def test_gradient_of_a_loss_is_that_of_finite_differences(name, beta):
     assert torch.autograd.gradcheck(lambda r, g: loss(r, g, beta), (real, generated))
 
 
+def value_and_slopes(
+    loss: losses.PairLoss, real: float, generated: float, setting: float
+) -> tuple[float, ...]:
+    """The loss of one pair, and its slopes in r and r'."""
+    sides = [torch.tensor([r], dtype=torch.float64, requires_grad=True) for r in (real, generated)]
+    value = loss(*sides, setting)
+    return value.item(), *(slope.item() for slope in torch.autograd.grad(value.sum(), sides))
+
+
 # -------------------------------------------------------------------------------------------- SPPO
 
 # beta, r of the real response, r' of the generated one, loss, slope in r, slope in r'.
@@ -93,13 +102,8 @@ SPPO_BY_HAND = [
 
 @pytest.mark.parametrize(("beta", "real", "generated", "loss", "slope", "other"), SPPO_BY_HAND)
 def test_sppo_and_its_slopes_equal_the_hand_values(beta, real, generated, loss, slope, other):
-    r = torch.tensor([real], dtype=torch.float64, requires_grad=True)
-    r_generated = torch.tensor([generated], dtype=torch.float64, requires_grad=True)
-    value = losses.sppo(r, r_generated, beta)
-    value.sum().backward()
-    assert value.item() == pytest.approx(loss, rel=1e-12)
-    assert r.grad.item() == pytest.approx(slope, rel=1e-12)
-    assert r_generated.grad.item() == pytest.approx(other, rel=1e-12)
+    found = value_and_slopes(losses.sppo, real, generated, beta)
+    assert found == pytest.approx((loss, slope, other), rel=1e-12, abs=1e-12)
 
 
 def test_sppo_over_a_language_is_least_at_the_difference_of_the_two_shares():
@@ -138,13 +142,8 @@ SPACE_BY_HAND = [
 
 @pytest.mark.parametrize(("ratio", "real", "generated", "loss", "slope", "other"), SPACE_BY_HAND)
 def test_space_and_its_slopes_equal_the_hand_values(ratio, real, generated, loss, slope, other):
-    r = torch.tensor([real], dtype=torch.float64, requires_grad=True)
-    r_generated = torch.tensor([generated], dtype=torch.float64, requires_grad=True)
-    value = losses.space(r, r_generated, ratio)
-    value.sum().backward()
-    assert value.item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
-    assert r.grad.item() == pytest.approx(slope, rel=1e-12, abs=1e-12)
-    assert r_generated.grad.item() == pytest.approx(other, rel=1e-12, abs=1e-12)
+    found = value_and_slopes(losses.space, real, generated, ratio)
+    assert found == pytest.approx((loss, slope, other), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 4.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,6 @@ from spin_lightning.modules.base import SelfPlayModule
 from spin_lightning.packing import pack_prompts, pass_tokens, split_prompts
 from spin_lightning.policies.memory import Memory, PassSize
 from spin_lightning.policies.pass_size import training_tokens
-from spin_lightning.policies.pretrained import load_config
 from spin_lightning.rows.making import SHARED_TOKENS
 
 _GIB = 1 << 30
@@ -92,9 +91,8 @@ def predicted_phases(
     """
     spec = module.policy_spec
     memory = Memory.of(spec, device)
-    most = training_tokens(
-        load_config(spec.base), memory.dtype, device, spec.activation_checkpointing
-    )
+    config: Any = module.policy.model.config
+    most = training_tokens(config, memory.dtype, device, spec.activation_checkpointing)
     training, scoring = row.training_pass(pairs, most), row.scoring_pass(device)
     tokens = module.generation.batch_tokens or default_batch_tokens(module.policy.model)
     trained = memory.trained(module.optimizer_name)

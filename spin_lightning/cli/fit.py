@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
@@ -30,6 +29,7 @@ from spin_lightning.cli.mistakes import FIT_HELP, causes, end
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import RunFolderError, SettingError, SpinError, first_line
 from spin_lightning.modules.base import SelfPlayModule
+from spin_lightning.run.files import read_yaml
 from spin_lightning.run.folder import RunFolder
 from spin_lightning.testbed import ensure
 
@@ -247,11 +247,7 @@ def read_config(path: Path) -> dict[str, Any]:
         SpinError: It cannot be read, or holds no settings.
     """
     fix = "give a config of `fit`, such as the config.yaml of a run"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        problem = f"config={str(path)!r} cannot be read ({first_line(error)})"
-        raise SpinError(problem, fix=fix) from error
+    content = read_yaml(path, "config", fix)
     if not isinstance(content, dict):
         raise SpinError(f"config={str(path)!r} holds no settings", fix=fix)
     return content

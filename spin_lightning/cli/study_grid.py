@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -10,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin_lightning.errors import RunFolderError, SpinError, first_line
 from spin_lightning.report.study_grid import Cell, Grid, Outcome, read_grid, write_table
+from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class GridStudy:
             )
         return outcome
 
-    def finished(self) -> dict[str, Outcome]:
-        """The outcomes of the cells that are complete, by name."""
-        found = {cell.name: self.outcome(cell) for cell in self.grid.cells.values()}
-        return {name: one for name, one in found.items() if one is not None and one.error is None}
+    def outcomes(self) -> dict[str, Outcome]:
+        """What the cells gave that were played, by name."""
+        found = {name: self.outcome(cell) for name, cell in self.grid.cells.items()}
+        return {name: one for name, one in found.items() if one is not None}
 
     def play(self, cell: Cell) -> Outcome:
         """Play one cell and write what it gave.
@@ -95,8 +96,11 @@ class GridStudy:
             return play_quietly(play, str(self.grid.config), runs)
 
     def _content(self, cell: Cell) -> dict[str, Any]:
-        config = hashlib.sha256(self.grid.config.read_bytes()).hexdigest()
-        return {**cell.content, "config": config}
+        return {**cell.content, "config": self._config_hash}
+
+    @cached_property
+    def _config_hash(self) -> str:
+        return file_hash(self.grid.config)
 
 
 def play_quietly(play: Play, config: str, out: Path, started: RunFolder | None = None) -> RunFolder:
@@ -144,12 +148,13 @@ def play_grid(
         show_table(plan_table(study, processes))
         return
     chosen = list(grid.cells.values()) if cell is None else [grid.cell(cell)]
-    known = study.finished()
-    missing = [one for one in chosen if one.name not in known]
+    known = study.outcomes()
+    missing = [one for one in chosen if not _is_complete(known.get(one.name))]
     console.print(f"{len(chosen)} cells, {len(chosen) - len(missing)} of them played before.")
     failed: dict[str, str] = {}
-    took = [outcome.seconds for outcome in known.values()]
+    took = [outcome.seconds for outcome in known.values() if _is_complete(outcome)]
     for number, (one, outcome) in enumerate(_played(study, missing, processes), start=1):
+        known[one.name] = outcome
         took.append(outcome.seconds)
         left = fmean(took) * (len(missing) - number) / processes
         state = "" if outcome.error is None else f" ENDED EARLY: {outcome.error}"
@@ -160,11 +165,8 @@ def play_grid(
         )
         if outcome.error is not None:
             failed[one.name] = outcome.error
-    measured = [(one, study.outcome(one)) for one in grid.cells.values()]
-    rows = write_table(
-        [(one, outcome) for one, outcome in measured if outcome is not None],
-        study.out / "study.parquet",
-    )
+    measured = [(one, known[name]) for name, one in grid.cells.items() if name in known]
+    rows = write_table(measured, study.out / "study.parquet")
     console.print(f"{study.out / 'study.parquet'}: {rows:,} rows, one per cell and iterate.")
     if failed:
         name, reason = next(iter(failed.items()))
@@ -189,6 +191,10 @@ def _played(study: GridStudy, cells: list[Cell], processes: int) -> Iterator[tup
             raise
 
 
+def _is_complete(outcome: Outcome | None) -> bool:
+    return outcome is not None and outcome.error is None
+
+
 def _end_with(parent: int) -> None:
     """End this process when its parent has ended, killed or not: a cell takes minutes."""
 
@@ -206,7 +212,7 @@ def plan_table(study: GridStudy, processes: int) -> list[list[str]]:
     Hours are those of the cells that are left, at the mean time of the part's finished cells, or of
     all finished ones.
     """
-    known = study.finished()
+    known = {name: one for name, one in study.outcomes().items() if _is_complete(one)}
     of_all = [outcome.seconds for outcome in known.values()]
     table = [["part", "cells", "played", "seconds per cell", f"hours left, {processes} at a time"]]
     cells = study.grid.cells.values()

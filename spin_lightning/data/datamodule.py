@@ -208,7 +208,7 @@ class SelfPlayDataModule(L.LightningDataModule):
                 module.refresh == "reservoir",
                 "set model.refresh: all, or play on all prompts",
             ),
-            f"{type(module).__name__} has no responses of iterate 0 to them": (
+            f"iterate 0 has not answered those that {type(module).__name__} needs": (
                 module.uses_first_responses,
                 "play on all prompts: leave data.prompts_per_iterate out",
             ),

@@ -45,7 +45,7 @@ class PairDataset(Dataset[Pair]):
             and sample; None for a method that does not use them.
 
     Raises:
-        RunFolderError: Iterate 0 has no row of an example and sample.
+        RunFolderError: Rows of iterate 0 are missing.
     """
 
     def __init__(
@@ -97,9 +97,8 @@ def _both_sides(table: RowTable, density: Density) -> tuple[Tensor, Tensor]:
 
 def _rows_of(first: RowTable, table: RowTable) -> list[int]:
     """The row of iterate 0 with the example and sample of each row of a table."""
-    ids = zip(first.example_id.tolist(), first.sample.tolist(), strict=True)
-    known = {pair: row for row, pair in enumerate(ids)}
-    wanted = list(zip(table.example_id.tolist(), table.sample.tolist(), strict=True))
+    known = {pair: row for row, pair in enumerate(first.row_ids)}
+    wanted = table.row_ids
     missing = [pair for pair in wanted if pair not in known]
     if missing:
         example, sample = missing[0]

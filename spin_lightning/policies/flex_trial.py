@@ -110,10 +110,9 @@ def tiling_of(query: Tensor, key: Tensor, scores: Scores) -> Tiling | None:
     Warns:
         UserWarning: The kernel should work, and does not.
     """
-    heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
-    if not query.is_cuda or heads.size < _SMALLEST_HEAD:
+    kernel = _kernel_of(query, key, scores)
+    if not query.is_cuda or kernel.heads.size < _SMALLEST_HEAD:
         return None
-    kernel = Kernel(query.device, query.dtype, heads, scores)
     if kernel not in _tried:
         _tried[kernel] = found = _trial(kernel)
         if found.problem is not None:
@@ -139,10 +138,14 @@ def attended(
         if is_out_of_memory(error):
             raise
         problem = f"in a row of {query.shape[2]:,} tokens: {first_line(error)}"
-        heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
-        _tried[Kernel(query.device, query.dtype, heads, scores)] = Found(None, problem)
+        _tried[_kernel_of(query, key, scores)] = Found(None, problem)
         _warn(problem)
         return None
+
+
+def _kernel_of(query: Tensor, key: Tensor, scores: Scores) -> Kernel:
+    heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
+    return Kernel(query.device, query.dtype, heads, scores)
 
 
 def _warn(problem: str) -> None:

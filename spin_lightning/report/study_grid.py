@@ -12,11 +12,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from spin_lightning.errors import SettingError, SpinError, check_names, first_line, is_whole
+from spin_lightning.errors import SettingError, check_names, is_whole
 from spin_lightning.report.study_plan import Play
-from spin_lightning.run.files import read_json, replace_synced, write_json
+from spin_lightning.run.files import read_json, read_yaml, replace_synced, write_json
 
 _KEYS: Final = ("config", "seeds", "parts")
 _PART_KEYS: Final = ("variants", "settings", "start", "start_epochs")
@@ -97,14 +96,8 @@ def read_grid(path: Path) -> Grid:
         SettingError: A name is unknown, or a value is not of its kind.
         SpinError: The file cannot be read.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise SpinError(
-            f"grid={str(path)!r} cannot be read ({first_line(error)})",
-            fix="give a grid, such as configs/study/smoke.yaml",
-        ) from error
-    content = _mapping("grid", content)
+    read = read_yaml(path, "grid", "give a grid, such as configs/study/smoke.yaml")
+    content = _mapping("grid", read)
     check_names("the grid", content, _KEYS)
     for key in _KEYS:
         if key not in content:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from spin_lightning.errors import SettingError
+from spin_lightning.run.fingerprint import fingerprint
 
 # The family, with the smallest history that mixes. The alpha is our own choice.
 STABILITY_VARIANTS: Final = (
@@ -76,7 +76,7 @@ class Play:
         name = "-".join([*names, f"seed{self.seed}"])
         if len(name) <= _LONGEST_NAME:
             return name
-        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+        digest = fingerprint({"parts": parts})[:12]
         return f"{name[: _LONGEST_NAME - 30]}-{digest}-seed{self.seed}"
 
     def folder(self, out: Path) -> Path:

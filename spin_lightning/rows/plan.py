@@ -218,8 +218,7 @@ class EarlierRows:
         self._rows: dict[tuple[int, int], int] = {}
         if table is not None:
             self._table = table
-            ids = zip(table.example_id.tolist(), table.sample.tolist(), strict=True)
-            self._rows = {pair: row for row, pair in enumerate(ids)}
+            self._rows = {pair: row for row, pair in enumerate(table.row_ids)}
         self._by_example = {example: row for (example, _), row in self._rows.items()}
 
     def kept(self, example: Example, sample: int) -> RowDraw | None:

@@ -113,6 +113,11 @@ class RowTable:
         """Number of rows."""
         return len(self.example_id)
 
+    @property
+    def row_ids(self) -> list[tuple[int, int]]:
+        """Example and sample of each row."""
+        return list(zip(self.example_id.tolist(), self.sample.tolist(), strict=True))
+
 
 def part_path(folder: Path, unit: int) -> Path:
     """The file of a work unit's rows."""

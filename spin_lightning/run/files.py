@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spin_lightning.errors import RunFolderError, first_line
+import yaml
+
+from spin_lightning.errors import RunFolderError, SpinError, first_line
 
 _ELSEWHERE = "or name another folder with --trainer.default_root_dir"
 _ADVICE = {
@@ -45,6 +47,24 @@ def read_json(path: Path, fix: str, parse: Callable[[Any], T]) -> T:
     """
     with reading(path, fix):
         return parse(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_yaml(path: Path, name: str, fix: str) -> Any:
+    """Read YAML that a user has named.
+
+    Args:
+        path: The file.
+        name: The setting that names it.
+        fix: What to name instead.
+
+    Raises:
+        SpinError: It cannot be read.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        problem = f"{name}={str(path)!r} cannot be read ({first_line(error)})"
+        raise SpinError(problem, fix=fix) from error
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:

@@ -167,7 +167,7 @@ def test_prompts_per_iterate_draws_other_prompts_per_iterate_and_the_same_in_eac
 def test_other_prompts_at_every_iterate_are_refused_where_iterate_0_has_to_answer_them(
     set_up, write
 ):
-    with pytest.raises(SettingError, match=r"TSPIN has no responses of iterate 0 to them"):
+    with pytest.raises(SettingError, match=r"iterate 0 has not answered those that TSPIN needs"):
         set_up(write(pairs(100)), variant=TSPIN, prompts_per_iterate=30)
     set_up(write(pairs(100)), variant=TSPIN)
 
