@@ -179,14 +179,14 @@ def dense_attention(
     """The same attention by plain operations, with all scores in memory.
 
     Args:
-        query: Shape [1, heads, queries, head size].
-        key: Shape [1, key heads, keys, head size].
+        query: Shape [n, heads, queries, head size].
+        key: Shape [n, key heads, keys, head size].
         value: Likewise.
         mask: Whether a query sees a key, bool, shape [queries, keys].
         scores: How scores are made.
 
     Returns:
-        Shape [1, heads, queries, head size].
+        Shape [n, heads, queries, head size].
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
 from spin_lightning.errors import SettingError
 from spin_lightning.logps import head_logps, sum_by_response
 from spin_lightning.packing import positions, predictors, split_for
-from spin_lightning.policies import flex_attention, flex_trial
+from spin_lightning.policies import flex_trial
 from spin_lightning.policies.flex_attention import Scores, dense_attention
+from spin_lightning.policies.layout import Alike, Layout, Varlen
 from spin_lightning.policies.pretrained import FrozenBase, load_config
 from spin_lightning.policies.varlen import has_varlen, varlen_attention
 from spin_lightning.types import PromptBatch
@@ -129,92 +126,6 @@ def recomputing_alike(
     return lambda: (nullcontext(), attending(config, config._attn_implementation))
 
 
-@dataclass(frozen=True)
-class Varlen:
-    """The pieces of a row in the form of kernels for sequences of unequal length.
-
-    Attributes:
-        keys: Tokens that each piece attends to, piece by piece, int64, shape [keys]; a prompt is
-            repeated before each further response.
-        query_starts: Start of each piece in the row, and the row's end, int32, shape [pieces + 1].
-        key_starts: Start of each piece in `keys`, likewise.
-        most_queries: Length of the longest piece.
-        most_keys: Largest number of keys of a piece.
-    """
-
-    keys: Tensor
-    query_starts: Tensor
-    key_starts: Tensor
-    most_queries: int
-    most_keys: int
-
-
-@dataclass
-class Layout:
-    """Where prompts and responses lie in a row, with the derived inputs of the kernels.
-
-    Attributes:
-        batch: The prompts and responses.
-        masks: Cached masks by number of queries, number of keys and window.
-        block_masks: Cached masks of the whole row by window.
-    """
-
-    batch: PromptBatch
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
-    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
-
-    @property
-    def pieces(self) -> list[int]:
-        """Lengths of [prompt and first response], [second response], … of every prompt."""
-        groups = zip(self.batch.prompt_lengths, self.batch.response_lengths, strict=True)
-        return [n for prompt, (first, *others) in groups for n in (prompt + first, *others)]
-
-    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """Whether a query, at one of the last positions, sees a key, bool, [queries, keys]."""
-        shape = queries, keys, window
-        if shape not in self.masks:
-            offset = keys - queries
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(offset)
-            self.masks[shape] = mask if window is None else mask.triu(offset - window + 1)
-        return self.masks[shape]
-
-    def block_mask(self, window: int | None) -> BlockMask:
-        """Which tokens of the row see which, for FlexAttention; the same for all layers."""
-        batch = self.batch
-        if window not in self.block_masks:
-            seen = flex_attention.seen_keys(batch.prompt_lengths, batch.response_lengths, window)
-            self.block_masks[window] = flex_attention.block_mask(seen, batch.input_ids.device)
-        return self.block_masks[window]
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with one of its responses."""
-        groups = zip(self.batch.prompt_lengths, self.batch.response_lengths, strict=True)
-        return max(prompt + max(responses) for prompt, responses in groups)
-
-    @cached_property
-    def varlen(self) -> Varlen:
-        """All pieces of the batch at once, on the device of its ids."""
-        lengths, keys, start = self.pieces, list[Tensor](), 0
-        for prompt, (first, *others) in zip(
-            self.batch.prompt_lengths, self.batch.response_lengths, strict=True
-        ):
-            shared, end = torch.arange(start, start + prompt), start + prompt + first
-            keys.append(torch.arange(start, end))
-            for n in others:
-                keys.append(torch.cat([shared, torch.arange(end, end + n)]))
-                end += n
-            start = end
-        counts = [len(piece) for piece in keys]
-        device = self.batch.input_ids.device
-        query_starts, key_starts = (
-            torch.tensor([0, *accumulate(numbers)], dtype=torch.int32, device=device)
-            for numbers in (lengths, counts)
-        )
-        index = torch.cat(keys).to(device)
-        return Varlen(index, query_starts, key_starts, max(lengths), max(counts))
-
-
 @torch.compiler.disable
 def _shared_prefix_attention(
     _module: nn.Module,
@@ -274,6 +185,9 @@ def _shared_prefix_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
+    alike = prompt_layout.alike
+    if alike is not None:
+        return _by_shape(query, key, value, alike, attend), None
     # The gradient of one split is one concatenation; each slice would cost a whole row of zeros.
     parts = zip(*(x.split(prompt_layout.pieces, dim=2) for x in (query, key, value)), strict=True)
     batch, attended = prompt_layout.batch, []
@@ -286,6 +200,31 @@ def _shared_prefix_attention(
             values = torch.cat([v[:, :, :prompt], own_v], dim=2)
             attended.append(attend(q, keys, values).transpose(1, 2))
     return torch.cat(attended, dim=1), None
+
+
+def _by_shape(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alike: Alike,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Attention of all pieces, those of one shape as a batch, shape [1, tokens, heads, size]."""
+    # (The gradient of `x[0]` would be a copy.)
+    q, k, v = (
+        x.squeeze(0).transpose(0, 1).index_select(0, index)
+        for x, index in ((query, alike.queries), (key, alike.keys), (value, alike.keys))
+    )
+    queries = [pieces * length for pieces, length, _ in alike.shapes]
+    keys = [pieces * length for pieces, _, length in alike.shapes]
+    groups = zip(q.split(queries), k.split(keys), v.split(keys), alike.shapes, strict=True)
+    attended = [
+        attend(*(x.unflatten(0, (pieces, -1)).transpose(1, 2) for x in parts))
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for *parts, (pieces, _, _) in groups
+    ]
+    return torch.cat(attended).index_select(0, alike.back)[None]
 
 
 def _varlen_attention(

@@ -140,7 +140,8 @@ def write_part(
         deviations: Settings overridden at run time; stored with the part.
         gap: How far the sampler's log-probs are from the scorer's; likewise.
     """
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
+    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+    table = pa.Table.from_pydict(columns, schema=SCHEMA)
     about = {_DEVIATIONS: json.dumps(dict(deviations))} if deviations else {}
     if gap is not None:
         about[_GAP] = json.dumps(asdict(gap))

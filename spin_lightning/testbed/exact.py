@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from spin_lightning.data.tokenize import PromptFormat
-from spin_lightning.logps import response_logps
-from spin_lightning.packing import pack_padded
 from spin_lightning.testbed.language import Language
 from spin_lightning.types import Conversation, Message
 
@@ -23,6 +23,9 @@ def response_log_probs(
     batch_size: int = 625,
 ) -> Tensor:
     """log p(y|x) of every response to every prompt, stop id included, over the full vocabulary.
+
+    A prompt is computed once, by the model's own key-value cache, and nothing of self-play's passes
+    is used: what they compute is judged by these figures.
 
     Args:
         model: A causal language model of transformers, or a PEFT wrapper with whatever adapter is
@@ -37,13 +40,28 @@ def response_log_probs(
     prompts, responses = token_ids(tokenizer, language)
     pad_id = PromptFormat.of(tokenizer, None).pad_id
     device = next(model.parameters()).device
-    rows = []
+    ids = pad_sequence([torch.tensor(y) for y in responses], True, pad_id).to(device)
+    lengths = torch.tensor([len(y) for y in responses], device=device)
+    chunks = list(zip(ids.split(batch_size), lengths.split(batch_size), strict=True))
     with _eval_mode(model), torch.no_grad():
-        for prompt in prompts:
-            chunks = (responses[i : i + batch_size] for i in range(0, len(responses), batch_size))
-            batches = (pack_padded([prompt] * len(chunk), chunk, pad_id) for chunk in chunks)
-            rows.append(torch.cat([response_logps(model, b.to(device)).cpu() for b in batches]))
-    return torch.stack(rows)
+        rows = [
+            torch.cat([_given(model, torch.tensor(x, device=device), *y) for y in chunks])
+            for x in prompts
+        ]
+    return torch.stack(rows).cpu()
+
+
+def _given(model: nn.Module, prompt: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """log p(y|x) of right-padded responses [n, r] to one prompt [p], nats, float64, [n]."""
+    read = model(input_ids=prompt[None], use_cache=True)
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(len(ids))
+    later = model(input_ids=ids[:, :-1], past_key_values=cache).logits
+    first = read.logits[:, -1:].expand(len(ids), -1, -1)
+    logits = torch.cat([first, later], dim=1).float()
+    token_logps = -cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    return torch.where(inside, token_logps.view_as(ids).double(), 0.0).sum(dim=1)
 
 
 def token_ids(

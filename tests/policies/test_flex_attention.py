@@ -10,8 +10,9 @@ from spin_lightning.policies import flex_attention, flex_trial
 from spin_lightning.policies.flex_attention import Scores, block_mask, dense_attention, seen_keys
 from spin_lightning.policies.flex_trial import Kernel
 from spin_lightning.policies.heads import Heads
+from spin_lightning.policies.layout import Layout
 from spin_lightning.policies.pretrained import FrozenBase
-from spin_lightning.policies.shared_prefix import Layout, _shared_prefix_attention
+from spin_lightning.policies.shared_prefix import _shared_prefix_attention
 from tests.policies.test_shared_prefix import assert_same_step, build, folder_of, some_pairs
 from tests.pretend_cuda.flex import seen_by
 
