@@ -142,7 +142,7 @@ def data(args: list[str]) -> None:
 
     from spin_lightning.callbacks.console import console, quiet_libraries
     from spin_lightning.cli.data_page import DataPage
-    from spin_lightning.cli.fit import data_and_model
+    from spin_lightning.cli.reading import data_and_model
     from spin_lightning.data.data_record import chosen
 
     quiet_libraries()

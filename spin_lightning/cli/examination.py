@@ -19,7 +19,7 @@ from spin_lightning.callbacks.memory_table import (
     predicted_phases,
     readable,
 )
-from spin_lightning.cli.fit import data_and_model, read_config
+from spin_lightning.cli.reading import data_and_model, read_config
 from spin_lightning.cli.speed_trial import Speed, measure
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import SettingError, SpinError, first_line

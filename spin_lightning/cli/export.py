@@ -91,7 +91,7 @@ def _form(to: str, *, merge: bool) -> str:
 
 def _texts(run: RunFolder) -> Texts:
     """The data of a run, read again from where its config.yaml says they are."""
-    from spin_lightning.cli.fit import data_and_model
+    from spin_lightning.cli.reading import data_and_model
     from spin_lightning.export.preferences import Texts
 
     config = run.root / "config.yaml"

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import ArgumentParser, Namespace
-from lightning import seed_everything
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,13 +28,13 @@ from spin_lightning.cli.mistakes import FIT_HELP, causes, end
 from spin_lightning.data.datamodule import SelfPlayDataModule
 from spin_lightning.errors import RunFolderError, SettingError, SpinError, first_line
 from spin_lightning.modules.base import SelfPlayModule
-from spin_lightning.run.files import read_yaml
 from spin_lightning.run.folder import RunFolder
-from spin_lightning.testbed import ensure
+from spin_lightning.testbed import ensure, ensure_noisy
 
 # `--model.model testbed --data.data testbed` stand for the embedded language and its base model,
-# `testbed:3` for those of seed 3, `testbed:seed` for those of the run's own seed.
-_EMBEDDED = re.compile(r"testbed(?::(\d+|seed))?")
+# `testbed:3` for those of seed 3, `testbed:seed` for those of the run's own seed. The data of
+# `testbed-noisy` have wrong responses among them.
+_EMBEDDED = re.compile(r"testbed(-noisy)?(?::(\d+|seed))?")
 
 
 def _import_exports() -> None:
@@ -151,7 +150,7 @@ class SpinCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in the paths of the testbed, the run folder, and the checkpoint to resume from."""
         config = self.config[self.config.subcommand]
-        _resolve_testbed(config)
+        resolve_testbed(config)
         if config.trainer.default_root_dir is None:
             variant = config.model.class_path.rsplit(".", 1)[-1]
             config.trainer.default_root_dir = str(new_run(variant))
@@ -210,49 +209,6 @@ class SpinCLI(LightningCLI):
         return callbacks
 
 
-def data_and_model(
-    config: str | None, data: dict[str, Any], model: str | None
-) -> tuple[SelfPlayDataModule, SelfPlayModule]:
-    """The data module and the module of a config of `fit`, before any weights are read.
-
-    Args:
-        config: Path of the config; None for the defaults.
-        data: Settings of the data module that replace the config's.
-        model: Folder or hub id that replaces the config's.
-    """
-    known = {} if config is None else read_config(Path(config))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(SelfPlayModule, "model", required=True)
-    parser.add_subclass_arguments(SelfPlayDataModule, "data", required=True)
-    given = {"model": {} if model is None else {"model": model}, "data": data}
-    default = {"model": "SPIN", "data": "SelfPlayDataModule"}
-    chosen = {}
-    for name, settings in given.items():
-        part = known.get(name) or {}
-        part = {"class_path": part} if isinstance(part, str) else part
-        init_args = {**(part.get("init_args") or {}), **settings}
-        chosen[name] = {"class_path": part.get("class_path", default[name]), "init_args": init_args}
-    parsed = parser.parse_object(chosen)
-    parsed.seed_everything = known.get("seed_everything") or 0
-    _resolve_testbed(parsed)
-    seed_everything(parsed.seed_everything, verbose=False)
-    made = parser.instantiate_classes(Namespace(model=parsed.model, data=parsed.data))
-    return made.data, made.model
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
-
-    Raises:
-        SpinError: It cannot be read, or holds no settings.
-    """
-    fix = "give a config of `fit`, such as the config.yaml of a run"
-    content = read_yaml(path, "config", fix)
-    if not isinstance(content, dict):
-        raise SpinError(f"config={str(path)!r} holds no settings", fix=fix)
-    return content
-
-
 def run(args: Sequence[str] | None = None) -> None:
     """Run `fit` or `validate` with these arguments; default: those of the process."""
     quiet_libraries()
@@ -291,13 +247,14 @@ def _refusal_behind(error: Exception) -> MisconfigurationException | None:
     return None
 
 
-def _resolve_testbed(config: Namespace) -> None:
+def resolve_testbed(config: Namespace) -> None:
     """Replace the name of the embedded testbed by its paths."""
     for namespace, key in ((config.model.init_args, "model"), (config.data.init_args, "data")):
         named = _EMBEDDED.fullmatch(namespace[key]) if isinstance(namespace[key], str) else None
         if named:
-            seed = config.seed_everything if named[1] == "seed" else named[1]
-            namespace[key] = str(getattr(ensure(int(seed or 0)), key))
+            seed = config.seed_everything if named[2] == "seed" else named[2]
+            made = (ensure_noisy if named[1] else ensure)(int(seed or 0))
+            namespace[key] = str(getattr(made, key))
 
 
 def _is_file(path: str) -> bool:

@@ -67,7 +67,7 @@ def serve(args: list[str]) -> None:
     from rich.console import Console
 
     from spin_lightning.callbacks.console import console, quiet_libraries
-    from spin_lightning.cli.fit import data_and_model, read_config
+    from spin_lightning.cli.reading import data_and_model, read_config
 
     quiet_libraries()
     config = Path(given.config) if given.run is None else _config_of(Path(given.run))

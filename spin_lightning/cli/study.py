@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spin_lightning.cli.parsing import command_parser
-from spin_lightning.errors import SettingError, SpinError
+from spin_lightning.errors import SettingError, SpinError, is_whole
 from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def study(args: list[str]) -> None:
             keep_runs=given.keep_runs,
         )
         return
+    if not is_whole(given.start_epochs, 1):
+        raise SettingError("start_epochs", given.start_epochs, "out of range", fix="give 1 or more")
     # By seed, so that a study that is cut off has whole seeds.
     plays = [Play.of(variant, seed) for seed in given.seeds for variant in given.variants]
     control = given.control or ("SFT" if "SFT" in given.variants else None)

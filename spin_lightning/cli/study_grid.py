@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -15,13 +16,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from spin_lightning.errors import RunFolderError, SpinError, first_line
+from spin_lightning.errors import RunFolderError, SettingError, SpinError, first_line, is_whole
 from spin_lightning.report.study_grid import Cell, Grid, Outcome, read_grid, write_table
 from spin_lightning.run.fingerprint import file_hash
 from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from spin_lightning.report.study_plan import Play
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class GridStudy:
         try:
             start = None if cell.start is None else self._started(cell.start, runs)
             run = play_quietly(cell.play, str(self.grid.config), runs, start)
-        except SpinError as raised:
+        except Exception as raised:
+            # Whatever it is, hours of other cells must not end with it.
+            if not isinstance(raised, SpinError):
+                _LOG.exception("%s ended early", cell.name)
             run, error = RunFolder(cell.play.folder(runs)), first_line(raised)
         records = read_records(run) if error is None else run.records()
         outcome = Outcome(
@@ -85,6 +91,21 @@ class GridStudy:
         if error is None and not self.keep_runs:
             shutil.rmtree(run.root, ignore_errors=True)
         return outcome
+
+    def check(self, cell: Cell) -> None:
+        """Read a cell's settings, and those of its start, without playing it.
+
+        Raises:
+            SpinError: One is unknown, or its value cannot work.
+        """
+        from spin_lightning.cli.reading import check_arguments
+
+        for play in (cell.start, cell.play):
+            if play is not None:
+                try:
+                    check_arguments(play.arguments(str(self.grid.config), self.out))
+                except SpinError as error:
+                    raise SpinError(f"{play.name}: {error.problem}", fix=error.fix) from error
 
     def _started(self, play: Play, runs: Path) -> RunFolder:
         """The run that cells start from, played once even if several ask for it at a time."""
@@ -108,10 +129,10 @@ def play_quietly(play: Play, config: str, out: Path, started: RunFolder | None =
     import warnings
 
     from spin_lightning.callbacks.console import quiet
-    from spin_lightning.cli.fit import SpinCLI
+    from spin_lightning.cli.fit import SpinCLI, explained
 
     start = None if started is None else started.iterate(started.best()).resolve()
-    with quiet(), warnings.catch_warnings():
+    with quiet(), explained(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         SpinCLI(play.arguments(config, out, start))
     return RunFolder(play.folder(out))
@@ -137,11 +158,13 @@ def play_grid(
         keep_runs: Whether run folders stay.
 
     Raises:
-        SpinError: Cells ended early.
+        SpinError: A cell cannot be played, or cells ended early.
     """
     from spin_lightning.callbacks.console import console, show_table
     from spin_lightning.run.progress import duration
 
+    if not is_whole(processes, 1):
+        raise SettingError("processes", processes, "out of range", fix="give 1 or more")
     grid = read_grid(path)
     study = GridStudy(grid, out or Path("runs") / path.stem, keep_runs)
     if plan_only:
@@ -150,6 +173,9 @@ def play_grid(
     chosen = list(grid.cells.values()) if cell is None else [grid.cell(cell)]
     known = study.outcomes()
     missing = [one for one in chosen if not _is_complete(known.get(one.name))]
+    # Seeds differ in nothing that can be refused.
+    for one in {str({**one.content, "seed": None}): one for one in missing}.values():
+        study.check(one)
     console.print(f"{len(chosen)} cells, {len(chosen) - len(missing)} of them played before.")
     failed: dict[str, str] = {}
     took = [outcome.seconds for outcome in known.values() if _is_complete(outcome)]

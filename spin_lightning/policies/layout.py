@@ -128,8 +128,8 @@ class Layout:
     def alike(self) -> Alike | None:
         """The pieces by shape; None if few have the same one, and sorting would not pay."""
         by_shape: dict[tuple[int, int], list[int]] = {}
-        for piece, (queries, keys) in enumerate(zip(self.pieces, self.keys, strict=True)):
-            by_shape.setdefault((queries, len(keys)), []).append(piece)
+        for piece, (length, keys) in enumerate(zip(self.pieces, self.keys, strict=True)):
+            by_shape.setdefault((length, len(keys)), []).append(piece)
         if len(by_shape) > _MOST_SHAPES * len(self.pieces):
             return None
         order = [piece for pieces in by_shape.values() for piece in pieces]

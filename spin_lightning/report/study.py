@@ -19,7 +19,7 @@ from spin_lightning.report.run_view import read_records
 from spin_lightning.run.folder import RunFolder
 
 # The metrics that are compared if all runs have them, with the titles of their panels.
-_CURVES: Final = {
+CURVES: Final = {
     "exact/kl": "last iterate: exact KL(p_data || p_t), nats",
     "exact/mixture_kl": "mixture policy: exact KL(p_data || mean of p_0 … p_t), nats",
     "val/real_nll_per_token": "NLL of held-out real responses, nats per token",
@@ -62,10 +62,10 @@ def study_curves(groups: Mapping[str, Sequence[RunFolder]]) -> Curves:
     }
     common = [
         metric
-        for metric in (*_CURVES, *_TABLE_ONLY)
+        for metric in (*CURVES, *_TABLE_ONLY)
         if all(metric in at for runs in measured.values() for run in runs for at in run)
     ]
-    if not set(common) & set(_CURVES):
+    if not set(common) & set(CURVES):
         raise RunFolderError(
             "these runs have no metric in common that can be compared",
             fix="hold examples out with data.val_examples, or play on the testbed",
@@ -111,18 +111,23 @@ def study_table(curves: Curves) -> list[list[str]]:
     """
     histories_of_all = [runs for variants in curves.values() for runs in variants.values()]
     length = max(len(points) for runs in histories_of_all for points in runs)
-    first_late = length - int(_LATE * (length - 1))
-    late = [f"mean p{first_late}–p{length - 1}"] if first_late < length - 1 else []
+    first = first_late(length)
+    late = [f"mean p{first}–p{length - 1}"] if first < length - 1 else []
     table = [["median over seeds", "variant", *(f"p{t}" for t in range(length)), *late]]
     for metric, runs in curves.items():
         for variant, histories in runs.items():
             cells = [f"{median(at):.3f}" for at in zip(*histories, strict=False)]
             cells += ["-"] * (length - len(cells))
             if late:
-                settled = median(fmean(points[first_late:] or points[-1:]) for points in histories)
+                settled = median(fmean(points[first:] or points[-1:]) for points in histories)
                 cells.append(f"{settled:.3f}")
             table.append([metric, variant, *cells])
     return table
+
+
+def first_late(length: int) -> int:
+    """The first iterate of the second half of a run of this many."""
+    return length - max(1, int(_LATE * (length - 1)))
 
 
 def difference_table(curves: Curves, control: str) -> list[list[str]]:
@@ -174,13 +179,13 @@ def draw_study(curves: Curves, path: Path) -> Path:
     Returns:
         The picture's path.
     """
-    drawn = {metric: runs for metric, runs in curves.items() if metric in _CURVES}
+    drawn = {metric: runs for metric, runs in curves.items() if metric in CURVES}
     figure = Figure(figsize=(10, 3.6 * len(drawn)), layout="constrained")
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (metric, runs) in zip(panels, drawn.items(), strict=True):
         for variant, histories in runs.items():
             _draw(axes, variant, histories)
-        axes.set_title(_CURVES[metric], fontsize=10)
+        axes.set_title(CURVES[metric], fontsize=10)
         axes.grid(alpha=0.3)
         if metric.startswith("exact/"):
             axes.set_yscale("log")

@@ -142,9 +142,17 @@ def _cells(name: str, part: Mapping[str, Any], seed: int) -> Iterator[Cell]:
                 "a part with a start has one value of each setting of the data",
                 fix="make a part for each of them",
             )
+        epochs = part.get("start_epochs", 1)
+        if not is_whole(epochs, 1):
+            raise SettingError(
+                f"{where}.start_epochs",
+                epochs,
+                "it is not a number of epochs",
+                fix="give 1 or more",
+            )
         start = replace(
             Play.of(str(part["start"]), seed),
-            epochs=int(part.get("start_epochs", 1)),
+            epochs=epochs,
             stage="start-",
             overrides=shared,
         )

@@ -1,6 +1,6 @@
 """An exactly known language: the quickstart's and the study's embedded default."""
 
-from spin_lightning.testbed.build import TestbedPaths, ensure, train_base
+from spin_lightning.testbed.build import TestbedPaths, ensure, ensure_noisy, train_base
 from spin_lightning.testbed.evaluator import ExactMetrics
 from spin_lightning.testbed.exact import exact_metrics, response_log_probs
 from spin_lightning.testbed.language import Language, sample
@@ -17,6 +17,7 @@ __all__ = [
     "TestbedPaths",
     "byte_tokenizer",
     "ensure",
+    "ensure_noisy",
     "exact_metrics",
     "response_log_probs",
     "sample",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from spin_lightning.types import Conversation, Example
 # Part of the folder's name. Increase it whenever the same seed gives different bytes.
 VERSION: Final = 1
 DATA_ROWS: Final = 13_056
+NOISE: Final = 0.2
 _BASE_STEPS = 600
 _BASE_BATCH = 128
 _CONTEXT = 32
@@ -72,6 +74,19 @@ def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
     folder = root / f"testbed-v{VERSION}-seed{seed}"
     make_once(folder, lambda made: _build(made, seed))
     return TestbedPaths(folder / "model", folder / "data.jsonl", folder / "language.json")
+
+
+def ensure_noisy(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
+    """`ensure`, with data of which a share of `NOISE` has a wrong response.
+
+    A wrong response is one of the language's, uniformly. The language beside the data is the clean
+    one, so that exact figures judge by what the data should have been.
+    """
+    root = cache_root() if cache_dir is None else cache_dir
+    clean = ensure(seed, root)
+    folder = root / f"testbed-noisy-v{VERSION}-seed{seed}"
+    make_once(folder, lambda made: _spoil(made, clean, seed))
+    return TestbedPaths(clean.model, folder / clean.data.name, folder / clean.language.name)
 
 
 def train_base(
@@ -174,6 +189,19 @@ def _build(folder: Path, seed: int) -> None:
             description="Training the testbed's base, once",
         )
     _save(model, tokenizer, folder / "model")
+
+
+def _spoil(folder: Path, clean: TestbedPaths, seed: int) -> None:
+    folder.mkdir()
+    language = Language.load(clean.language)
+    language.save(folder / clean.language.name)
+    draw = random.Random(seed)
+    rows = [json.loads(line) for line in clean.data.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if draw.random() < NOISE:
+            row["response"] = draw.choice(language.responses)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / clean.data.name).write_text(lines, encoding="utf-8")
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from spin_lightning.callbacks.memory_table import predicted_phases
 from spin_lightning.cli import examination, speed_trial
-from spin_lightning.cli.fit import data_and_model
+from spin_lightning.cli.reading import data_and_model
 from spin_lightning.policies import probes, shared_prefix
 from spin_lightning.policies.probes import PROBES, Finding, Probe, probe_kernels
 

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 from spin_lightning.callbacks.memory_table import LongestRow
-from spin_lightning.cli.fit import data_and_model
+from spin_lightning.cli.reading import data_and_model
 from spin_lightning.generation.local import tokens_in_cache
 from spin_lightning.packing import pass_tokens
 from spin_lightning.policies.memory import Memory

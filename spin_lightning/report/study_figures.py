@@ -1,0 +1,93 @@
+"""A picture of each part of a grid: over a setting if lines differ in one, else over iterates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spin_lightning.report.study import CURVES, Curves, draw_study
+from spin_lightning.report.study_plan import Play
+from spin_lightning.report.study_results import Line
+from spin_lightning.report.thresholds import best_response_threshold
+
+# With fewer values of a setting, curves over iterates say more.
+_FEWEST_VALUES = 3
+_BETA = "model.beta"
+
+
+def draw_part(lines: Sequence[Line], path: Path) -> Path | None:
+    """Draw one part of a grid.
+
+    Args:
+        lines: Its lines.
+        path: Where the picture goes.
+
+    Returns:
+        The picture's path; None if the runs have no metric in common that is drawn.
+    """
+    runs = [run for line in lines for run in line.runs.values()]
+    metrics = [metric for metric in CURVES if all(metric in run[-1] for run in runs)]
+    if not metrics:
+        return None
+    setting = _axis(lines)
+    if setting is None:
+        curves: Curves = {m: {line.label: line.points(m) for line in lines} for m in metrics}
+        return draw_study(curves, path)
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharex=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        for variant in dict.fromkeys(line.variant for line in lines):
+            own = [line for line in lines if line.variant == variant]
+            _draw_over(
+                axes, variant, setting, {line.settings[setting]: line.late(metric) for line in own}
+            )
+        _draw_start(axes, [points[0] for line in lines for points in line.points(metric)])
+        axes.set_title(CURVES[metric].replace(": ", ":\n", 1), fontsize=9)
+        axes.set_xscale("log")
+        if metric.startswith("exact/"):
+            axes.set_yscale("log")
+        note = "; dotted: threshold of exact best responses" if setting == _BETA else ""
+        axes.set_xlabel(f"{setting}{note}")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _axis(lines: Sequence[Line]) -> str | None:
+    """The one setting, a positive number, in which lines differ; None if there is none."""
+    settings = {name for line in lines for name in line.settings}
+    if len(settings) != 1:
+        return None
+    (name,) = settings
+    values = {line.settings.get(name) for line in lines}
+    is_axis = len(values) >= _FEWEST_VALUES and all(
+        isinstance(value, int | float) and value > 0 for value in values
+    )
+    return name if is_axis else None
+
+
+def _draw_over(
+    axes: Axes, variant: str, setting: str, late: Mapping[float, Sequence[float]]
+) -> None:
+    """The median over seeds at each value, a bar from the smallest to the largest."""
+    values = sorted(late)
+    middle = [median(late[value]) for value in values]
+    below = [m - min(late[value]) for m, value in zip(middle, values, strict=True)]
+    above = [max(late[value]) - m for m, value in zip(middle, values, strict=True)]
+    bars = axes.errorbar(
+        values, middle, yerr=[below, above], marker="o", markersize=4, capsize=3, label=variant
+    )
+    play = Play.of(variant, 0)
+    threshold = best_response_threshold(play.model, play.settings)
+    if threshold is not None and setting == _BETA:
+        axes.axvline(threshold, color=bars[0].get_color(), linestyle=":", alpha=0.8)
+
+
+def _draw_start(axes: Axes, starts: Sequence[float]) -> None:
+    axes.axhline(median(starts), color="grey", linestyle="--", linewidth=1, label="start, p0")

@@ -1,0 +1,160 @@
+"""What a grid gave: lines of runs that differ in their seed alone, and a table of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_lightning.errors import RunFolderError
+from spin_lightning.report.study import first_late, paired_interval
+from spin_lightning.report.study_plan import Play
+
+CONTROL: Final = "SFT"
+_SETTINGS: Final = ("model.", "data.", "trainer.")
+_HELD_OUT: Final = "val/real_nll_per_token"
+_LATE: Final = ("exact/kl", "exact/mixture_kl")
+_AT_BEST: Final = (
+    "exact/kl",
+    "exact/reverse_kl",
+    "exact/total_variation",
+    "exact/outside_mass",
+    _HELD_OUT,
+)
+
+# The metrics of the iterates of one run, ascending.
+Run = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        variant: The variant with its settings.
+        settings: Further settings by full name, as far as the lines of the part differ in them.
+        runs: The runs by seed.
+    """
+
+    variant: str
+    settings: Mapping[str, Any]
+    runs: Mapping[int, Run]
+
+    @property
+    def label(self) -> str:
+        """The variant and its settings, for a legend."""
+        shown = [f"{name.partition('.')[2]}={value}" for name, value in self.settings.items()]
+        return ", ".join([self.variant, *shown])
+
+    def late(self, metric: str) -> list[float]:
+        """The mean over the second half of the iterates, of each run that has the metric."""
+        return [fmean(points[first_late(len(points)) :]) for points in self.points(metric)]
+
+    def at_best(self, metric: str) -> dict[int, float]:
+        """The metric of each run at its lowest held-out NLL, by seed."""
+        return {
+            seed: run[best(run)][metric] for seed, run in self.runs.items() if metric in run[-1]
+        }
+
+    def points(self, metric: str) -> list[list[float]]:
+        """The metric over the iterates, of each run that has it."""
+        return [[at[metric] for at in run] for run in self.runs.values() if metric in run[-1]]
+
+
+def best(run: Run) -> int:
+    """The iterate with the lowest held-out NLL; the last one where nothing is held out."""
+    if _HELD_OUT not in run[-1]:
+        return len(run) - 1
+    return min(range(len(run)), key=lambda t: run[t][_HELD_OUT])
+
+
+def read_results(path: Path) -> dict[str, list[Line]]:
+    """Read `study.parquet`: the lines of each part, in the order of the file.
+
+    Raises:
+        RunFolderError: It cannot be read, or is not such a table.
+    """
+    fix = "give the study.parquet of `spin-lightning study --grid`"
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RunFolderError(f"{path} cannot be read ({error})", fix=fix) from error
+    if not rows or not {"parts", "variant", "seed", "iterate"} <= set(rows[0]):
+        raise RunFolderError(f"{path} is not the table of a grid", fix=fix)
+    parts = dict.fromkeys(part for row in rows for part in row["parts"])
+    return {part: _lines([row for row in rows if part in row["parts"]]) for part in parts}
+
+
+def _lines(rows: list[dict[str, Any]]) -> list[Line]:
+    names = [name for name in rows[0] if name.startswith(_SETTINGS)]
+    differing = [name for name in names if len({str(row[name]) for row in rows}) > 1]
+    lines: dict[str, Line] = {}
+    for row in sorted(rows, key=lambda row: row["iterate"]):
+        own = Play.of(row["variant"], 0).settings
+        settings = {
+            name: row[name]
+            for name in differing
+            if row[name] is not None and name.removeprefix("model.") not in own
+        }
+        line = Line(row["variant"], settings, {})
+        known = lines.setdefault(line.label, line)
+        metrics = {k: v for k, v in row.items() if "/" in k and v is not None}
+        runs = {**known.runs, row["seed"]: [*known.runs.get(row["seed"], []), metrics]}
+        lines[line.label] = replace(known, runs=runs)
+    return list(lines.values())
+
+
+def results_table(lines: Sequence[Line]) -> list[list[str]]:
+    """One row per line, as rows of text: medians over seeds with the smallest and the largest.
+
+    *late* is the mean over the second half of a run's iterates, *best* its iterate with the lowest
+    held-out NLL. *settled* counts the runs whose late KL is below that of their first iterate.
+    The last column is the mean paired difference to the control with its 95 % interval, if the
+    control is among the lines. The first row is the header.
+    """
+    settings = list(dict.fromkeys(name for line in lines for name in line.settings))
+    runs = [run for line in lines for run in line.runs.values()]
+    late, at_best = (
+        [metric for metric in metrics if all(metric in run[-1] for run in runs)]
+        for metrics in (_LATE, _AT_BEST)
+    )
+    control = next((line for line in lines if line.variant == CONTROL), None)
+    compared = at_best[0] if at_best and control is not None else None
+    header = ["variant", *settings, "seeds", *(["settled"] if late else [])]
+    header += [f"late {_short(m)}" for m in late] + [f"best {_short(m)}" for m in at_best]
+    header += [] if compared is None else [f"best {_short(compared)} minus {CONTROL}"]
+    table = [header]
+    for line in lines:
+        cells = [line.variant, *(str(line.settings.get(name, "")) for name in settings)]
+        cells.append(str(len(line.runs)))
+        if late:
+            starts = [points[0] for points in line.points(late[0])]
+            below = sum(a < b for a, b in zip(line.late(late[0]), starts, strict=True))
+            cells.append(f"{below} of {len(starts)}")
+        cells += [_spread(line.late(metric)) for metric in late]
+        cells += [_spread(list(line.at_best(metric).values())) for metric in at_best]
+        if compared is not None and control is not None:
+            cells.append(_difference(line.at_best(compared), control.at_best(compared)))
+        table.append(cells)
+    return table
+
+
+def _short(metric: str) -> str:
+    return metric.partition("/")[2].replace("_", " ")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _difference(own: Mapping[int, float], control: Mapping[int, float]) -> str:
+    seeds = [seed for seed in own if seed in control]
+    if own is control or own == control or len(seeds) < 2:
+        return "-"
+    low, mean, high = paired_interval([own[s] for s in seeds], [control[s] for s in seeds])
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
