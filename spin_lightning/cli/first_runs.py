@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -61,9 +60,7 @@ def _fit(name: str, out: Path) -> str:
     # One device: Lightning would start this command again for each of several.
     settings = {"trainer.default_root_dir": folder, "trainer.devices": 1}
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        run(["fit", "--config", str(chosen.path), *flags])
+    run(["fit", "--config", str(chosen.path), *flags])
     return str(folder)
 
 

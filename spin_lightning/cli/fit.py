@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,7 +128,10 @@ class SpinCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the arguments; refuse a seed that numpy cannot take."""
         try:
-            super().parse_arguments(parser, args)
+            with warnings.catch_warnings():
+                # Other commands give the arguments of `fit` themselves.
+                warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+                super().parse_arguments(parser, args)
         except (UnicodeDecodeError, RecursionError) as error:
             raise SpinError(
                 f"a config file cannot be read ({first_line(error)})",

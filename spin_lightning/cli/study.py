@@ -25,7 +25,7 @@ def study(args: list[str]) -> None:
     the last iterate of every run is scored on benchmarks, and so is what --start played.
 
     With --grid, a file names the runs: variants, settings and seeds. Several are played at a time,
-    and study.parquet has one row per run and iterate.
+    and study.parquet has one row per run and iterate. --results shows such a file again.
     """
     from spin_lightning.evaluation.settings import HarnessSettings
     from spin_lightning.report.study_plan import STABILITY_VARIANTS, Play
@@ -57,6 +57,12 @@ def study(args: list[str]) -> None:
         type=bool,
         default=False,
         help="With --grid: keep the run folders once they are measured.",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path | None,
+        help="A study.parquet that --grid wrote: print a table of each part and draw its picture, "
+        "in --out or beside the file, and play nothing.",
     )
     parser.add_argument(
         "--variants",
@@ -91,8 +97,16 @@ def study(args: list[str]) -> None:
     )
     parser.add_class_arguments(HarnessSettings, "benchmark", skip={"tasks"})
     given = parser.parse_args(args)
-    if (given.config is None) == (given.grid is None):
-        raise SpinError("nothing to play", fix="give --config with a config, or --grid with a grid")
+    if sum(one is not None for one in (given.config, given.grid, given.results)) != 1:
+        raise SpinError(
+            "a study is played from one file",
+            fix="give --config with a config, --grid with a grid, or --results with its results",
+        )
+    if given.results is not None:
+        from spin_lightning.cli.study_grid import show_results
+
+        show_results(given.results, Path(given.out or given.results.parent))
+        return
     if given.grid is not None:
         from spin_lightning.cli.study_grid import play_grid
 

@@ -126,14 +126,11 @@ class GridStudy:
 
 def play_quietly(play: Play, config: str, out: Path, started: RunFolder | None = None) -> RunFolder:
     """Play one run, from the best iterate of another one if there is one; return its folder."""
-    import warnings
-
     from spin_lightning.callbacks.console import quiet
     from spin_lightning.cli.fit import SpinCLI, explained
 
     start = None if started is None else started.iterate(started.best()).resolve()
-    with quiet(), explained(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    with quiet(), explained():
         SpinCLI(play.arguments(config, out, start))
     return RunFolder(play.folder(out))
 
@@ -174,7 +171,7 @@ def play_grid(
     known = study.outcomes()
     missing = [one for one in chosen if not _is_complete(known.get(one.name))]
     # Seeds differ in nothing that can be refused.
-    for one in {str({**one.content, "seed": None}): one for one in missing}.values():
+    for one in {one.name.rpartition("-seed")[0]: one for one in missing}.values():
         study.check(one)
     console.print(f"{len(chosen)} cells, {len(chosen) - len(missing)} of them played before.")
     failed: dict[str, str] = {}
@@ -194,12 +191,33 @@ def play_grid(
     measured = [(one, known[name]) for name, one in grid.cells.items() if name in known]
     rows = write_table(measured, study.out / "study.parquet")
     console.print(f"{study.out / 'study.parquet'}: {rows:,} rows, one per cell and iterate.")
+    if rows:
+        show_results(study.out / "study.parquet", study.out)
     if failed:
         name, reason = next(iter(failed.items()))
         raise SpinError(
             f"{len(failed)} of {len(missing)} cells ended early, such as {name} ({reason})",
             fix="their finished iterates are in the table; run the same command to try them again",
         )
+
+
+def show_results(path: Path, out: Path) -> None:
+    """Print a table of each part of a grid, and draw its picture.
+
+    Args:
+        path: The grid's `study.parquet`.
+        out: Where the pictures go.
+    """
+    from spin_lightning.callbacks.console import console, show_table
+    from spin_lightning.report.study_figures import draw_part
+    from spin_lightning.report.study_results import read_results, results_table
+
+    for part, lines in read_results(path).items():
+        console.print(f"\n{part}: medians over seeds, with the smallest and the largest")
+        show_table(results_table(lines))
+        picture = draw_part(lines, out / f"{part}.png")
+        if picture is not None:
+            console.print(f"Picture: {picture}")
 
 
 def _played(study: GridStudy, cells: list[Cell], processes: int) -> Iterator[tuple[Cell, Outcome]]:

@@ -8,6 +8,7 @@ from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from spin_lightning.report.study import CURVES, Curves, draw_study
 from spin_lightning.report.study_plan import Play
@@ -48,12 +49,22 @@ def draw_part(lines: Sequence[Line], path: Path) -> Path | None:
         _draw_start(axes, [points[0] for line in lines for points in line.points(metric)])
         axes.set_title(CURVES[metric].replace(": ", ":\n", 1), fontsize=9)
         axes.set_xscale("log")
+        values = sorted({line.settings[setting] for line in lines})
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
         if metric.startswith("exact/"):
             axes.set_yscale("log")
-        note = "; dotted: threshold of exact best responses" if setting == _BETA else ""
-        axes.set_xlabel(f"{setting}{note}")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    note = "; dotted: threshold of exact best responses" if setting == _BETA else ""
+    figure.supxlabel(f"{setting}: mean over the second half of the iterates{note}", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    # (Matplotlib lists lines before error bars.)
+    figure.legend(
+        handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside upper center", ncols=5
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path

@@ -26,6 +26,8 @@ _AT_BEST: Final = (
     "exact/outside_mass",
     _HELD_OUT,
 )
+# They stand with their range over the seeds; the others with their median alone, for the width.
+_WITH_RANGE: Final = ("exact/kl", "exact/mixture_kl")
 
 # The metrics of the iterates of one run, ascending.
 Run = Sequence[Mapping[str, float]]
@@ -110,7 +112,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[Line]:
 
 
 def results_table(lines: Sequence[Line]) -> list[list[str]]:
-    """One row per line, as rows of text: medians over seeds with the smallest and the largest.
+    """One row per line, as rows of text: medians over seeds, with the range for some metrics.
 
     *late* is the mean over the second half of a run's iterates, *best* its iterate with the lowest
     held-out NLL. *settled* counts the runs whose late KL is below that of their first iterate.
@@ -124,32 +126,39 @@ def results_table(lines: Sequence[Line]) -> list[list[str]]:
         for metrics in (_LATE, _AT_BEST)
     )
     control = next((line for line in lines if line.variant == CONTROL), None)
-    compared = at_best[0] if at_best and control is not None else None
-    header = ["variant", *settings, "seeds", *(["settled"] if late else [])]
+    compared = at_best[0] if at_best and control is not None and len(lines) > 1 else None
+    header = ["variant", *(name.partition(".")[2] for name in settings)]
+    header += ["settled" if late else "seeds"]
     header += [f"late {_short(m)}" for m in late] + [f"best {_short(m)}" for m in at_best]
     header += [] if compared is None else [f"best {_short(compared)} minus {CONTROL}"]
     table = [header]
     for line in lines:
         cells = [line.variant, *(str(line.settings.get(name, "")) for name in settings)]
-        cells.append(str(len(line.runs)))
-        if late:
-            starts = [points[0] for points in line.points(late[0])]
-            below = sum(a < b for a, b in zip(line.late(late[0]), starts, strict=True))
-            cells.append(f"{below} of {len(starts)}")
-        cells += [_spread(line.late(metric)) for metric in late]
-        cells += [_spread(list(line.at_best(metric).values())) for metric in at_best]
+        cells.append(_settled(line) if late else str(len(line.runs)))
+        cells += [_shown(metric, line.late(metric)) for metric in late]
+        cells += [_shown(metric, list(line.at_best(metric).values())) for metric in at_best]
         if compared is not None and control is not None:
             cells.append(_difference(line.at_best(compared), control.at_best(compared)))
         table.append(cells)
     return table
 
 
+def _settled(line: Line) -> str:
+    starts = [points[0] for points in line.points(_LATE[0])]
+    return (
+        f"{sum(a < b for a, b in zip(line.late(_LATE[0]), starts, strict=True))} of {len(starts)}"
+    )
+
+
 def _short(metric: str) -> str:
     return metric.partition("/")[2].replace("_", " ")
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def _shown(metric: str, values: Sequence[float]) -> str:
+    middle = f"{median(values):.3f}"
+    if metric not in _WITH_RANGE or len(values) < 2:
+        return middle
+    return f"{middle} ({min(values):.2f}–{max(values):.2f})"
 
 
 def _difference(own: Mapping[int, float], control: Mapping[int, float]) -> str:
@@ -157,4 +166,4 @@ def _difference(own: Mapping[int, float], control: Mapping[int, float]) -> str:
     if own is control or own == control or len(seeds) < 2:
         return "-"
     low, mean, high = paired_interval([own[s] for s in seeds], [control[s] for s in seeds])
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"{mean:+.3f} ({low:+.2f} to {high:+.2f})"

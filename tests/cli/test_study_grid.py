@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from spin_lightning.cli import study_grid
 from spin_lightning.cli.main import main
+from spin_lightning.cli.study_grid import GridStudy
 from spin_lightning.report.study_grid import Outcome, read_grid
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,9 @@ def test_grid_is_played_once_and_a_cell_alone_gives_the_same_numbers(
     assert "3 cells, 0 of them played before." in output
     assert "[3/3]" in output
     assert "9 rows, one per cell and iterate" in output
+    assert "beta: medians over seeds" in output
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"beta.png", "after.png"}
     values = measured(tmp_path / "out")
     cells = list(dict.fromkeys(cell for cell, _ in values))
     assert cells == ["SPIN-model.beta=0.3-seed0", "SPIN-model.beta=1.0-seed0", cells[2]]
@@ -147,4 +152,39 @@ def test_grid_of_another_config_is_not_mixed_with_finished_cells(
 )
 def test_either_a_config_or_a_grid_is_played(arguments, monkeypatch, capsys):
     assert study(monkeypatch, *arguments) == 2
-    assert "give --config with a config, or --grid with a grid" in capsys.readouterr().err
+    assert "give --config with a config, --grid with a grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.bta": [1.0]}, "SPIN-model.bta=1.0-seed0: "),
+        ({"model.beta": [-1.0]}, "SPIN-model.beta=_1.0-seed0: beta=-1.0: out of range"),
+    ],
+    ids=["unknown", "out of range"],
+)
+def test_cell_that_cannot_be_played_is_named_before_any_is(
+    settings, message, grid, tmp_path, monkeypatch, capsys
+):
+    content = yaml.safe_load(grid.read_text())
+    content["parts"]["wrong"] = {"variants": ["SPIN"], "settings": settings}
+    grid.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert study(monkeypatch, "--grid", grid, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_number_of_processes_is_checked(grid, monkeypatch, capsys):
+    assert study(monkeypatch, "--grid", grid, "--processes", 0) == 2
+    assert "processes=0: out of range" in capsys.readouterr().err
+
+
+def test_fault_of_one_cell_does_not_end_the_others(grid, tmp_path, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(study_grid, "play_quietly", fail)
+    cell = next(iter(read_grid(grid).cells.values()))
+    outcome = GridStudy(read_grid(grid), tmp_path / "out", keep_runs=False).play(cell)
+    assert (outcome.error, outcome.rows) == ("out of luck", [])
+    assert f"{cell.name} ended early" in caplog.text

@@ -26,6 +26,7 @@ from spin_lightning.errors import SettingError
 from spin_lightning.losses import logistic
 from spin_lightning.packing import pack_prompts, pad_prompts
 from spin_lightning.policies import shared_prefix, varlen
+from spin_lightning.policies.layout import Layout
 from spin_lightning.policies.lora import LoraPolicy
 from spin_lightning.policies.lora_settings import LoraSettings
 from spin_lightning.policies.pretrained import FrozenBase
@@ -156,6 +157,28 @@ def test_step_equals_the_padded_one_for_random_lengths(seed, folder_of):
     base = FrozenBase(folder_of("llama_tied"), compute_dtype="float32")
     fast, plain = build(base), build(base, packing="padded", fused=False)
     assert_same_step(fast, plain, some_pairs(seed, count=5 + 3 * seed), within=1e-5)
+
+
+def pairs_of_few_shapes() -> PromptBatch:
+    """12 pairs of two lengths of prompts and two of responses, with different ids."""
+    draw = random.Random(7)
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(3, 96) for _ in range(length)]
+
+    prompts = [ids((3, 8)[i % 2]) for i in range(12)]
+    return pack_prompts(prompts, [(ids((4, 9)[i % 3 // 2]), ids(4)) for i in range(12)])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "gemma2", "gpt2"])
+def test_step_by_shape_equals_the_padded_one_and_that_piece_by_piece(name, folder_of, monkeypatch):
+    batch = pairs_of_few_shapes()
+    assert Layout(batch).alike is not None
+    base = FrozenBase(folder_of(name), compute_dtype="float32")
+    fast, plain = build(base), build(base, packing="padded", fused=False)
+    assert_same_step(fast, plain, batch, within=1e-5)
+    monkeypatch.setattr(Layout, "alike", None)
+    assert_same_step(build(base), build(base, packing="padded", fused=False), batch, within=1e-5)
 
 
 @pytest.mark.parametrize("most", [1, 60])

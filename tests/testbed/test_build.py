@@ -160,3 +160,21 @@ def test_ensure_base_is_a_known_distance_from_the_data(seed, tmp_path):
     assert 0.45 < metrics["exact/kl"] < 0.7
     assert metrics["exact/outside_mass"] < 0.03
     assert float(away_from_dialect) < 0.12
+
+
+def test_noisy_data_have_a_share_of_wrong_responses_beside_the_clean_language(quick_base, tmp_path):
+    clean = build.ensure(seed=4, cache_dir=tmp_path)
+    noisy = build.ensure_noisy(seed=4, cache_dir=tmp_path)
+    assert noisy.model == clean.model
+    assert noisy.language.parent == noisy.data.parent != clean.data.parent
+    assert noisy.language.read_bytes() == clean.language.read_bytes()
+    rows, spoiled = (
+        [json.loads(line) for line in paths.data.read_text().splitlines()]
+        for paths in (clean, noisy)
+    )
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in spoiled]
+    changed = sum(a != b for a, b in zip(rows, spoiled, strict=True))
+    # 13,056 draws at 0.2 have a standard deviation of 0.0035; a draw may give the same response.
+    assert changed / len(rows) == pytest.approx(0.2, abs=0.02)
+    assert {row["response"] for row in spoiled} <= set(Language.load(clean.language).responses)
+    assert build.ensure_noisy(seed=4, cache_dir=tmp_path) == noisy
