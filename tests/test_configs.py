@@ -21,7 +21,7 @@ CONFIGS = sorted(
 
 
 def test_configs_shipped_are_all_seen():
-    assert len(CONFIGS) == 25
+    assert len(CONFIGS) == 26
     assert len(GRIDS) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, Final
@@ -10,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from spin_lightning.report.measures import Measure, Records, points
@@ -20,6 +21,8 @@ COLORS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9
 _REAL = "#777777"
 _SIZE = (4.8, 3.0)
 _BINS = 30
+# Characters of a line of the legend; without a bound, a long name leaves no room for the curve.
+_LEGEND_WIDTH = 36
 
 
 def curve_figure(measure: Measure, histories: Mapping[str, Records]) -> Figure:
@@ -43,17 +46,25 @@ def draw_curve(axes: Axes, measure: Measure, histories: Mapping[str, Records]) -
             marker="o",
             capsize=2,
             color=COLORS[i % len(COLORS)],
-            label=name,
+            label=textwrap.fill(name, _LEGEND_WIDTH),
         )
     if measure.name == "val/generated_tokens":
         real = points(next(iter(histories.values())), "val/real_tokens")
         axes.plot(list(real), list(real.values()), "--", color=_REAL, label="real responses")
     if measure.log:
-        axes.set_yscale("log")
+        log_values(axes)
     axes.set_xlabel("iterate")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def log_values(axes: Axes) -> None:
+    """Scale the values logarithmically, with plain numbers at 1, 2 and 5."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def histogram_figure(

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.contestants import label_of
 from spin_lightning.evaluation.results import read_results, score_lines
+from spin_lightning.report.figures import log_values
 from spin_lightning.report.run_view import read_records
 from spin_lightning.run.folder import RunFolder
 
@@ -40,6 +41,7 @@ _T_QUANTILES: Final = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
 _NORMAL_QUANTILE: Final = 1.96
+_COLORS: Final = 10
 # Whether a run has settled is judged by its second half.
 _LATE: Final = 0.5
 
@@ -183,12 +185,13 @@ def draw_study(curves: Curves, path: Path) -> Path:
     figure = Figure(figsize=(10, 3.6 * len(drawn)), layout="constrained")
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (metric, runs) in zip(panels, drawn.items(), strict=True):
-        for variant, histories in runs.items():
-            _draw(axes, variant, histories)
+        for number, (variant, histories) in enumerate(runs.items()):
+            # Colors repeat after ten.
+            _draw(axes, variant, histories, "-" if number < _COLORS else "--")
         axes.set_title(CURVES[metric], fontsize=10)
         axes.grid(alpha=0.3)
         if metric.startswith("exact/"):
-            axes.set_yscale("log")
+            log_values(axes)
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside upper center", fontsize=8, ncols=3)
     panels[-1].set_xlabel("iterate")
@@ -198,8 +201,9 @@ def draw_study(curves: Curves, path: Path) -> Path:
     return path
 
 
-def _draw(axes: Axes, variant: str, histories: Sequence[Sequence[float]]) -> None:
+def _draw(axes: Axes, variant: str, histories: Sequence[Sequence[float]], style: str) -> None:
     by_iterate = list(zip(*histories, strict=False))
-    (line,) = axes.plot([median(at) for at in by_iterate], marker="o", markersize=4, label=variant)
+    middle = [median(at) for at in by_iterate]
+    (line,) = axes.plot(middle, marker="o", markersize=4, linestyle=style, label=variant)
     low, high = [min(at) for at in by_iterate], [max(at) for at in by_iterate]
     axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -8,8 +8,9 @@ from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
+from spin_lightning.report.figures import log_values
 from spin_lightning.report.study import CURVES, Curves, draw_study
 from spin_lightning.report.study_plan import Play
 from spin_lightning.report.study_results import Line
@@ -53,10 +54,7 @@ def draw_part(lines: Sequence[Line], path: Path) -> Path | None:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.xaxis.set_minor_locator(NullLocator())
         if metric.startswith("exact/"):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
+            log_values(axes)
         axes.grid(alpha=0.3)
     note = "; dotted: threshold of exact best responses" if setting == _BETA else ""
     figure.supxlabel(f"{setting}: mean over the second half of the iterates{note}", fontsize=10)

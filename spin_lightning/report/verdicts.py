@@ -33,6 +33,7 @@ LIMITS: Final[Mapping[str, Limit]] = {
     "flat_loss": Limit(0.01, "a logistic loss near log 2 moves that far with a margin of 0.014"),
     "flat_margin": Limit(0.05, "the odds of the real response are then 51 to 49"),
     "worse_than_best": Limit(0.02, _SAME_ANSWERS),
+    "above_base": Limit(0.02, _SAME_ANSWERS),
 }
 
 
@@ -199,6 +200,16 @@ def _flat_loss(history: _History, t: int) -> str | None:
     )
 
 
+def _overshoots(history: _History, t: int) -> str | None:
+    """Iterates from p2 on: the first one overshoots in runs that settle later as well."""
+    now, first = (history.value(i, _NLL) for i in (t, 0))
+    if t < 2 or now is None or first is None:
+        return None
+    if now <= first * (1 + LIMITS["above_base"].value):
+        return None
+    return f"NLL of held-out real responses {now:.3f} nats per token; p0 had {first:.3f}"
+
+
 def _worse_than_best(history: _History, t: int) -> str | None:
     """The newest iterate only: what came before has been seen."""
     if t != history.records[-1].index:
@@ -262,6 +273,15 @@ _STATES: Final = (
         "Multiply the learning rate by ten. If no cue and no token tells the responses apart, "
         "there is nothing to learn.",
         _flat_loss,
+    ),
+    _State(
+        "overshoot",
+        "warning",
+        "Real responses are less likely than before self-play",
+        "Each iterate goes past its best response, and the next one past it on the other side: "
+        "beta is too small for this many steps and this history.",
+        "Raise beta, lower the learning rate, or play against more past iterates (FictitiousSPIN).",
+        _overshoots,
     ),
     _State(
         "worse-than-best",

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from spin_lightning.errors import RunFolderError
 from spin_lightning.evaluation.contestants import iterate_contestant
 from spin_lightning.evaluation.results import Result, write_result
+from spin_lightning.report.figures import curve_figure
 from spin_lightning.report.measures import MEASURES
 from spin_lightning.report.report import write_report
 from spin_lightning.report.run_view import config_differences, read_runs
@@ -80,6 +81,15 @@ def test_pictures_are_written_beside_the_page(page_path):
     names = {path.stem for path in (page_path.parent / "figures").glob("*.png")}
     assert {"val_kl_base", "lengths_run0_p0", "lengths_run1_p4", "rewards_run1_p4"} <= names
     assert "rewards_run0_p0" not in names, "the base has no iterate before it"
+
+
+def test_curve_of_a_run_with_a_long_name_has_room(finished_run):
+    """The legend would cover all of it, and matplotlib would warn."""
+    view = read_runs([finished_run])[0]
+    measure = next(one for one in MEASURES if one.name == "val/real_nll_per_token")
+    figure = curve_figure(measure, {"a-setting=1.0-" * 16: view.records})
+    figure.canvas.draw()
+    assert figure.axes[0].get_position().width > 0.5
 
 
 def test_best_iterate_of_each_run_is_marked(page):

@@ -165,6 +165,19 @@ def test_loss_that_is_flat_from_the_start(t, fields, expected):
     assert found(records) == ({"flat-loss": (1,)} if expected else {})
 
 
+@pytest.mark.parametrize(
+    ("nlls", "expected"),
+    [
+        ((1.0, 1.3, 1.01), None),  # p1 may overshoot
+        ((1.0, 1.3, 1.021), (2,)),
+        ((1.0, 0.9, 1.03, 1.04), (2, 3)),
+        ((1.0, 0.9, 1.03, 0.95), (2,)),
+    ],
+)
+def test_real_responses_less_likely_than_under_the_base(nlls, expected):
+    assert found(history(*({NLL: nll} for nll in nlls))).get("overshoot") == expected
+
+
 def test_newest_iterate_that_is_worse_than_the_best():
     # 0.92 is two percent more than 0.9 and a bit.
     assert found(history({}, {NLL: 0.9}, {NLL: 0.919}))["worse-than-best"] == (2,)
