@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from jsonargparse import Namespace
 
 from spin_lightning.cli.parsing import command_parser
 from spin_lightning.errors import SettingError, SpinError, is_whole
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 # The runs of a study by label, one per seed, each with the iterate that its scores are of.
 Scored = dict[str, list[tuple[RunFolder, int]]]
+# What each kind of file goes with; a config with all but what belongs to a grid.
+_GRID_OPTIONS: Final = ("plan", "cell", "processes", "keep_runs")
+_OPTIONS: Final = {"grid": ("grid", "out", *_GRID_OPTIONS), "results": ("results", "out")}
 
 
 def study(args: list[str]) -> None:
@@ -97,11 +102,7 @@ def study(args: list[str]) -> None:
     )
     parser.add_class_arguments(HarnessSettings, "benchmark", skip={"tasks"})
     given = parser.parse_args(args)
-    if sum(one is not None for one in (given.config, given.grid, given.results)) != 1:
-        raise SpinError(
-            "a study is played from one file",
-            fix="give --config with a config, --grid with a grid, or --results with its results",
-        )
+    _check_options(given, parser.get_defaults())
     if given.results is not None:
         from spin_lightning.cli.study_grid import show_results
 
@@ -170,6 +171,28 @@ def study(args: list[str]) -> None:
         if len(given.seeds) > 1 and scores and compared is not None:
             show_table(difference_table(scores, compared))
         console.print(f"Picture: {draw_study(curves, out / 'study.png')}")
+
+
+def _check_options(given: Namespace, defaults: Namespace) -> None:
+    """Refuse options that the given file has no use for.
+
+    Raises:
+        SpinError: There are some, or there is not one file.
+    """
+    files = [name for name in ("config", "grid", "results") if given[name] is not None]
+    if len(files) != 1:
+        raise SpinError(
+            "a study is played from one file",
+            fix="give --config with a config, --grid with a grid, or --results with its results",
+        )
+    (file,) = files
+    changed = [name for name in vars(given) if given[name] != defaults.get(name)]
+    if file == "config":
+        unused = [name for name in changed if name in _GRID_OPTIONS]
+    else:
+        unused = [name for name in changed if name not in _OPTIONS[file]]
+    if unused:
+        raise SpinError(f"--{unused[0]} does not go with --{file}", fix="leave one of them out")
 
 
 def _run(

@@ -7,8 +7,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from spin_lightning.errors import RunFolderError, SettingError, SpinError, first_line, is_whole
 from spin_lightning.report.study_grid import Cell, Grid, Outcome, read_grid, write_table
-from spin_lightning.run.fingerprint import file_hash
+from spin_lightning.run.fingerprint import fingerprint
 from spin_lightning.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from spin_lightning.report.study_plan import Play
+    from spin_lightning.run.records import IterateRecord
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,15 +74,16 @@ class GridStudy:
 
         torch.set_num_threads(1)
         runs, started, error = self.out / "runs", time.monotonic(), None
+        run = RunFolder(cell.play.folder(runs))
         try:
             start = None if cell.start is None else self._started(cell.start, runs)
-            run = play_quietly(cell.play, str(self.grid.config), runs, start)
-        except Exception as raised:
+            play_quietly(cell.play, str(self.grid.config), runs, start)
+            records = read_records(run)
+        except (Exception, SystemExit) as raised:
             # Whatever it is, hours of other cells must not end with it.
             if not isinstance(raised, SpinError):
                 _LOG.exception("%s ended early", cell.name)
-            run, error = RunFolder(cell.play.folder(runs)), first_line(raised)
-        records = read_records(run) if error is None else run.records()
+            error, records = first_line(raised), _readable(run)
         outcome = Outcome(
             content=self._content(cell),
             seconds=time.monotonic() - started,
@@ -94,6 +97,9 @@ class GridStudy:
 
     def check(self, cell: Cell) -> None:
         """Read a cell's settings, and those of its start, without playing it.
+
+        The module and the data check theirs; what files hold, and the trainer's values, are found
+        out when it is played.
 
         Raises:
             SpinError: One is unknown, or its value cannot work.
@@ -121,7 +127,18 @@ class GridStudy:
 
     @cached_property
     def _config_hash(self) -> str:
-        return file_hash(self.grid.config)
+        from spin_lightning.cli.reading import read_config
+
+        # Of its settings: a comment may change.
+        return fingerprint({"config": read_config(self.grid.config)})
+
+
+def _readable(run: RunFolder) -> list[IterateRecord]:
+    """The records of a run that ended early; none if they are damaged."""
+    try:
+        return run.records()
+    except SpinError:
+        return []
 
 
 def play_quietly(play: Play, config: str, out: Path, started: RunFolder | None = None) -> RunFolder:
@@ -163,12 +180,14 @@ def play_grid(
     if not is_whole(processes, 1):
         raise SettingError("processes", processes, "out of range", fix="give 1 or more")
     grid = read_grid(path)
-    study = GridStudy(grid, out or Path("runs") / path.stem, keep_runs)
-    if plan_only:
-        show_table(plan_table(study, processes))
-        return
     chosen = list(grid.cells.values()) if cell is None else [grid.cell(cell)]
+    study = GridStudy(grid, out or Path("runs") / path.stem, keep_runs)
+    if study.out.exists() and not study.out.is_dir():
+        raise SettingError("out", str(study.out), "it is a file", fix="name a folder")
     known = study.outcomes()
+    if plan_only:
+        show_table(plan_table(grid, known, processes))
+        return
     missing = [one for one in chosen if not _is_complete(known.get(one.name))]
     # Seeds differ in nothing that can be refused.
     for one in {one.name.rpartition("-seed")[0]: one for one in missing}.values():
@@ -176,23 +195,31 @@ def play_grid(
     console.print(f"{len(chosen)} cells, {len(chosen) - len(missing)} of them played before.")
     failed: dict[str, str] = {}
     took = [outcome.seconds for outcome in known.values() if _is_complete(outcome)]
-    for number, (one, outcome) in enumerate(_played(study, missing, processes), start=1):
-        known[one.name] = outcome
-        took.append(outcome.seconds)
-        left = fmean(took) * (len(missing) - number) / processes
-        state = "" if outcome.error is None else f" ENDED EARLY: {outcome.error}"
-        console.print(
-            f"[{number}/{len(missing)}] {one.name}: {duration(outcome.seconds)}, "
-            f"{duration(left)} left{state}",
-            markup=False,
-        )
-        if outcome.error is not None:
-            failed[one.name] = outcome.error
-    measured = [(one, known[name]) for name, one in grid.cells.items() if name in known]
-    rows = write_table(measured, study.out / "study.parquet")
-    console.print(f"{study.out / 'study.parquet'}: {rows:,} rows, one per cell and iterate.")
+    table = study.out / "study.parquet"
+    try:
+        for number, (one, outcome) in enumerate(_played(study, missing, processes), start=1):
+            known[one.name] = outcome
+            took.append(outcome.seconds)
+            left = fmean(took) * (len(missing) - number) / processes
+            state = "" if outcome.error is None else f" ENDED EARLY: {outcome.error}"
+            console.print(
+                f"[{number}/{len(missing)}] {one.name}: {duration(outcome.seconds)}, "
+                f"{duration(left)} left{state}",
+                markup=False,
+            )
+            if outcome.error is not None:
+                failed[one.name] = outcome.error
+    except BrokenProcessPool as error:
+        raise SpinError(
+            "a process was killed, probably for want of memory",
+            fix="give fewer --processes, and run the same command again: finished cells are kept",
+        ) from error
+    finally:
+        measured = [(one, known[name]) for name, one in grid.cells.items() if name in known]
+        rows = write_table(measured, table)
+        console.print(f"{table}: {rows:,} rows, one per cell and iterate.")
     if rows:
-        show_results(study.out / "study.parquet", study.out)
+        show_results(table, study.out)
     if failed:
         name, reason = next(iter(failed.items()))
         raise SpinError(
@@ -210,10 +237,12 @@ def show_results(path: Path, out: Path) -> None:
     """
     from spin_lightning.callbacks.console import console, show_table
     from spin_lightning.report.study_figures import draw_part
-    from spin_lightning.report.study_results import read_results, results_table
+    from spin_lightning.report.study_results import read_results, results_table, unfinished
 
+    if ended := unfinished(path):
+        console.print(f"Left out, since they ended early: {', '.join(ended)}.", markup=False)
     for part, lines in read_results(path).items():
-        console.print(f"\n{part}: medians over seeds, with the smallest and the largest")
+        console.print(f"\n{part}: medians over seeds (smallest to largest)")
         show_table(results_table(lines))
         picture = draw_part(lines, out / f"{part}.png")
         if picture is not None:
@@ -250,16 +279,16 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def plan_table(study: GridStudy, processes: int) -> list[list[str]]:
+def plan_table(grid: Grid, outcomes: Mapping[str, Outcome], processes: int) -> list[list[str]]:
     """Cells and hours by part, as rows of text; the first is the header.
 
     Hours are those of the cells that are left, at the mean time of the part's finished cells, or of
     all finished ones.
     """
-    known = {name: one for name, one in study.outcomes().items() if _is_complete(one)}
+    known = {name: one for name, one in outcomes.items() if _is_complete(one)}
     of_all = [outcome.seconds for outcome in known.values()]
     table = [["part", "cells", "played", "seconds per cell", f"hours left, {processes} at a time"]]
-    cells = study.grid.cells.values()
+    cells = grid.cells.values()
     names = dict.fromkeys(part for cell in cells for part in cell.parts)
     total = 0.0
     for name in names:

@@ -44,9 +44,8 @@ def draw_part(lines: Sequence[Line], path: Path) -> Path | None:
     for axes, metric in zip(panels, metrics, strict=True):
         for variant in dict.fromkeys(line.variant for line in lines):
             own = [line for line in lines if line.variant == variant]
-            _draw_over(
-                axes, variant, setting, {line.settings[setting]: line.late(metric) for line in own}
-            )
+            late = {line.settings[setting]: line.late(metric) for line in own}
+            _draw_over(axes, variant, late, _threshold(own[0]) if setting == _BETA else None)
         _draw_start(axes, [points[0] for line in lines for points in line.points(metric)])
         axes.set_title(CURVES[metric].replace(": ", ":\n", 1), fontsize=9)
         axes.set_xscale("log")
@@ -74,15 +73,21 @@ def _axis(lines: Sequence[Line]) -> str | None:
     if len(settings) != 1:
         return None
     (name,) = settings
-    values = {line.settings.get(name) for line in lines}
-    is_axis = len(values) >= _FEWEST_VALUES and all(
-        isinstance(value, int | float) and value > 0 for value in values
-    )
-    return name if is_axis else None
+    values = [line.settings.get(name) for line in lines]
+    are_numbers = all(isinstance(value, int | float) and value > 0 for value in values)
+    return name if are_numbers and len(set(values)) >= _FEWEST_VALUES else None
+
+
+def _threshold(line: Line) -> float | None:
+    """See `best_response_threshold`; settings that only the config has are not known here."""
+    play = Play.of(line.variant, 0)
+    shared = {name.removeprefix("model."): value for name, value in line.common.items()}
+    known = {name: value for name, value in shared.items() if value is not None}
+    return best_response_threshold(play.model, {**known, **play.settings})
 
 
 def _draw_over(
-    axes: Axes, variant: str, setting: str, late: Mapping[float, Sequence[float]]
+    axes: Axes, variant: str, late: Mapping[float, Sequence[float]], threshold: float | None
 ) -> None:
     """The median over seeds at each value, a bar from the smallest to the largest."""
     values = sorted(late)
@@ -92,9 +97,7 @@ def _draw_over(
     bars = axes.errorbar(
         values, middle, yerr=[below, above], marker="o", markersize=4, capsize=3, label=variant
     )
-    play = Play.of(variant, 0)
-    threshold = best_response_threshold(play.model, play.settings)
-    if threshold is not None and setting == _BETA:
+    if threshold is not None:
         axes.axvline(threshold, color=bars[0].get_color(), linestyle=":", alpha=0.8)
 
 

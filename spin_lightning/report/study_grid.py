@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_lightning.errors import SettingError, check_names, is_whole
-from spin_lightning.report.study_plan import Play
+from spin_lightning.report.study_plan import LORA_SETTINGS, Play
 from spin_lightning.run.files import read_json, read_yaml, replace_synced, write_json
 
 _KEYS: Final = ("config", "seeds", "parts")
@@ -79,7 +80,7 @@ class Grid:
                 "cell",
                 name,
                 "the grid has no such cell",
-                fix=f"give one of {', '.join(near or list(self.cells)[:3])}, … (--plan lists them)",
+                fix=f"give a name such as {', '.join(near or list(self.cells)[:3])}",
             )
         return self.cells[name]
 
@@ -107,6 +108,14 @@ def read_grid(path: Path) -> Grid:
         if not is_whole(seed, 0):
             raise SettingError("seeds", seeds, f"{seed!r} is not a seed", fix="give whole numbers")
     parts = _mapping("parts", content["parts"])
+    config = (path.parent / str(content["config"])).resolve()
+    if not config.is_file():
+        raise SettingError(
+            "config",
+            content["config"],
+            f"there is no {config}",
+            fix="name a config of `fit`, relative to the grid",
+        )
     found: dict[str, Cell] = {}
     for seed in seeds:
         for name, part in parts.items():
@@ -114,12 +123,16 @@ def read_grid(path: Path) -> Grid:
                 known = found.get(cell.name)
                 names = cell.parts if known is None else (*known.parts, *cell.parts)
                 found[cell.name] = replace(cell, parts=names)
-    return Grid((path.parent / str(content["config"])).resolve(), found)
+    return Grid(config, found)
 
 
 def _cells(name: str, part: Mapping[str, Any], seed: int) -> Iterator[Cell]:
     """The cells of one part with one seed."""
     where = f"parts.{name}"
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise SettingError(
+            "parts", name, "pictures are named like parts", fix="use letters, digits, _ and -"
+        )
     check_names(where, part, _PART_KEYS)
     settings = _mapping(f"{where}.settings", part.get("settings", {}))
     for setting in settings:
@@ -157,11 +170,35 @@ def _cells(name: str, part: Mapping[str, Any], seed: int) -> Iterator[Cell]:
             overrides=shared,
         )
     for variant in _list(f"{where}.variants", part.get("variants")):
+        played = Play.of(str(variant), seed)
+        _check_settings(where, played, settings, start)
         for chosen in itertools.product(*values):
             overrides = dict(zip(settings, chosen, strict=True))
             stage = "" if start is None else f"after-{start.epochs}-epochs-of-{start.variant},"
-            play = replace(Play.of(str(variant), seed), overrides=overrides, stage=stage)
-            yield Cell(play, (name,), start)
+            yield Cell(replace(played, overrides=overrides, stage=stage), (name,), start)
+
+
+def _check_settings(
+    where: str, play: Play, settings: Mapping[str, Any], start: Play | None
+) -> None:
+    """Refuse settings that a variant has itself, and those that an adapter to start from has."""
+    for name in play.settings:
+        if f"model.{name}" in settings:
+            raise SettingError(
+                f"{where}.settings",
+                f"model.{name}",
+                f"the variant {play.variant} sets it as well",
+                fix="leave it to one of the two",
+            )
+    given = [*settings, *(f"model.{name}" for name in play.settings)]
+    taken = [name for name in given if name.removeprefix("model.") in LORA_SETTINGS]
+    if start is not None and taken:
+        raise SettingError(
+            f"{where}.settings",
+            taken[0],
+            f"runs start from the adapter of {start.variant}, which has its own",
+            fix=f"set it there: start: {start.model}({taken[0].removeprefix('model.')}=…)",
+        )
 
 
 @dataclass(frozen=True)
@@ -210,8 +247,8 @@ def write_table(cells: Iterable[tuple[Cell, Outcome]], path: Path) -> int:
     """Write one row per cell and iterate to a parquet file, and return their number.
 
     Columns are the cell's name, parts, variant and seed, its class, its settings (those of the
-    variant as `model.…`), the iterate, the cell's seconds, and every metric, null where a cell
-    lacks it.
+    variant as `model.…`), whether it is complete or ended early, the iterate, the cell's seconds,
+    and every metric, null where a cell lacks it.
     """
     rows = [row for cell, outcome in cells for row in _rows(cell, outcome)]
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -235,6 +272,7 @@ def _rows(cell: Cell, outcome: Outcome) -> Iterator[dict[str, Any]]:
             "seed": cell.play.seed,
             **own,
             **cell.play.overrides,
+            "complete": outcome.error is None,
             "iterate": t,
             "seconds": outcome.seconds,
             **metrics,
@@ -244,7 +282,9 @@ def _rows(cell: Cell, outcome: Outcome) -> Iterator[dict[str, Any]]:
 def _column(values: list[Any]) -> pa.Array:
     """An array of numbers or lists where all values are; else of text."""
     known = [value for value in values if value is not None]
-    if all(isinstance(value, int) and not isinstance(value, bool) for value in known):
+    if all(isinstance(value, bool) for value in known) or all(
+        isinstance(value, int) and not isinstance(value, bool) for value in known
+    ):
         return pa.array(values)
     if all(isinstance(value, int | float) for value in known):
         return pa.array([None if v is None else float(v) for v in values])

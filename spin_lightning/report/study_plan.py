@@ -23,7 +23,7 @@ STABILITY_VARIANTS: Final = (
 )
 # File systems take 255 bytes, and runs write names of their own beside their folder.
 _LONGEST_NAME: Final = 200
-_LORA_SETTINGS: Final = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA_SETTINGS: Final = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Play:
         own = [f"--model.{name}={_text(value)}" for name, value in self.settings.items()]
         own += [f"--{name}={_text(value)}" for name, value in self.overrides.items()]
         if start is not None:
-            own += [f"--model.{name}=null" for name in _LORA_SETTINGS]
+            own += [f"--model.{name}=null" for name in LORA_SETTINGS]
             own += [f"--model.initial_adapter={start}"]
         if self.epochs is not None:
             own += [f"--trainer.max_epochs={self.epochs}"]

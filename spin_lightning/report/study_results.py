@@ -40,11 +40,13 @@ class Line:
     Attributes:
         variant: The variant with its settings.
         settings: Further settings by full name, as far as the lines of the part differ in them.
+        common: Those that all lines of the part have.
         runs: The runs by seed.
     """
 
     variant: str
     settings: Mapping[str, Any]
+    common: Mapping[str, Any]
     runs: Mapping[int, Run]
 
     @property
@@ -52,6 +54,10 @@ class Line:
         """The variant and its settings, for a legend."""
         shown = [f"{name.partition('.')[2]}={value}" for name, value in self.settings.items()]
         return ", ".join([self.variant, *shown])
+
+    def is_like(self, other: Line) -> bool:
+        """Whether another line has all settings that this one has."""
+        return all(other.settings.get(name) == value for name, value in self.settings.items())
 
     def late(self, metric: str) -> list[float]:
         """The mean over the second half of the iterates, of each run that has the metric."""
@@ -78,23 +84,42 @@ def best(run: Run) -> int:
 def read_results(path: Path) -> dict[str, list[Line]]:
     """Read `study.parquet`: the lines of each part, in the order of the file.
 
+    Runs that ended early are left out: see `unfinished`.
+
     Raises:
         RunFolderError: It cannot be read, or is not such a table.
     """
-    fix = "give the study.parquet of `spin-lightning study --grid`"
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise RunFolderError(f"{path} cannot be read ({error})", fix=fix) from error
-    if not rows or not {"parts", "variant", "seed", "iterate"} <= set(rows[0]):
-        raise RunFolderError(f"{path} is not the table of a grid", fix=fix)
+    rows = [row for row in _rows(path) if row["complete"]]
     parts = dict.fromkeys(part for row in rows for part in row["parts"])
     return {part: _lines([row for row in rows if part in row["parts"]]) for part in parts}
+
+
+def unfinished(path: Path) -> list[str]:
+    """The cells of `study.parquet` that ended early.
+
+    Raises:
+        RunFolderError: As in `read_results`.
+    """
+    return list(dict.fromkeys(row["cell"] for row in _rows(path) if not row["complete"]))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    fix = "give the study.parquet of `spin-lightning study --grid`"
+    if not path.is_file():
+        raise RunFolderError(f"there is no file {path}", fix=fix)
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RunFolderError(f"{path} cannot be read ({error})", fix=fix) from error
+    if not rows or not {"cell", "parts", "variant", "seed", "complete", "iterate"} <= set(rows[0]):
+        raise RunFolderError(f"{path} is not the table of a grid", fix=fix)
+    return rows
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[Line]:
     names = [name for name in rows[0] if name.startswith(_SETTINGS)]
     differing = [name for name in names if len({str(row[name]) for row in rows}) > 1]
+    common = {name: rows[0][name] for name in names if name not in differing}
     lines: dict[str, Line] = {}
     for row in sorted(rows, key=lambda row: row["iterate"]):
         own = Play.of(row["variant"], 0).settings
@@ -103,7 +128,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[Line]:
             for name in differing
             if row[name] is not None and name.removeprefix("model.") not in own
         }
-        line = Line(row["variant"], settings, {})
+        line = Line(row["variant"], settings, common, {})
         known = lines.setdefault(line.label, line)
         metrics = {k: v for k, v in row.items() if "/" in k and v is not None}
         runs = {**known.runs, row["seed"]: [*known.runs.get(row["seed"], []), metrics]}
@@ -125,8 +150,8 @@ def results_table(lines: Sequence[Line]) -> list[list[str]]:
         [metric for metric in metrics if all(metric in run[-1] for run in runs)]
         for metrics in (_LATE, _AT_BEST)
     )
-    control = next((line for line in lines if line.variant == CONTROL), None)
-    compared = at_best[0] if at_best and control is not None and len(lines) > 1 else None
+    controls = [line for line in lines if line.variant == CONTROL]
+    compared = at_best[0] if at_best and controls and len(lines) > 1 else None
     header = ["variant", *(name.partition(".")[2] for name in settings)]
     header += ["settled" if late else "seeds"]
     header += [f"late {_short(m)}" for m in late] + [f"best {_short(m)}" for m in at_best]
@@ -137,17 +162,21 @@ def results_table(lines: Sequence[Line]) -> list[list[str]]:
         cells.append(_settled(line) if late else str(len(line.runs)))
         cells += [_shown(metric, line.late(metric)) for metric in late]
         cells += [_shown(metric, list(line.at_best(metric).values())) for metric in at_best]
-        if compared is not None and control is not None:
-            cells.append(_difference(line.at_best(compared), control.at_best(compared)))
+        if compared is not None:
+            # One that differs in a setting of its own is not a control.
+            control = next((one for one in controls if one.is_like(line)), None)
+            if control is None or control is line:
+                cells.append("-")
+            else:
+                cells.append(_difference(line, control, compared))
         table.append(cells)
     return table
 
 
 def _settled(line: Line) -> str:
     starts = [points[0] for points in line.points(_LATE[0])]
-    return (
-        f"{sum(a < b for a, b in zip(line.late(_LATE[0]), starts, strict=True))} of {len(starts)}"
-    )
+    below = [late < start for late, start in zip(line.late(_LATE[0]), starts, strict=True)]
+    return f"{sum(below)} of {len(below)}"
 
 
 def _short(metric: str) -> str:
@@ -161,9 +190,10 @@ def _shown(metric: str, values: Sequence[float]) -> str:
     return f"{middle} ({min(values):.2f}–{max(values):.2f})"
 
 
-def _difference(own: Mapping[int, float], control: Mapping[int, float]) -> str:
-    seeds = [seed for seed in own if seed in control]
-    if own is control or own == control or len(seeds) < 2:
+def _difference(line: Line, control: Line, metric: str) -> str:
+    own, theirs = line.at_best(metric), control.at_best(metric)
+    seeds = [seed for seed in own if seed in theirs]
+    if len(seeds) < 2:
         return "-"
-    low, mean, high = paired_interval([own[s] for s in seeds], [control[s] for s in seeds])
+    low, mean, high = paired_interval([own[s] for s in seeds], [theirs[s] for s in seeds])
     return f"{mean:+.3f} ({low:+.2f} to {high:+.2f})"

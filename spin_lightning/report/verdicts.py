@@ -201,9 +201,12 @@ def _flat_loss(history: _History, t: int) -> str | None:
 
 
 def _overshoots(history: _History, t: int) -> str | None:
-    """Iterates from p2 on: the first one overshoots in runs that settle later as well."""
+    """The newest iterate of self-play, from p2 on: p1 overshoots in runs that settle as well."""
+    training = history.records[t].training
+    if t < 2 or t != history.records[-1].index or training is None or training.opponent is None:
+        return None
     now, first = (history.value(i, _NLL) for i in (t, 0))
-    if t < 2 or now is None or first is None:
+    if now is None or first is None:
         return None
     if now <= first * (1 + LIMITS["above_base"].value):
         return None
@@ -279,8 +282,10 @@ _STATES: Final = (
         "warning",
         "Real responses are less likely than before self-play",
         "Each iterate goes past its best response, and the next one past it on the other side: "
-        "beta is too small for this many steps and this history.",
-        "Raise beta, lower the learning rate, or play against more past iterates (FictitiousSPIN).",
+        "beta is too small for this many steps and this history. If it rose slowly instead, few "
+        "examples are being learned by heart.",
+        "Use an earlier iterate. Raise beta, lower the learning rate, or play against more past "
+        "iterates (FictitiousSPIN).",
         _overshoots,
     ),
     _State(

@@ -79,8 +79,19 @@ def ensure(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
 def ensure_noisy(seed: int = 0, cache_dir: Path | None = None) -> TestbedPaths:
     """`ensure`, with data of which a share of `NOISE` has a wrong response.
 
-    A wrong response is one of the language's, uniformly. The language beside the data is the clean
-    one, so that exact figures judge by what the data should have been.
+    A wrong response is one of the language's, uniformly; held-out examples have them too. The
+    language beside the data is the clean one, so that exact figures judge by what the data should
+    have been.
+
+    Args:
+        seed: As for `ensure`, and of the errors.
+        cache_dir: Likewise.
+
+    Returns:
+        The clean testbed's model, and the paths of the noisy data and of the language.
+
+    Raises:
+        SettingError: The cache folder cannot be written.
     """
     root = cache_root() if cache_dir is None else cache_dir
     clean = ensure(seed, root)

@@ -24,8 +24,8 @@ def response_log_probs(
 ) -> Tensor:
     """log p(y|x) of every response to every prompt, stop id included, over the full vocabulary.
 
-    A prompt is computed once, by the model's own key-value cache, and nothing of self-play's passes
-    is used: what they compute is judged by these figures.
+    A prompt is computed once per forward, by the model's own key-value cache, and nothing of
+    self-play's passes is used: what they compute is judged by these figures.
 
     Args:
         model: A causal language model of transformers, or a PEFT wrapper with whatever adapter is

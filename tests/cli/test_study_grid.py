@@ -159,7 +159,7 @@ def test_either_a_config_or_a_grid_is_played(arguments, monkeypatch, capsys):
     ("settings", "message"),
     [
         ({"model.bta": [1.0]}, "SPIN-model.bta=1.0-seed0: "),
-        ({"model.beta": [-1.0]}, "SPIN-model.beta=_1.0-seed0: beta=-1.0: out of range"),
+        ({"model.beta": [-1.0]}, "SPIN-model.beta=-1.0-seed0: beta=-1.0: out of range"),
     ],
     ids=["unknown", "out of range"],
 )
@@ -172,6 +172,24 @@ def test_cell_that_cannot_be_played_is_named_before_any_is(
     assert study(monkeypatch, "--grid", grid, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", CONFIG, "--plan"), "--plan does not go with --config"),
+        (("--grid", "g.yaml", "--tasks", "arc"), "--tasks does not go with --grid"),
+        (("--results", "s.parquet", "--cell", "a"), "--cell does not go with --results"),
+    ],
+)
+def test_option_of_another_kind_of_file_is_refused(arguments, message, monkeypatch, capsys):
+    assert study(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cell_that_the_grid_lacks_is_refused_in_a_plan_as_well(grid, monkeypatch, capsys):
+    assert study(monkeypatch, "--grid", grid, "--plan", "--cell", "SPIN-model.beta=0.4-seed0") == 2
+    assert "the grid has no such cell" in capsys.readouterr().err
 
 
 def test_number_of_processes_is_checked(grid, monkeypatch, capsys):

@@ -27,6 +27,7 @@ GRID = {
 
 
 def write(folder: Path, **changes: object) -> Path:
+    (folder / "some.yaml").touch()
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump({**GRID, **changes}, sort_keys=False))
     return path
@@ -96,6 +97,28 @@ def test_long_settings_have_short_names_that_stay_apart(tmp_path):
             r"a part with a start has one value of each setting of the data",
         ),
         ({"more": 1}, r"the grid.more=1: there is no such setting"),
+        ({"config": "other.yaml"}, r"config='other.yaml': there is no .*other.yaml"),
+        ({"parts": {"a/b": {"variants": ["SPIN"]}}}, r"parts='a/b': pictures are named like parts"),
+        (
+            {"parts": {"a": {"variants": ["SPIN(beta=1)"], "settings": {"model.beta": [2]}}}},
+            r"parts.a.settings='model.beta': the variant SPIN\(beta=1\) sets it as well",
+        ),
+        (
+            {
+                "parts": {
+                    "a": {"variants": ["SPIN"], "settings": {"model.lora_r": [4]}, "start": "SFT"}
+                }
+            },
+            r"parts.a.settings='model.lora_r': runs start from the adapter of SFT",
+        ),
+        (
+            {"parts": {"a": {"variants": ["SPIN(lora_r=4)"], "start": "SFT"}}},
+            r"='model.lora_r': runs start from the adapter .*set it there: start: SFT\(lora_r=…\)",
+        ),
+        (
+            {"parts": {"a": {"variants": ["SPIN"], "start": "SFT", "start_epochs": 0}}},
+            r"parts.a.start_epochs=0: it is not a number of epochs",
+        ),
     ],
 )
 def test_grid_that_is_not_one_is_refused_with_the_field(changes, message, tmp_path):
@@ -112,7 +135,9 @@ def test_file_that_is_missing_or_no_yaml_is_refused(tmp_path):
 
 def test_cell_that_the_grid_does_not_have_is_answered_with_near_ones(tmp_path):
     grid = read_grid(write(tmp_path))
-    with pytest.raises(SettingError, match=r"give one of .*SPIN-model.beta=0.1-trainer.max_epochs"):
+    with pytest.raises(
+        SettingError, match=r"give a name such as .*SPIN-model.beta=0.1-trainer.max_epochs"
+    ):
         grid.cell("SPIN-model.beta=0.15-trainer.max_epochs=10-seed3")
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from spin_lightning.errors import RunFolderError
 from spin_lightning.report.study_figures import draw_part
-from spin_lightning.report.study_results import best, read_results, results_table
+from spin_lightning.report.study_results import best, read_results, results_table, unfinished
 
 KL = {
     # Two seeds of three iterates each; the second half is the last one alone.
@@ -18,6 +19,12 @@ KL = {
     ("SPIN", 0.5): [[0.6, 0.5, 0.5], [0.8, 0.9, 0.9]],
     ("SPIN", 1.0): [[0.6, 0.4, 0.2], [0.8, 0.5, 0.4]],
 }
+
+
+def row(**changes: object) -> dict[str, object]:
+    """A row of a run of one iterate."""
+    cell = {"cell": "a", "parts": ["a"], "variant": "SPIN", "seed": 0, "complete": True}
+    return {**cell, "iterate": 0, "exact/kl": 0.5, **changes}
 
 
 def write(path: Path) -> Path:
@@ -32,6 +39,7 @@ def write(path: Path) -> Path:
                         "variant": variant,
                         "seed": seed,
                         "model.beta": beta,
+                        "complete": True,
                         "trainer.max_epochs": 2,
                         "iterate": t,
                         "exact/kl": kl,
@@ -94,8 +102,54 @@ def test_pictures_are_drawn_over_the_setting_or_over_iterates(parts, tmp_path):
             assert min(image.size) > 400
 
 
+def test_run_that_ended_early_is_left_out_and_named(tmp_path):
+    path = tmp_path / "study.parquet"
+    rows = [row(), row(cell="b", seed=1, complete=False)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    (line,) = read_results(path)["a"]
+    assert list(line.runs) == [0]
+    assert unfinished(path) == ["b"]
+
+
+def test_control_with_other_settings_is_none(tmp_path):
+    path = tmp_path / "study.parquet"
+    rows = [
+        row(variant=variant, seed=seed, **{"data.max_examples": n})
+        for variant, n in (("SFT", 10), ("SPIN", 10), ("SPIN", 20))
+        for seed in (0, 1)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    _, sft, same, other = results_table(read_results(path)["a"])
+    assert sft[-1] == other[-1] == "-"
+    assert same[-1] == "+0.000 (+0.00 to +0.00)"
+
+
+def test_lists_of_a_setting_are_told_apart(tmp_path):
+    path = tmp_path / "study.parquet"
+    targets = (["q_proj"], ["q_proj", "v_proj"], ["o_proj"])
+    rows = [row(**{"model.lora_target_modules": one}) for one in targets]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    lines = read_results(path)["a"]
+    assert len(lines) == 3
+    assert draw_part(lines, tmp_path / "a.png") is not None
+
+
+@pytest.mark.parametrize(("loss", "drawn"), [("logistic", True), ("ipo", False)])
+def test_threshold_is_drawn_for_the_loss_that_it_is_known_for(loss, drawn, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Axes, "axvline", lambda _, x, **__: seen.append(x))
+    path = tmp_path / "study.parquet"
+    rows = [row(**{"model.loss": loss, "model.beta": beta}) for beta in (0.1, 0.3, 1.0)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    draw_part(read_results(path)["a"], tmp_path / "a.png")
+    assert seen == ([0.5] if drawn else [])
+
+
 def test_what_is_not_a_grids_table_is_refused(tmp_path):
     path = tmp_path / "study.parquet"
+    with pytest.raises(RunFolderError, match=r"there is no file .*study --grid"):
+        read_results(path)
+    path.write_text("no table")
     with pytest.raises(RunFolderError, match=r"cannot be read.*study --grid"):
         read_results(path)
     pq.write_table(pa.table({"a": [1]}), path)
