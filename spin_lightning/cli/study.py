@@ -42,8 +42,8 @@ def study(args: list[str]) -> None:
     parser.add_argument(
         "--grid",
         type=Path | None,
-        help="A file that names the runs, such as configs/study/smoke.yaml, in place of --config "
-        "and all that follows it but --out.",
+        help="A file that names the runs, such as configs/study/smoke.yaml, in place of --config. "
+        "It goes with --plan, --cell, --processes, --keep_runs and --out.",
     )
     parser.add_argument(
         "--plan",
