@@ -115,7 +115,9 @@ def test_alpha_makes_unstable_runs_worse_and_the_token_level_mixture_less_so():
 
 def test_fictitious_play_hurts_in_few_short_steps():
     part = PARTS["few_steps"]
-    assert is_below(part["SPIN"], part["FictitiousSPIN"])
+    assert difference(part["FictitiousSPIN"], part["SPIN"])[0] > 0
+    low, high = difference(part["AlphaSPIN(alpha=0.3)"], part["SPIN"])
+    assert low < 0 < high
 
 
 def test_losses_that_settle():
@@ -136,6 +138,32 @@ def test_kept_rows_and_four_bits_change_nothing():
     assert is_below(four_bits["FictitiousSPIN(beta=0.3)"], four_bits["SPIN(beta=0.3)"])
 
 
+@pytest.mark.parametrize("part", ["equal_tokens", "little_data", "low_rank", "noisy", "after_sft"])
+def test_nothing_beats_supervised_fine_tuning_at_its_best_point(part):
+    control = PARTS["control" if part == "equal_tokens" else part]["SFT"]
+    others = [line for line in PARTS[part].values() if line is not control]
+    if part == "equal_tokens":
+        others += [PARTS["losses"][label] for label in LOSSES_THAT_SETTLE]
+        others += [threshold(variant, 1.0) for variant in ("SPIN", "FictitiousSPIN")]
+    for line in others:
+        assert difference(line, control, at_best=True)[1] > 0, line.label
+
+
+def test_self_play_from_the_best_point_on_loses_less_than_supervised_fine_tuning():
+    part = PARTS["after_sft"]
+    for label in ("SPIN(loss='sppo', beta=1.0)", "TPAW(beta=0.3)"):
+        assert difference(part[label], part["SFT"])[1] < 0
+    assert difference(part["SPIN(beta=1.0)"], part["SFT"])[0] > 0
+
+
+def test_small_adapter_of_self_play_writes_less_outside_the_language():
+    part = PARTS["low_rank"]
+    own, theirs = (part[label].at_best("exact/outside_mass") for label in ("TPAW(beta=0.3)", "SFT"))
+    _, _, high = paired_interval([own[s] for s in sorted(own)], [theirs[s] for s in sorted(own)])
+    assert high < 0
+    assert difference(part["TPAW(beta=0.3)"], part["SFT"], at_best=True)[0] > 0
+
+
 @pytest.mark.parametrize(
     ("part", "label", "metric", "where"),
     [
@@ -151,7 +179,9 @@ def test_kept_rows_and_four_bits_change_nothing():
         ("little_data", "SFT", KL, "best"),
         ("little_data", "SFT(learning_rate=3e-4)", KL, "best"),
         ("little_data", "TPAW(beta=0.3)", KL, "best"),
-        ("little_data", "SPIN(loss='sppo', beta=1.0)", "exact/reverse_kl", "best"),
+        ("little_data", "SPIN(loss='sppo', beta=1.0)", KL, "best"),
+        ("low_rank", "SFT", "exact/outside_mass", "best"),
+        ("low_rank", "TPAW(beta=0.3)", "exact/outside_mass", "best"),
         ("noisy", "SFT", KL, "best"),
         ("low_rank", "SFT", KL, "best"),
         ("after_sft", "SPIN(beta=1.0)", KL, "late"),
@@ -160,5 +190,7 @@ def test_kept_rows_and_four_bits_change_nothing():
 def test_numbers_on_the_page_are_those_of_the_file(part, label, metric, where):
     line = PARTS[part][label]
     values = line.late(metric) if where == "late" else list(line.at_best(metric).values())
-    text = f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+    digits = 3 if metric == "exact/outside_mass" else 2
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (median, min, max))
+    text = f"{middle} ({low}–{high})"
     assert text in (DOCS / "study.md").read_text(encoding="utf-8")
