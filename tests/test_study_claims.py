@@ -149,6 +149,12 @@ def test_nothing_beats_supervised_fine_tuning_at_its_best_point(part):
         assert difference(line, control, at_best=True)[1] > 0, line.label
 
 
+def test_spin_and_fictitious_play_stay_behind_with_1600_examples():
+    for variant in ("SPIN", "FictitiousSPIN"):
+        low, _ = difference(threshold(variant, 1.0), PARTS["control"]["SFT"], at_best=True)
+        assert low > 0
+
+
 def test_self_play_from_the_best_point_on_loses_less_than_supervised_fine_tuning():
     part = PARTS["after_sft"]
     for label in ("SPIN(loss='sppo', beta=1.0)", "TPAW(beta=0.3)"):
