@@ -121,6 +121,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[Line]:
     differing = [name for name in names if len({str(row[name]) for row in rows}) > 1]
     common = {name: rows[0][name] for name in names if name not in differing}
     lines: dict[str, Line] = {}
+    runs: dict[str, dict[int, list[Mapping[str, float]]]] = {}
     for row in sorted(rows, key=lambda row: row["iterate"]):
         own = Play.of(row["variant"], 0).settings
         settings = {
@@ -129,11 +130,10 @@ def _lines(rows: list[dict[str, Any]]) -> list[Line]:
             if row[name] is not None and name.removeprefix("model.") not in own
         }
         line = Line(row["variant"], settings, common, {})
-        known = lines.setdefault(line.label, line)
+        lines.setdefault(line.label, line)
         metrics = {k: v for k, v in row.items() if "/" in k and v is not None}
-        runs = {**known.runs, row["seed"]: [*known.runs.get(row["seed"], []), metrics]}
-        lines[line.label] = replace(known, runs=runs)
-    return list(lines.values())
+        runs.setdefault(line.label, {}).setdefault(row["seed"], []).append(metrics)
+    return [replace(line, runs=runs[label]) for label, line in lines.items()]
 
 
 def results_table(lines: Sequence[Line]) -> list[list[str]]:
